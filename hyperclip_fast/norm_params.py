@@ -1,0 +1,254 @@
+"""Rows of normalisation parameters, and which row each sample uses.
+
+A row holds what every modulated layer's `weight` and `bias` would be, layer after layer: [w_0, b_0, w_1, b_1, ...].
+NormSpec says which layers and how wide; NormParams holds the table (T, P) of T rows and the batch's task ids.
+"""
+
+import fnmatch
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils import _pytree as pytree
+
+DEFAULT_MODULATE = ("blocks.*.norm1", "blocks.*.norm2", "norm", "fc_norm")
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """Which norm layers of an encoder are generated, and their widths: the columns of a row.
+
+    Args:
+        names: module names of the layers, in the encoder's order.
+        widths: D of each layer.
+        modulate: the name patterns (fnmatch) that chose them.
+    """
+
+    names: tuple[str, ...]
+    widths: tuple[int, ...]
+    modulate: tuple[str, ...] = field(default=DEFAULT_MODULATE, compare=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "names", tuple(self.names))
+        object.__setattr__(self, "widths", tuple(int(width) for width in self.widths))
+        object.__setattr__(self, "modulate", tuple(self.modulate))
+        if len(self.names) != len(self.widths):
+            raise ValueError(f"widths must have one entry a name, got {len(self.widths)} for {len(self.names)} names")
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"names must be unique, got {self.names}")
+        if any(width < 1 for width in self.widths):
+            raise ValueError(f"widths must be positive, got {self.widths}")
+
+    @classmethod
+    def from_model(cls, model: torch.nn.Module, modulate: Iterable[str] = DEFAULT_MODULATE) -> "NormSpec":
+        """The layers of `model` whose name matches a pattern and which have a weight and a bias vector.
+
+        Raises:
+            ValueError: if no layer matches, or one that matches has no affine parameters.
+        """
+        modulate = tuple(modulate)
+        found = {
+            name: module
+            for name, module in model.named_modules()
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in modulate)
+            and not isinstance(module, torch.nn.Identity)
+        }
+        if not found:
+            raise ValueError(f"modulate must match a norm layer of {type(model).__name__}, got {modulate}")
+        for name, module in found.items():
+            if getattr(module, "weight", None) is None or getattr(module, "bias", None) is None:
+                raise ValueError(f"modulate: {name} ({type(module).__name__}) needs a weight and a bias to be generated")
+        return cls(tuple(found), tuple(module.weight.shape[0] for module in found.values()), modulate)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Widths of the row's pieces: [w_0, b_0, w_1, b_1, ...]."""
+        return tuple(width for width in self.widths for _ in range(2))
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Column at which each layer's weight starts; its bias starts one width later."""
+        return tuple(2 * sum(self.widths[:i]) for i in range(len(self.widths)))
+
+    @property
+    def num_params(self) -> int:
+        """P: the length of a row."""
+        return 2 * sum(self.widths)
+
+    def row(self, state_dict: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The row (P,) that a state dict holds, as "<name>.weight" and "<name>.bias".
+
+        Raises:
+            ValueError: if a tensor is missing or has another width.
+        """
+        pieces = []
+        for name, width in zip(self.names, self.widths):
+            for key in (f"{name}.weight", f"{name}.bias"):
+                piece = state_dict.get(key)
+                if piece is None or piece.shape != (width,):
+                    got = "nothing" if piece is None else f"shape {tuple(piece.shape)}"
+                    raise ValueError(f"state_dict must hold {key} of shape ({width},), got {got}")
+                pieces.append(piece)
+        return torch.cat(pieces)
+
+    def to_json(self) -> str:
+        """This spec as JSON; `from_json` reads it back."""
+        return json.dumps({"names": self.names, "widths": self.widths, "modulate": self.modulate})
+
+    @classmethod
+    def from_json(cls, text: str) -> "NormSpec":
+        """The spec that `to_json` wrote.
+
+        Raises:
+            ValueError: if the text is not such a spec.
+        """
+        try:
+            fields = json.loads(text)
+            return cls(fields["names"], fields["widths"], fields["modulate"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"text must be a NormSpec in JSON, got {text[:80]!r}") from error
+
+
+class NormParams:
+    """T rows of norm parameters, and the row that each sample of a batch uses.
+
+    Args:
+        spec: what the columns are.
+        table: (T, P) floating point.
+        task_ids: (B,) int64 or int32 (or a sequence of ints), row of each sample; None: one row for all (T = 1), or
+            row b for sample b (T = B).
+
+    Raises:
+        ValueError: for another shape or dtype, or, where the ids are on the CPU, for an id outside [0, T).
+    """
+
+    def __init__(self, spec: NormSpec, table: torch.Tensor, task_ids: torch.Tensor | Sequence[int] | None = None):
+        if table.dim() != 2 or table.shape[1] != spec.num_params:
+            raise ValueError(f"table must be (T, P) with P = {spec.num_params}, got shape {tuple(table.shape)}")
+        if not table.is_floating_point():
+            raise ValueError(f"table must be floating point, got {table.dtype}")
+        if task_ids is not None:
+            task_ids = _check_task_ids(task_ids, table)
+        self.spec, self.table, self.task_ids = spec, table, task_ids
+
+    @property
+    def num_tasks(self) -> int:
+        """T: rows in the table."""
+        return self.table.shape[0]
+
+    def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(weight (T, D_i), bias (T, D_i)) of every layer: views, by one split, whose backward is one cat."""
+        pieces = self.table.split(self.spec.sizes, dim=1)
+        return list(zip(pieces[::2], pieces[1::2]))
+
+    def layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weight (T, D_i), bias (T, D_i)) of layer i, views of the table."""
+        start, width = self.spec.offsets[i], self.spec.widths[i]
+        return self.table[:, start : start + width], self.table[:, start + width : start + 2 * width]
+
+    def __getitem__(self, task_ids: torch.Tensor | Sequence[int]) -> "NormParams":
+        """The same rows for another batch: no copy."""
+        return NormParams(self.spec, self.table, task_ids)
+
+    def gather(self) -> "NormParams":
+        """Row b for sample b (a copy of the rows in use): how the reference path reads the table, once a forward."""
+        if self.task_ids is None or self.num_tasks == 1:
+            return self
+        return NormParams(self.spec, self.table.index_select(0, self.task_ids))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "NormParams":
+        """These rows on another device or in another floating point dtype."""
+        task_ids = None if self.task_ids is None else self.task_ids.to(device)
+        return NormParams(self.spec, self.table.to(device=device, dtype=dtype), task_ids)
+
+    def state_dict(self, task: int = 0) -> dict[str, torch.Tensor]:
+        """Row `task` as "<name>.weight" and "<name>.bias": what a stock model with that row holds."""
+        pieces = self.table[task].split(self.spec.sizes)
+        keys = (f"{name}.{kind}" for name in self.spec.names for kind in ("weight", "bias"))
+        return {key: piece.detach().clone() for key, piece in zip(keys, pieces)}
+
+    def save(self, path: str | Path) -> None:
+        """Write table, task ids and spec into one safetensors file (beside, then renamed)."""
+        tensors = {"table": self.table.detach().cpu().contiguous()}
+        if self.task_ids is not None:
+            tensors["task_ids"] = self.task_ids.cpu()
+        save_safetensors(tensors, path, {"norm_spec": self.spec.to_json()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "NormParams":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: if the file is not such a file, or is cut short.
+        """
+        tensors, metadata = load_safetensors(path)
+        if "table" not in tensors or "norm_spec" not in metadata:
+            raise ValueError(f"path must be a file of NormParams, got {path} with {sorted(tensors)}")
+        return cls(NormSpec.from_json(metadata["norm_spec"]), tensors["table"], tensors.get("task_ids"))
+
+    def __repr__(self) -> str:
+        batch = "" if self.task_ids is None else f", B={len(self.task_ids)}"
+        return f"NormParams(T={self.num_tasks}, P={self.spec.num_params}{batch}, {self.table.dtype}, {self.table.device})"
+
+
+pytree.register_pytree_node(
+    NormParams,
+    lambda params: ([params.table, params.task_ids], params.spec),
+    lambda leaves, spec: _unflatten(spec, *leaves),
+    serialized_type_name="hyperclip_fast.NormParams",
+    to_dumpable_context=lambda spec: spec.to_json(),
+    from_dumpable_context=NormSpec.from_json,
+)
+
+
+def _unflatten(spec: NormSpec, table, task_ids) -> NormParams:
+    """Pytree leaves may be anything (fake tensors, None, axes): no checks."""
+    params = NormParams.__new__(NormParams)
+    params.spec, params.table, params.task_ids = spec, table, task_ids
+    return params
+
+
+def _check_task_ids(task_ids: torch.Tensor | Sequence[int], table: torch.Tensor) -> torch.Tensor:
+    """Task ids as a (B,) integer tensor on the table's device; the range is checked where that costs no device sync."""
+    if not isinstance(task_ids, torch.Tensor):
+        task_ids = torch.as_tensor(task_ids)
+    if task_ids.dim() != 1:
+        raise ValueError(f"task_ids must be (B,), got shape {tuple(task_ids.shape)}")
+    if task_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"task_ids must be int64 or int32, got {task_ids.dtype}")
+    if task_ids.device.type == "cpu" and not torch.compiler.is_compiling() and task_ids.numel():
+        low, high = torch.aminmax(task_ids)
+        if low < 0 or high >= table.shape[0]:
+            wrong = int(low) if low < 0 else int(high)
+            raise ValueError(f"task_ids must lie in [0, T) with T = {table.shape[0]}, got {wrong}")
+    return task_ids.to(table.device)
+
+
+def save_safetensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file beside `path`, then rename: a reader never sees half a file."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, beside, metadata=metadata)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        ValueError: if it is not one, or is cut short.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"path must be a whole safetensors file, got {path}: {error}") from error

