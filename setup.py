@@ -1,4 +1,4 @@
-"""Packaging. `kernels/` lies at the top of the checkout and installs as `hyperclip_fast.kernels`, see hyperclip_fast/__init__.py."""
+"""Packaging. `kernels/` lies at the top of the checkout and installs as `hyperclip_fast.kernels`."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ TEST = [*DEMO, "pytest>=8", "pytest-xdist", "hypothesis>=6.80", "ruff>=0.6"]
 setup(
     name="hyperclip_fast",
     version="0.1.0",
-    description="One image encoder, thousands of zero-shot tasks, one batch: HyperCLIP with fused per-sample normalisation.",
+    description="One image encoder, thousands of zero-shot tasks, one batch: HyperCLIP with fused kernels.",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

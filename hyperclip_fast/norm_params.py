@@ -63,7 +63,7 @@ class NormSpec:
             raise ValueError(f"modulate must match a norm layer of {type(model).__name__}, got {modulate}")
         for name, module in found.items():
             if getattr(module, "weight", None) is None or getattr(module, "bias", None) is None:
-                raise ValueError(f"modulate: {name} ({type(module).__name__}) needs a weight and a bias to be generated")
+                raise ValueError(f"modulate: {name} ({type(module).__name__}) must have a weight and a bias")
         return cls(tuple(found), tuple(module.weight.shape[0] for module in found.values()), modulate)
 
     @cached_property
@@ -194,7 +194,8 @@ class NormParams:
 
     def __repr__(self) -> str:
         batch = "" if self.task_ids is None else f", B={len(self.task_ids)}"
-        return f"NormParams(T={self.num_tasks}, P={self.spec.num_params}{batch}, {self.table.dtype}, {self.table.device})"
+        place = f"{self.table.dtype}, {self.table.device}"
+        return f"NormParams(T={self.num_tasks}, P={self.spec.num_params}{batch}, {place})"
 
 
 pytree.register_pytree_node(

@@ -1,7 +1,7 @@
-"""Which implementation an operation runs: Triton on a GPU, plain PyTorch everywhere else, unless the user says otherwise.
+"""Which implementation an operation runs: Triton on a GPU, plain PyTorch elsewhere, unless the user says otherwise.
 
-The decision is Python on `x.device`, taken on every call: the one form that also works under torch.compile, torch.export,
-ONNX and AOTInductor on machines without a GPU.
+The decision is Python on `x.device`, taken on every call: the one form that also works under torch.compile,
+torch.export, ONNX and AOTInductor on machines without a GPU.
 """
 
 import importlib.util

@@ -9,8 +9,6 @@ Shapes: x, delta, out, total (B, N, D); weight, bias (T, D) with any row stride;
 import torch
 import torch.nn.functional as F
 
-from .dispatch import use_triton
-
 
 def layer_norm_reference(
     x: torch.Tensor,
