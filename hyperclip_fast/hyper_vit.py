@@ -1,0 +1,415 @@
+"""HyperViT: timm's VisionTransformer in which every sample brings its own normalisation weights.
+
+The residual add belongs to the norm that follows it, so a block hands (x, delta) on in place of their sum:
+
+    h, x = add_layer_norm(x, delta, *norm1);  delta = attention(h)
+    h, x = add_layer_norm(x, delta, *norm2);  delta = mlp(h)            # the final norm adds the last delta
+
+Modules, their names and the state dict are timm's own: a timm model becomes a HyperViT by a change of class. Rows
+travel as arguments through every block, never as state of the model.
+"""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import timm
+import torch
+from timm.layers import LayerNorm, LayerNormFp32
+from timm.models import VisionTransformer, checkpoint, list_models, model_entrypoint, register_model
+from timm.models._features import FeatureGetterNet, feature_take_indices
+from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import default_cfgs as timm_cfgs
+from torch import Tensor, nn
+
+from hyperclip_fast.kernels.dispatch import use_triton
+from hyperclip_fast.kernels.layer_norm import add_layer_norm, layer_norm
+from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams, NormSpec
+
+MODULATED_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
+Row = tuple[Tensor | None, Tensor | None]  # weight (T, D), bias (T, D); (None, None): the module's own
+OWN_ROW: Row = (None, None)
+
+
+def add_norm(
+    norm: nn.Module,
+    x: Tensor,
+    delta: Tensor | None,
+    row: Row = OWN_ROW,
+    task_ids: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Norm of x + delta with the given rows, or with the module's own weight and bias.
+
+    Args:
+        norm: the norm module.
+        x: (B, N, D) residual stream.
+        delta: (B, N, D) still to be added to it, or None.
+        row: weight (T, D) and bias (T, D).
+        task_ids: (B,) or None.
+        out_dtype: dtype of the normalised output, x's by default.
+
+    Returns:
+        The normalised sum and the sum, both (B, N, D).
+    """
+    weight, bias = row
+    if weight is None:
+        if type(norm) not in MODULATED_NORMS or norm.weight is None or norm.bias is None:
+            x = x if delta is None else x + delta
+            return norm(x), x
+        weight, bias, task_ids = norm.weight.unsqueeze(0), norm.bias.unsqueeze(0), None
+    if delta is None:
+        return layer_norm(x, weight, bias, task_ids, norm.eps, out_dtype), x
+    return add_layer_norm(x, delta, weight, bias, task_ids, norm.eps, out_dtype)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """What the next Linear will compute in: written by the norm itself, so that autocast has nothing left to cast."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class HyperBlock(Block):
+    """timm's pre-norm Block with the residual adds moved into the norms, and rows for both norms."""
+
+    def forward(
+        self,
+        x: Tensor,
+        delta: Tensor | None = None,
+        weight1: Tensor | None = None,
+        bias1: Tensor | None = None,
+        weight2: Tensor | None = None,
+        bias2: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """One block; the stock block's output is the sum of the two tensors returned.
+
+        The rows are flat arguments, not tuples, so that reentrant checkpointing sees every tensor.
+
+        Args:
+            x: (B, N, D) residual stream.
+            delta: (B, N, D) still to be added to it, or None.
+            weight1: (T, D) rows of norm1; None: the module's own.
+            bias1: (T, D).
+            weight2: (T, D) rows of norm2; None: the module's own.
+            bias2: (T, D).
+            task_ids: (B,) row of each sample, or None (T is 1 or B).
+            attn_mask: mask of scaled_dot_product_attention.
+            is_causal: causal attention.
+
+        Returns:
+            x (B, N, D) and delta (B, N, D).
+        """
+        dtype = _product_dtype(x)
+        h, x = add_norm(self.norm1, x, delta, (weight1, bias1), task_ids, dtype)
+        delta = self.drop_path1(self.ls1(self.attn(h, attn_mask=attn_mask, is_causal=is_causal)))
+        h, x = add_norm(self.norm2, x, delta, (weight2, bias2), task_ids, dtype)
+        return x, self.drop_path2(self.ls2(self.mlp(h)))
+
+
+class HyperViT(VisionTransformer):
+    """timm's VisionTransformer whose forward also takes NormParams: a row of norm weights for each sample.
+
+    Takes timm's arguments (block_fn defaults to HyperBlock); `from_timm` takes a timm name or model. `modulate`, the
+    name patterns of the generated layers, is set by `from_timm` or `set_modulate`.
+    """
+
+    def __init__(self, *args: Any, block_fn: type[nn.Module] = HyperBlock, **kwargs: Any):
+        super().__init__(*args, block_fn=block_fn, **kwargs)
+        _to_hyper(self, DEFAULT_MODULATE)
+
+    @classmethod
+    def from_timm(
+        cls,
+        model: str | VisionTransformer,
+        pretrained: bool = False,
+        modulate: Iterable[str] = DEFAULT_MODULATE,
+        **kwargs: Any,
+    ) -> "HyperViT":
+        """A HyperViT with the modules and weights of a timm VisionTransformer.
+
+        Args:
+            model: a timm model name (with a pretrained tag, if wished) or a VisionTransformer, which is copied.
+            pretrained: load timm's pretrained weights (for a name).
+            modulate: fnmatch patterns: which norm layers are generated.
+            **kwargs: passed to timm.create_model, such as num_classes, img_size, drop_path_rate.
+
+        Raises:
+            ValueError: for a model that is no VisionTransformer, for blocks other than timm's Block, for norms other
+                than LayerNorm among the modulated.
+        """
+        if isinstance(model, str):
+            name = model.removeprefix("hyper_")
+            model = timm.create_model(name, pretrained=pretrained, **kwargs)
+        elif pretrained or kwargs:
+            raise ValueError(f"pretrained and timm arguments go with a model's name, got a {type(model).__name__}")
+        else:
+            model = copy.deepcopy(model)
+        return _to_hyper(model, modulate)
+
+    def set_modulate(self, modulate: Iterable[str]) -> None:
+        """Choose the generated layers by name pattern: any of norm_pre, blocks.*.norm1, blocks.*.norm2, norm, fc_norm.
+
+        Raises:
+            ValueError: if a pattern matches a layer that cannot be modulated, or none matches.
+        """
+        spec = NormSpec.from_model(self, modulate)
+        able = {"norm_pre", "norm", "fc_norm"}
+        able |= {f"blocks.{i}.{norm}" for i in range(len(self.blocks)) for norm in ("norm1", "norm2")}
+        for name in spec.names:
+            if name not in able or type(self.get_submodule(name)) not in MODULATED_NORMS:
+                kind = type(self.get_submodule(name)).__name__
+                raise ValueError(f"modulate: {name} ({kind}) is not a LayerNorm that HyperViT can modulate")
+        self._specs = (spec,)
+
+    @property
+    def norm_spec(self) -> NormSpec:
+        """The generated layers: names, widths, offsets; `norm_spec.num_params` is P."""
+        return self._specs[0]
+
+    @property
+    def base_params(self) -> NormParams:
+        """The encoder's own weights and biases as one row; gradients flow into them."""
+        modules = [self.get_submodule(name) for name in self.norm_spec.names]
+        row = torch.cat([piece for module in modules for piece in (module.weight, module.bias)])
+        return NormParams(self.norm_spec, row.unsqueeze(0))
+
+    def _rows(self, x: Tensor, params: NormParams | None) -> tuple[dict[str, Row], Tensor | None]:
+        """Rows by layer name, and the task ids; the reference path gathers each sample's row here, once."""
+        if params is None:
+            return {}, None
+        if params.spec not in self._specs:
+            raise ValueError(
+                f"params must follow this encoder's spec, {len(self.norm_spec.names)} layers and P = "
+                f"{self.norm_spec.num_params}, got {len(params.spec.names)} layers and P = {params.spec.num_params}"
+            )
+        batch = params.num_tasks if params.task_ids is None else params.task_ids.shape[0]
+        if batch != x.shape[0] and not (params.task_ids is None and batch == 1):
+            raise ValueError(f"params must be for a batch of {x.shape[0]} images, got rows for {batch}")
+        if not use_triton(x):
+            params = params.gather()
+        return dict(zip(params.spec.names, params.layers())), params.task_ids
+
+    def _embed(self, x: Tensor, rows: dict[str, Row], task_ids: Tensor | None) -> Tensor:
+        x = self.patch_drop(self._pos_embed(self.patch_embed(x)))
+        return add_norm(self.norm_pre, x, None, rows.get("norm_pre", OWN_ROW), task_ids)[0]
+
+    def _run_block(self, i, x, delta, rows, task_ids, attn_mask=None, is_causal=False) -> tuple[Tensor, Tensor]:
+        pieces = (*rows.get(f"blocks.{i}.norm1", OWN_ROW), *rows.get(f"blocks.{i}.norm2", OWN_ROW), task_ids)
+        masked = attn_mask is not None or is_causal
+        if self.grad_checkpointing and not masked:
+            return checkpoint(self.blocks[i], x, delta, *pieces)
+        return self.blocks[i](x, delta, *pieces, attn_mask=attn_mask, is_causal=is_causal)
+
+    def _final_norm(self, x, delta, rows, task_ids) -> Tensor:
+        return add_norm(self.norm, x, delta, rows.get("norm", OWN_ROW), task_ids)[0]
+
+    def forward_features(
+        self,
+        x: Tensor,
+        params: NormParams | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Images (B, C, H, W) to tokens (B, N, D), final norm included; `params` gives each sample's norm rows."""
+        rows, task_ids = self._rows(x, params)
+        return self._forward_features(x, rows, task_ids, attn_mask, is_causal)
+
+    def _forward_features(self, x, rows, task_ids, attn_mask, is_causal) -> Tensor:
+        x, delta = self._embed(x, rows, task_ids), None
+        for i in range(len(self.blocks)):
+            x, delta = self._run_block(i, x, delta, rows, task_ids, attn_mask, is_causal)
+        return self._final_norm(x, delta, rows, task_ids)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False, params: NormParams | None = None) -> Tensor:
+        """Tokens (B, N, D) to pooled features or logits (B, num_classes); `params` matters where fc_norm is used."""
+        rows, task_ids = self._rows(x, params) if "fc_norm" in self.norm_spec.names else ({}, None)
+        return self._forward_head(x, pre_logits, rows, task_ids)
+
+    def _forward_head(self, x, pre_logits, rows, task_ids) -> Tensor:
+        x = self.pool(x)
+        pooled = x.dim() == 2
+        x = x.unsqueeze(1) if pooled else x
+        x = add_norm(self.fc_norm, x, None, rows.get("fc_norm", OWN_ROW), task_ids)[0]
+        x = self.head_drop(x.squeeze(1) if pooled else x)
+        return x if pre_logits else self.head(x)
+
+    def forward(
+        self,
+        x: Tensor,
+        params: NormParams | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Images (B, C, H, W) to the head's output (B, num_classes), or (B, D) features with num_classes=0.
+
+        Args:
+            x: images.
+            params: rows for this batch, see NormParams; None: the encoder's own norms, which is the stock model.
+            attn_mask: mask of scaled_dot_product_attention.
+            is_causal: causal attention.
+
+        Raises:
+            ValueError: if `params` belongs to another encoder or another batch size.
+        """
+        rows, task_ids = self._rows(x, params)
+        x = self._forward_features(x, rows, task_ids, attn_mask, is_causal)
+        return self._forward_head(x, False, rows, task_ids)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        params: NormParams | None = None,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]] | dict[str, Any]:
+        """timm's `forward_intermediates`, with `params`: features after the chosen blocks, and the final ones.
+
+        Args:
+            x: images (B, C, H, W).
+            indices: last n blocks if an int, all if None, else these.
+            return_prefix_tokens: also return class and register tokens.
+            norm: apply the final norm, with each sample's row, to the intermediates.
+            stop_early: run no block after the last one chosen.
+            output_fmt: "NCHW" or "NLC".
+            intermediates_only: return only the intermediates.
+            output_dict: return a dictionary, with timm's keys.
+            attn_mask: mask of scaled_dot_product_attention.
+            is_causal: causal attention.
+            params: rows for this batch.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f'output_fmt must be "NCHW" or "NLC", got {output_fmt!r}')
+        rows, task_ids = self._rows(x, params)
+        take, last = feature_take_indices(len(self.blocks), indices)
+        height, width = x.shape[-2:]
+        x, delta, taken = self._embed(x, rows, task_ids), None, []
+        for i in range(last + 1 if stop_early else len(self.blocks)):
+            x, delta = self._run_block(i, x, delta, rows, task_ids, attn_mask, is_causal)
+            if i in take:
+                x, delta = x + delta, None
+                taken.append(self._final_norm(x, None, rows, task_ids) if norm else x)
+        prefix = [tokens[:, : self.num_prefix_tokens] for tokens in taken] if self.num_prefix_tokens else None
+        taken = [tokens[:, self.num_prefix_tokens :] for tokens in taken]
+        if output_fmt == "NCHW":
+            grid = self.patch_embed.dynamic_feat_size((height, width))
+            taken = [tokens.transpose(1, 2).unflatten(2, grid).contiguous() for tokens in taken]
+        final = None if intermediates_only else self._final_norm(x, delta, rows, task_ids)
+        return _pack(taken, prefix if return_prefix_tokens else None, final, output_dict)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | list[int] | tuple[int, ...] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        attn_mask: Tensor | None = None,
+        params: NormParams | None = None,
+    ) -> list[Tensor]:
+        """timm's DINO-style interface to `forward_intermediates`, with `params`."""
+        return self.forward_intermediates(
+            x,
+            n,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+            attn_mask=attn_mask,
+            params=params,
+        )
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """timm's pruning of unused layers; rows made for the whole encoder stay valid, their extra layers unused."""
+        specs = self._specs
+        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        self.set_modulate(specs[0].modulate)
+        self._specs += specs
+        return take
+
+
+class HyperFeatures(FeatureGetterNet):
+    """timm's features_only wrapper, whose forward passes `params` on."""
+
+    def forward(self, x: Tensor, params: NormParams | None = None) -> list[Tensor]:
+        """Images (B, C, H, W) to the list of feature maps, by default (B, D, H', W')."""
+        return self.model.forward_intermediates(
+            x,
+            indices=self.out_indices,
+            norm=self.norm,
+            output_fmt=self.output_fmt,
+            intermediates_only=True,
+            params=params,
+        )
+
+
+def _pack(taken, prefix, final, output_dict):
+    """timm's return forms of forward_intermediates."""
+    if output_dict:
+        out = {"image_intermediates": taken}
+        if prefix is not None:
+            out["image_intermediates_prefix"] = prefix
+        if final is not None:
+            out["image_features"] = final
+        return out
+    if prefix is not None:
+        taken = list(zip(taken, prefix))
+    return taken if final is None else (final, taken)
+
+
+def _to_hyper(model: nn.Module, modulate: Iterable[str]) -> nn.Module:
+    """Change the classes of a timm VisionTransformer's parts, in place: modules, names and weights stay."""
+    if isinstance(model, FeatureGetterNet) and isinstance(model.model, VisionTransformer):
+        _to_hyper(model.model, modulate)
+        model.__class__ = HyperFeatures
+        return model
+    if type(model) not in (VisionTransformer, HyperViT):
+        raise ValueError(f"model must be a timm VisionTransformer, got {type(model).__name__}")
+    for block in model.blocks:
+        if type(block) not in (Block, HyperBlock):
+            raise ValueError(
+                f"block_fn must be timm's pre-norm Block, got {type(block).__name__}: parallel and post-norm blocks "
+                "have no residual add before a norm to fuse"
+            )
+    for block in model.blocks:
+        block.__class__ = HyperBlock
+    model.__class__ = HyperViT
+    model.set_modulate(modulate)
+    return model
+
+
+def _register(name: str) -> None:
+    """Register hyper_<name> with timm: timm's own entry point and pretrained weights, then the change of class."""
+
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _to_hyper(model_entrypoint(name)(pretrained=pretrained, **kwargs), DEFAULT_MODULATE)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = f"hyper_{name}"
+    entrypoint.__doc__ = f"HyperViT with the architecture and pretrained weights of timm's {name}."
+    globals()[entrypoint.__name__] = entrypoint
+    default_cfgs[entrypoint.__name__] = cfgs = copy.deepcopy(timm_cfgs[name])
+    for tag, cfg in cfgs.cfgs.items():
+        if cfg.hf_hub_id == "timm/":  # timm would complete it with our name
+            cfgs.cfgs[tag] = replace(cfg, hf_hub_id=f"timm/{name}.{tag}")
+    register_model(entrypoint)
+
+
+default_cfgs: dict[str, Any] = {}
+__all__ = ["HyperBlock", "HyperFeatures", "HyperViT"]
+_UNFUSABLE = ("*_xp_*", "*_18x2_*", "*_rpn_*")  # parallel and post-norm blocks
+for _name in list_models(
+    ["vit_tiny_*", "vit_small_*", "vit_base_*"], module="vision_transformer", exclude_filters=list(_UNFUSABLE)
+):
+    _register(_name)
