@@ -1,0 +1,33 @@
+# make demo and make test each create the environment they need in .venv, from any Python 3.10+, and reuse it.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test test-kernels lint clean
+
+demo: $(VENV)/demo.stamp
+	$(VENV)/bin/hyperclip demo
+
+test: $(VENV)/test.stamp lint
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+
+# The compiled kernels, executed on the CPU, and the guarded interpreter: TOOLS is a folder with ptxsim and interp_guard.
+test-kernels: $(VENV)/test.stamp
+	PYTHONPATH=$(TOOLS) HYPERCLIP_PTXSIM=sm_80 $(RUN) -m pytest tests/test_layer_norm.py
+	PYTHONPATH=$(TOOLS) HYPERCLIP_PTXSIM=sm_90 $(RUN) -m pytest tests/test_layer_norm.py
+	PYTHONPATH=$(TOOLS) HYPERCLIP_GUARD=1 $(RUN) -m pytest tests/test_layer_norm.py
+
+lint: $(VENV)/test.stamp
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hyperclip_fast needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/%.stamp: setup.py pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

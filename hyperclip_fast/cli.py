@@ -1,0 +1,212 @@
+"""The command line: hyperclip demo | classify | train | evaluate | specialize."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EPILOG = """examples:
+  hyperclip demo
+  hyperclip classify photos/ --labels "cat,dog,parrot"
+  hyperclip classify photo.jpg --tasks tasks.yaml --json
+  hyperclip train --config configs/demo.yaml --out runs/demo
+  hyperclip evaluate --model runs/demo/model
+  hyperclip specialize --labels "cat,dog" --out cat_or_dog/
+
+A task is a list of class names. A tasks file maps names of tasks to lists of class names, in YAML or JSON:
+  {"pets": ["cat", "dog"], "food": ["pizza", "sushi", "salad"]}
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; bad input ends with a message and exit status 2, not with a traceback."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"hyperclip {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hyperclip",
+        description="One small image encoder, adapted to any task by its class names; any mix of tasks in one batch.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    _add_demo(commands)
+    _add_classify(commands)
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_specialize(commands)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="DIR", help="a trained model's folder or hub id; default: the demo model")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps, ...; default: %(default)s")
+
+
+def _add_demo(commands) -> None:
+    text = "classify a mixed batch of pictures the model has never seen, and draw it"
+    parser = commands.add_parser("demo", help=text, description=text)
+    _add_model(parser)
+    parser.add_argument("--out", metavar="PNG", default="demo.png", help="contact sheet; default: %(default)s")
+    parser.set_defaults(run=_demo)
+
+
+def _add_classify(commands) -> None:
+    text = "classify image files against tasks; every image is scored in every task, in mixed batches"
+    parser = commands.add_parser("classify", help=text, description=text)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--labels", metavar="A,B,C", help="the class names of one task")
+    what.add_argument("--tasks", metavar="FILE", help="YAML or JSON: names of tasks with their class names")
+    parser.add_argument("--topk", type=int, default=3, metavar="N", help="classes to show; default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="B", help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print JSON, one object an image and task")
+    _add_model(parser)
+    parser.set_defaults(run=_classify)
+
+
+def _add_train(commands) -> None:
+    text = "train a model on OpenMoji pictures and digits; a run that was stopped goes on where it was"
+    parser = commands.add_parser("train", help=text, description=text)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML with the sections model and train")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the run's folder: log, checkpoint, model")
+    parser.add_argument("--steps", type=int, metavar="N", help="in place of the config's")
+    parser.add_argument("--seed", type=int, metavar="N", help="in place of the config's")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.set_defaults(run=_train)
+
+
+def _add_evaluate(commands) -> None:
+    text = "accuracy on held-out names, by task: with the right class set, the base row and another task's row"
+    parser = commands.add_parser("evaluate", help=text, description=text)
+    _add_model(parser)
+    parser.add_argument("--classes", type=int, default=10, metavar="K", help="names a task; default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_evaluate)
+
+
+def _add_specialize(commands) -> None:
+    text = "bake one task into a plain timm model that needs no hypernetwork and no text tower"
+    parser = commands.add_parser("specialize", help=text, description=text)
+    parser.add_argument("--labels", required=True, metavar="A,B,C", help="the task's class names")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    _add_model(parser)
+    parser.set_defaults(run=_specialize)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from hyperclip_fast.demo import run
+
+    run(args.out, args.model, args.device)
+
+
+def _labels(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"--labels must be class names separated by commas, got {text!r}")
+    return names
+
+
+def read_tasks(path: str | Path) -> dict[str, list[str]]:
+    """Tasks by name from a YAML or JSON file.
+
+    Raises:
+        ValueError: if the file is not a mapping of names to lists of class names.
+    """
+    import yaml
+
+    try:
+        tasks = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--tasks must be a YAML or JSON file, {path} is not: {error}") from error
+    good = isinstance(tasks, dict) and all(
+        isinstance(names, list) and names and all(isinstance(name, str) for name in names) for names in tasks.values()
+    )
+    if not good or not tasks:
+        raise ValueError(f'--tasks must map names to lists of class names, as in {{"pets": ["cat", "dog"]}}: {path}')
+    return {str(task): names for task, names in tasks.items()}
+
+
+def _classify(args: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from hyperclip_fast.data import find_images, load_image
+    from hyperclip_fast.demo import load_model
+    from hyperclip_fast.task_bank import TaskBank
+
+    tasks = {"labels": _labels(args.labels)} if args.labels else read_tasks(args.tasks)
+    if args.batch_size < 1 or args.topk < 1:
+        raise ValueError(f"--batch-size and --topk must be at least 1, got {args.batch_size} and {args.topk}")
+    files = find_images(args.images)
+    model = load_model(args.model, args.device)
+    bank = TaskBank(model)
+    bank.add_many(tasks)
+    size = model.image.patch_embed.img_size[0]
+    work = [(file, task) for file in files for task in tasks]
+    if not args.json:
+        print(f"{'image':<40}{'task':<20}predictions")
+    for start in tqdm(range(0, len(work), args.batch_size), desc="classify", unit="batch", disable=None):
+        part = work[start : start + args.batch_size]
+        loaded = {file: load_image(file, size) for file in dict.fromkeys(file for file, _ in part)}
+        images = torch.stack([loaded[file] for file, _ in part]).to(args.device)
+        for (file, _), prediction in zip(part, bank.classify(images, [task for _, task in part], args.topk)):
+            _print_prediction(file, prediction, args.json)
+
+
+def _print_prediction(file: Path, prediction, as_json: bool) -> None:
+    ranked = dict(zip(prediction.names, (round(p, 4) for p in prediction.probabilities)))
+    if as_json:
+        print(json.dumps({"image": str(file), "task": prediction.task, "predictions": ranked}, ensure_ascii=False))
+    else:
+        text = "  ".join(f"{name} {share:.0%}" for name, share in ranked.items())
+        print(f"{str(file)[-38:]:<40}{prediction.task:<20}{text}")
+
+
+def _train(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from hyperclip_fast.training import Trainer, load_config
+
+    model_config, config = load_config(args.config)
+    changes = {"steps": args.steps, "seed": args.seed}
+    config = replace(config, **{name: value for name, value in changes.items() if value is not None})
+    Trainer(model_config, config, args.out, device=args.device).train()
+    print(f"The model: {Path(args.out) / 'model'}")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from hyperclip_fast.data import load_pictures
+    from hyperclip_fast.demo import load_model, table
+    from hyperclip_fast.evaluation import held_out_tasks, swap_test
+
+    if args.classes < 2:
+        raise ValueError(f"--classes must be at least 2, got {args.classes}")
+    tasks = held_out_tasks(load_pictures(), args.classes)
+    results = swap_test(load_model(args.model, args.device), tasks)
+    print(json.dumps(results, indent=2) if args.json else table(tasks, results))
+
+
+def _specialize(args: argparse.Namespace) -> None:
+    from hyperclip_fast.demo import load_model
+    from hyperclip_fast.export import save_specialized
+
+    labels = _labels(args.labels)
+    save_specialized(load_model(args.model, args.device), labels, args.out)
+    print(f"A plain timm model for {len(labels)} classes: {args.out}")
+    print(f'  load it with timm.create_model("local-dir:{args.out}", pretrained=True); classes.safetensors scores it')
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Zero-shot accuracy of mixed batches, and the swap test: what the *right* class names are worth.
+
+The same images are scored against their own classes with the encoder adapted to the right class set, to another
+task's, or not at all (the base row). Only the norm row differs: the drop from right to wrong is what conditioning does.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyperclip_fast.data import Pictures, to_rgb
+from hyperclip_fast.hyperclip import HyperCLIP
+from hyperclip_fast.norm_params import NormParams
+
+ROWS = ("right", "base", "wrong")
+
+
+@dataclass(frozen=True)
+class EvalTask:
+    """Pictures and the class names they are to be told apart by.
+
+    Args:
+        name: of the task.
+        class_names: K names.
+        images: (M, 4, S, S) uint8 RGBA.
+        labels: (M,) index into class_names.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    images: Tensor
+    labels: Tensor
+
+
+def held_out_tasks(pictures: Pictures, classes: int = 10, min_classes: int = 4, seed: int = 0) -> list[EvalTask]:
+    """The held-out pictures as tasks of at most `classes` names, each of one group.
+
+    A group with more held-out names gives several tasks of about equal size ("animals 1", "animals 2", ...); one with
+    fewer than `min_classes` gives none.
+    """
+    held = pictures.subset(pictures.held_out)
+    generator = torch.Generator().manual_seed(seed)
+    tasks = []
+    for group in sorted(set(held.groups)):
+        ids = [i for i in held.labels.unique().tolist() if held.groups[i] == group]
+        if len(ids) < min_classes:
+            continue
+        ids = [ids[i] for i in torch.randperm(len(ids), generator=generator).tolist()]
+        parts = -(-len(ids) // classes)
+        for part in range(parts):
+            name = group if parts == 1 else f"{group} {part + 1}"
+            tasks.append(_task(held, name, ids[part::parts]))
+    return tasks
+
+
+def _task(pictures: Pictures, name: str, ids: Sequence[int]) -> EvalTask:
+    place = torch.full((len(pictures.names),), -1)
+    place[list(ids)] = torch.arange(len(ids))
+    labels = place[pictures.labels]
+    return EvalTask(name, tuple(pictures.names[i] for i in ids), pictures.images[labels >= 0], labels[labels >= 0])
+
+
+@torch.inference_mode()
+def predict(
+    model: HyperCLIP,
+    tasks: Sequence[EvalTask],
+    row: str = "right",
+    batch_size: int = 128,
+    image_size: int | None = None,
+) -> list[Tensor]:
+    """Best class of every image of every task; batches mix the tasks.
+
+    Args:
+        model: in eval mode.
+        tasks: what to classify.
+        row: "right": each task's own row; "wrong": the row of the task half the list away; "base": the base row.
+        batch_size: images in a forward pass.
+        image_size: side the model takes; None: the pictures' own.
+
+    Returns:
+        A tensor (M_t,) of class indices for each task.
+
+    Raises:
+        ValueError: for another word in `row`, or "wrong" with fewer than two tasks.
+    """
+    if row not in ROWS:
+        raise ValueError(f"row must be one of {ROWS}, got {row!r}")
+    features, mask = model.stack_tasks([task.class_names for task in tasks])
+    classes = model.project_text(features)
+    params = _rows(model, features, mask, row)
+    task_ids = torch.cat([torch.full((len(task.images),), t) for t, task in enumerate(tasks)]).to(model.device)
+    images = torch.cat([task.images for task in tasks])
+    best = []
+    for start in range(0, len(images), batch_size):
+        ids = task_ids[start : start + batch_size]
+        batch = to_rgb(images[start : start + batch_size]).to(model.device)
+        if image_size and image_size != batch.shape[-1]:
+            batch = torch.nn.functional.interpolate(batch, image_size, mode="bilinear", antialias=True)
+        scores = torch.einsum("be,bke->bk", model.encode_image(batch, params[ids]), classes[ids])
+        best.append(scores.masked_fill(~mask[ids], -torch.inf).argmax(1).cpu())
+    return list(torch.cat(best).split([len(task.images) for task in tasks]))
+
+
+def _rows(model: HyperCLIP, features: Tensor, mask: Tensor, row: str) -> NormParams:
+    params = model.rows(features, mask)
+    if row == "base":
+        base = model.image.base_params
+        return NormParams(base.spec, base.table.expand(len(features), -1))
+    if row == "wrong":
+        if len(features) < 2:
+            raise ValueError(f'row "wrong" needs another task, got {len(features)} task')
+        return NormParams(params.spec, params.table.roll(len(features) // 2, 0))
+    return params
+
+
+def accuracy(tasks: Sequence[EvalTask], predictions: Sequence[Tensor]) -> dict[str, float]:
+    """Share of right predictions of each task."""
+    return {
+        task.name: float((task.labels == best).float().mean()) for task, best in zip(tasks, predictions, strict=True)
+    }
+
+
+def mean_accuracy(accuracies: Mapping[str, float]) -> float:
+    """The mean over tasks, each counting the same."""
+    return sum(accuracies.values()) / len(accuracies)
+
+
+def swap_test(model: HyperCLIP, tasks: Sequence[EvalTask], batch_size: int = 128) -> dict[str, dict[str, float]]:
+    """Accuracy by task, for each of the rows "right", "base" and "wrong"."""
+    training = model.training
+    model.eval()
+    size = model.config.img_size
+    result = {row: accuracy(tasks, predict(model, tasks, row, batch_size, size)) for row in ROWS}
+    model.train(training)
+    return result

@@ -1,0 +1,263 @@
+"""HyperCLIP: text tower + hypernetwork + image encoder, trained end to end with SigLIP's loss (arXiv 2412.16777).
+
+    class names -> text features (T, K, E_text) -> hypernetwork -> rows -> encoder(images, rows) -> (B, E)
+                                    '-> projection -> class embeddings (T, K, E) -> similarity within each task
+
+The hypernetwork reads the text features before projection. The base row is the encoder's own norm weights, live: they
+train through the rows, and there is one copy of them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import chain
+
+import timm
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from hyperclip_fast.hyper_vit import HyperViT
+from hyperclip_fast.hypernetwork import HyperNetwork, pad_classes
+from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams
+from hyperclip_fast.text import TextTower, create_text_tower
+
+
+@dataclass
+class HyperCLIPConfig:
+    """What a HyperCLIP is built from; stored flat as config.json.
+
+    Args:
+        image_tower: name of a timm VisionTransformer.
+        img_size: image side in pixels; None, here and in the next four: as the named tower has it.
+        patch_size: patch side in pixels.
+        width: D.
+        depth: blocks.
+        num_heads: H.
+        global_pool: pooling of the tokens.
+        drop_path_rate: stochastic depth while training.
+        modulate: name patterns of the generated norm layers.
+        embed_dim: E, the space that images and class names share.
+        text_tower: see `text.create_text_tower`.
+        train_text: train the text tower, too; a frozen one is built at first use and never saved.
+        templates: prompt templates, averaged in embedding space; empty: the bare name.
+        text_dim: width of the text features; None: asked of the text tower.
+        hyper_width: width of the hypernetwork.
+        hyper_depth: its blocks.
+        hyper_heads: its attention heads.
+        hyper_pool: its read-out, "cross" or "mean".
+        hyper_bottleneck: its last hidden width.
+        learned_tokens: control, see HyperNetwork.
+        conditioned: False leaves the hypernetwork out: plain SigLIP, the baseline.
+        init_logit_scale: logarithm of the first temperature; the paper's ln 10.
+        init_logit_bias: the paper's -10, made for large batches.
+    """
+
+    image_tower: str = "vit_tiny_patch16_224"
+    img_size: int | None = None
+    patch_size: int | None = None
+    width: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    global_pool: str | None = None
+    drop_path_rate: float | None = None
+    modulate: tuple[str, ...] = DEFAULT_MODULATE
+    embed_dim: int = 256
+    text_tower: str = "minilm"
+    train_text: bool = False
+    templates: tuple[str, ...] = ()
+    text_dim: int | None = None
+    hyper_width: int = 256
+    hyper_depth: int = 2
+    hyper_heads: int = 4
+    hyper_pool: str = "cross"
+    hyper_bottleneck: int = 64
+    learned_tokens: int = 0
+    conditioned: bool = True
+    init_logit_scale: float = math.log(10)
+    init_logit_bias: float = -10.0
+
+    def __post_init__(self):
+        self.modulate, self.templates = tuple(self.modulate), tuple(self.templates)
+
+    def timm_kwargs(self) -> dict[str, int | float | str]:
+        """Arguments of timm.create_model that differ from the named tower's own; its head is the projection to E."""
+        names = {"width": "embed_dim"}
+        keys = ("img_size", "patch_size", "width", "depth", "num_heads", "global_pool", "drop_path_rate")
+        kwargs = {names.get(key, key): getattr(self, key) for key in keys if getattr(self, key) is not None}
+        return {**kwargs, "num_classes": self.embed_dim}
+
+
+class HyperCLIP(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="hyperclip_fast",
+    license="apache-2.0",
+    tags=["zero-shot-image-classification", "hyperclip"],
+):
+    """A small image encoder that adapts to a task given only the task's class names.
+
+    `from_pretrained`, `save_pretrained` and `push_to_hub` write and read safetensors and config.json.
+
+    Args:
+        config: see HyperCLIPConfig.
+    """
+
+    def __init__(self, config: HyperCLIPConfig):
+        super().__init__()
+        if isinstance(config, dict):
+            config = config_from_dict(config)
+        self.config = config
+        self.image = HyperViT.from_timm(config.image_tower, modulate=config.modulate, **config.timm_kwargs())
+        self._frozen_text: list[TextTower] = []  # a list, so that it is no submodule: neither saved nor trained
+        self.text = self._create_text_tower() if config.train_text else None
+        if config.text_dim is None:
+            config.text_dim = self.text_tower.dim
+        self.text_projection = nn.Linear(config.text_dim, config.embed_dim, bias=False)
+        self.hypernetwork = self._create_hypernetwork() if config.conditioned else None
+        self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
+        self.logit_bias = nn.Parameter(torch.tensor(config.init_logit_bias))
+
+    def _create_text_tower(self) -> TextTower:
+        config = self.config
+        return create_text_tower(config.text_tower, trainable=config.train_text, templates=config.templates)
+
+    def _create_hypernetwork(self) -> HyperNetwork:
+        config = self.config
+        return HyperNetwork(
+            self.image.norm_spec,
+            text_dim=config.text_dim,
+            width=config.hyper_width,
+            depth=config.hyper_depth,
+            num_heads=config.hyper_heads,
+            pool=config.hyper_pool,
+            bottleneck=config.hyper_bottleneck,
+            learned_tokens=config.learned_tokens,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.logit_scale.device
+
+    @property
+    def text_tower(self) -> TextTower:
+        """The text tower; a frozen one is built here, at its first use."""
+        if self.text is not None:
+            return self.text
+        if not self._frozen_text:
+            self._frozen_text.append(self._create_text_tower())
+        return self._frozen_text[0]
+
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Texts to features (K, E_text), before projection: what the hypernetwork reads."""
+        tower = self.text_tower
+        if self.text is None:
+            tower.to(self.device)
+        return tower.encode(texts)
+
+    def project_text(self, text_features: Tensor) -> Tensor:
+        """Text features (..., E_text) to class embeddings (..., E) of length 1."""
+        return F.normalize(self.text_projection(text_features), dim=-1)
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Class names to class embeddings (K, E) of length 1: the classifier's weights."""
+        return self.project_text(self.text_features(texts))
+
+    def encode_image(self, images: Tensor, params: NormParams | None = None) -> Tensor:
+        """Images (B, 3, S, S) to embeddings (B, E) of length 1; each with its own row where `params` is given."""
+        return F.normalize(self.image(images, params), dim=-1)
+
+    def stack_tasks(self, tasks: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+        """Class names of T tasks to text features (T, K, E_text) and mask (T, K); every text is encoded once.
+
+        Raises:
+            ValueError: if there is no task, a task has no class, or is a string rather than a list of them.
+        """
+        check_tasks(tasks)
+        unique = {text: i for i, text in enumerate(dict.fromkeys(chain.from_iterable(tasks)))}
+        features = self.text_features(list(unique))
+        return pad_classes([features[[unique[text] for text in task]] for task in tasks])
+
+    def rows(self, text_features: Tensor, mask: Tensor | None = None) -> NormParams:
+        """Text features (T, K, E_text) and mask (T, K) to one row a task; the base row for all where unconditioned."""
+        base = self.image.base_params
+        if self.hypernetwork is None:
+            return NormParams(base.spec, base.table.expand(len(text_features), -1))
+        return self.hypernetwork(text_features, mask, base)
+
+    def adapt(self, tasks: Sequence[Sequence[str]]) -> NormParams:
+        """One row for each list of class names: one pass of text tower and hypernetwork, no training.
+
+        Raises:
+            ValueError: as `stack_tasks`.
+        """
+        return self.rows(*self.stack_tasks(tasks))
+
+    @torch.no_grad()
+    def specialize(self, class_names: Sequence[str]) -> nn.Module:
+        """A plain timm model, in eval mode, that holds this task's row; its output is the (B, E) image embedding.
+
+        Score it against `encode_text(class_names)`.
+
+        Raises:
+            ValueError: for no class names.
+        """
+        params = self.adapt([class_names])
+        model = timm.create_model(self.config.image_tower, **self.config.timm_kwargs())
+        model.load_state_dict({**self.image.state_dict(), **params.state_dict(0)})
+        return model.to(self.device).eval()
+
+    def forward(
+        self,
+        images: Tensor,
+        classes: Sequence[Sequence[str]] | Tensor,
+        task_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Embed a mixed batch and the classes of its tasks.
+
+        Args:
+            images: (B, 3, S, S).
+            classes: class names of T tasks, or their text features (T, K, E_text).
+            task_ids: (B,) task of each image; None: one task for all, or image b in task b.
+            mask: (T, K) bool, for text features with padding.
+
+        Returns:
+            image_features (B, E) and text_features (T, K, E) of length 1, mask (T, K), logit_scale (the factor, not its
+            logarithm) and logit_bias.
+        """
+        if not isinstance(classes, Tensor):
+            classes, mask = self.stack_tasks(classes)
+        params = self.rows(classes, mask)
+        if task_ids is not None:
+            params = params[task_ids]
+        return {
+            "image_features": self.encode_image(images, params),
+            "text_features": self.project_text(classes),
+            "mask": torch.ones(classes.shape[:2], dtype=torch.bool, device=classes.device) if mask is None else mask,
+            "logit_scale": self.logit_scale.exp(),
+            "logit_bias": self.logit_bias,
+        }
+
+
+def check_tasks(tasks: Sequence[Sequence[str]]) -> None:
+    """Raise ValueError unless `tasks` is a non-empty list of non-empty lists of class names."""
+    if isinstance(tasks, str) or not len(tasks):
+        raise ValueError(f"tasks must be a non-empty list of lists of class names, got {tasks!r}")
+    for task in tasks:
+        if isinstance(task, str) or not len(task) or not all(isinstance(name, str) and name.strip() for name in task):
+            raise ValueError(f"a task must be a non-empty list of non-empty class names, got {task!r}")
+
+
+def config_from_dict(values: dict) -> HyperCLIPConfig:
+    """A config from config.json's content.
+
+    Raises:
+        ValueError: for a key that is no field.
+    """
+    known = {field.name for field in fields(HyperCLIPConfig)}
+    if unknown := set(values) - known:
+        raise ValueError(f"config has unknown keys {sorted(unknown)}, expected some of {sorted(known)}")
+    return HyperCLIPConfig(**values)

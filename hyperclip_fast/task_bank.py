@@ -1,0 +1,238 @@
+"""TaskBank: named tasks, each a row of norm parameters with class embeddings and names; any mix of them in one batch.
+
+Adding a task costs one pass of text tower and hypernetwork, and no training. `classify` runs the encoder once over all
+images, each with its own task's row, and scores each image against its own task's classes only.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hyperclip_fast.hyperclip import HyperCLIP
+from hyperclip_fast.hypernetwork import pad_classes
+from hyperclip_fast.norm_params import NormParams, load_safetensors, save_safetensors
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The best classes of one image.
+
+    Args:
+        task: the task it was scored in.
+        names: class names, best first.
+        probabilities: their softmax probabilities within the task.
+    """
+
+    task: str
+    names: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+class TaskBank:
+    """Named tasks of one HyperCLIP.
+
+    Args:
+        model: the model that made, or will make, the rows; put in eval mode. It must not change afterwards.
+        chunk: tasks adapted in one pass by `add_many`.
+    """
+
+    def __init__(self, model: HyperCLIP, chunk: int = 64):
+        self.model, self.chunk = model.eval(), chunk
+        self._index: dict[str, int] = {}  # task -> place in the lists below
+        self._classes: list[tuple[str, ...]] = []
+        self._embeddings: list[Tensor] = []  # (K_t, E) each
+        spec = model.image.norm_spec
+        self._table = torch.empty(
+            0, spec.num_params, device=model.device
+        )  # grows by doubling; the first len(self) rows
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __contains__(self, task: str) -> bool:
+        return task in self._index
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in the order they were added."""
+        return tuple(self._index)
+
+    def classes(self, task: str) -> tuple[str, ...]:
+        """Class names of a task."""
+        return self._classes[self._find(task)]
+
+    def class_embeddings(self, task: str) -> Tensor:
+        """Class embeddings (K, E) of a task."""
+        return self._embeddings[self._find(task)]
+
+    @property
+    def params(self) -> NormParams:
+        """All rows; index it with `task_ids` to get a batch's."""
+        return NormParams(self.model.image.norm_spec, self._table[: len(self)])
+
+    def task_ids(self, tasks: Sequence[str]) -> Tensor:
+        """Row (B,) of each named task.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        return torch.tensor([self._find(task) for task in tasks], dtype=torch.int64, device=self.model.device)
+
+    def add(self, task: str, class_names: Sequence[str]) -> None:
+        """Add a task, or replace the one of that name.
+
+        Raises:
+            ValueError: for an empty name or class list.
+        """
+        self.add_many({task: class_names})
+
+    @torch.inference_mode()
+    def add_many(self, tasks: Mapping[str, Sequence[str]]) -> None:
+        """Add or replace many tasks, `chunk` of them in a pass. Nothing changes if one of them is refused.
+
+        Raises:
+            ValueError: for an empty name or class list.
+        """
+        for task in tasks:
+            if not isinstance(task, str) or not task.strip():
+                raise ValueError(f"task must be a non-empty name, got {task!r}")
+        names, made = list(tasks), []
+        for start in range(0, len(names), self.chunk):
+            features, mask = self.model.stack_tasks([tasks[name] for name in names[start : start + self.chunk]])
+            embeddings = self.model.project_text(features)
+            table = self.model.rows(features, mask).table
+            made += [(row, kept[real].clone()) for row, kept, real in zip(table, embeddings, mask)]
+        for name, (row, embeddings) in zip(names, made):
+            self._put(name, tuple(tasks[name]), row, embeddings)
+
+    def remove(self, task: str) -> None:
+        """Remove a task; the last row moves into its place.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        hole, last = self._find(task), len(self) - 1
+        moved = next(name for name, i in self._index.items() if i == last)
+        self._table[hole] = self._table[last]
+        self._classes[hole], self._embeddings[hole] = self._classes[last], self._embeddings[last]
+        self._classes.pop()
+        self._embeddings.pop()
+        self._index[moved] = hole
+        del self._index[task]
+
+    @torch.inference_mode()
+    def classify(self, images: Tensor, tasks: Sequence[str], topk: int = 1) -> list[Prediction]:
+        """Classify a mixed batch in one forward pass, each image against its own task's classes.
+
+        Args:
+            images: (B, 3, S, S), as the model was trained on them.
+            tasks: name of each image's task.
+            topk: classes to report at most.
+
+        Raises:
+            ValueError: for an unknown task, another number of tasks than images, or topk < 1.
+        """
+        if isinstance(tasks, str) or len(tasks) != len(images):
+            raise ValueError(f"tasks must name a task for each of {len(images)} images, got {tasks!r}")
+        if topk < 1:
+            raise ValueError(f"topk must be at least 1, got {topk}")
+        if not len(images):
+            return []
+        logits = self.logits(images, tasks)
+        probabilities, order = logits.softmax(-1).topk(min(topk, logits.shape[1]), dim=-1)
+        predictions = []
+        for task, values, indices in zip(tasks, probabilities.tolist(), order.tolist()):
+            classes = self.classes(task)
+            keep = min(topk, len(classes))
+            names = tuple(classes[i] for i in indices[:keep])
+            predictions.append(Prediction(task, names, tuple(values[:keep])))
+        return predictions
+
+    @torch.inference_mode()
+    def logits(self, images: Tensor, tasks: Sequence[str]) -> Tensor:
+        """Scaled similarities (B, K) of each image with its own task's classes, -inf beyond a smaller task's classes.
+
+        Raises:
+            ValueError: for an unknown task.
+        """
+        ids = self.task_ids(tasks)
+        features = self.model.encode_image(images, self.params[ids])
+        used, place = ids.unique(return_inverse=True)
+        classes, mask = pad_classes([self._embeddings[i] for i in used.tolist()])
+        scores = torch.einsum("be,bke->bk", features, classes[place].to(features.dtype))
+        return (self.model.logit_scale.exp() * scores + self.model.logit_bias).masked_fill(~mask[place], -torch.inf)
+
+    def save(self, path: str | Path) -> None:
+        """Write every task into one safetensors file (beside, then renamed)."""
+        if not len(self):
+            raise ValueError("the bank must hold a task to be saved, it is empty")
+        order = [self._index[task] for task in self.tasks]
+        metadata = {
+            "tasks": json.dumps({task: self._classes[i] for task, i in zip(self.tasks, order)}),
+            "norm_spec": self.model.image.norm_spec.to_json(),
+            "model": fingerprint(self.model),
+        }
+        tensors = {
+            "table": self._table[order].cpu(),
+            "class_embeddings": torch.cat([self._embeddings[i] for i in order]).cpu(),
+        }
+        save_safetensors(tensors, path, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, model: HyperCLIP) -> "TaskBank":
+        """Read what `save` wrote, for the same model.
+
+        Raises:
+            ValueError: if the file is no bank, is cut short, or was made by another model.
+        """
+        tensors, metadata = load_safetensors(path)
+        if missing := {"tasks", "norm_spec", "model"} - set(metadata):
+            raise ValueError(f"path must be a saved TaskBank, {path} lacks {sorted(missing)}")
+        if metadata["model"] != fingerprint(model):
+            raise ValueError(f"path must hold a bank made by this model, {path} was made by another one")
+        tasks = {task: tuple(classes) for task, classes in json.loads(metadata["tasks"]).items()}
+        table, embeddings = tensors["table"], tensors["class_embeddings"]
+        sizes = [len(classes) for classes in tasks.values()]
+        if len(table) != len(tasks) or len(embeddings) != sum(sizes):
+            raise ValueError(
+                f"path must hold {len(tasks)} rows and {sum(sizes)} class embeddings, "
+                f"{path} has {len(table)} and {len(embeddings)}"
+            )
+        bank = cls(model)
+        bank._index = {task: i for i, task in enumerate(tasks)}
+        bank._classes = list(tasks.values())
+        bank._embeddings = list(embeddings.to(model.device).split(sizes))
+        bank._table = table.to(model.device)
+        return bank
+
+    def _find(self, task: str) -> int:
+        if task not in self._index:
+            known = ", ".join(list(self._index)[:8]) or "none"
+            raise ValueError(f"task must be one of the bank's {len(self)} tasks ({known}...), got {task!r}")
+        return self._index[task]
+
+    def _put(self, task: str, classes: tuple[str, ...], row: Tensor, embeddings: Tensor) -> None:
+        if task not in self._index:
+            if len(self) == len(self._table):
+                room = self._table.new_zeros(max(8, len(self)), self._table.shape[1])
+                self._table = torch.cat([self._table, room])
+            self._index[task] = len(self)
+            self._classes.append(())
+            self._embeddings.append(embeddings)
+        place = self._index[task]
+        self._table[place] = row
+        self._classes[place], self._embeddings[place] = classes, embeddings
+
+
+def fingerprint(model: HyperCLIP) -> str:
+    """A hash of everything that makes rows and embeddings: a bank fits no other model."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
