@@ -22,7 +22,7 @@ def siglip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tens
         ValueError: for other shapes.
     """
     try:
-        from open_clip import SigLipLoss
+        from open_clip.loss import SigLipLoss
     except ImportError as error:
         raise ImportError("siglip_loss needs open_clip: pip install hyperclip_fast[train]") from error
     if image_features.dim() != 3 or image_features.shape != text_features.shape:

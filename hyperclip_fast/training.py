@@ -179,7 +179,7 @@ class Trainer:
 
     def loss(self, batch: TaskBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """SigLIP loss of a batch, and its accuracy within the tasks."""
-        images = augment(batch.images, generator, self.sampler.flip(batch)).to(self.device)
+        images = augment(batch.images, generator, batch.can_flip).to(self.device)
         size = self.model.config.img_size
         if size and size != images.shape[-1]:
             images = torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
