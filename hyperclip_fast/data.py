@@ -260,14 +260,16 @@ def _write_cache(path: Path, images: Tensor, labels: Tensor, names: Sequence[str
 def _render_openmoji(size: int, progress: bool) -> tuple[Tensor, Tensor, tuple[str, ...], tuple[str, ...]]:
     """Every emoji in colour, and as a line drawing where no other name has the same lines (as hearts and flags have).
 
-    Of names with the same colour picture, as flags that several countries share, only the first is kept.
+    Of names with the same colour picture, as flags that several countries share, only the shortest is kept.
     """
     tqdm = _require("tqdm").tqdm
     coloured, drawn = {}, {}  # picture to (name, group); line drawing to names
-    for name, group, path in tqdm(_openmoji_files(), desc="rendering pictures", unit="name", disable=not progress):
+    files = sorted(_openmoji_files(), key=lambda file: len(file[0]))
+    for name, group, path in tqdm(files, desc="rendering pictures", unit="name", disable=not progress):
         svg = path.read_text(encoding="utf-8")
         coloured.setdefault(_render(svg, size), (name, group))
         drawn.setdefault(_render(_lines_only(svg), size), []).append(name)
+    drawn.pop(bytes(4 * size * size), None)  # no lines at all
     lines = {users[0]: line for line, users in drawn.items() if len(users) == 1 and line not in coloured}
     images, labels = [], []
     for label, (picture, (name, group)) in enumerate(coloured.items()):
@@ -532,7 +534,7 @@ def load_image(path: str | Path, size: int) -> Tensor:
     """
     image_module, ops = _require("PIL.Image"), _require("PIL.ImageOps")
     try:
-        with warnings.catch_warnings(), image_module.open(path) as image:
+        with image_module.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"path must be an image of at most {MAX_PIXELS} pixels, got {path}: {image.size}")
             upright = _to_rgba(ops.exif_transpose(image))
