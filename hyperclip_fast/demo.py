@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hyperclip_fast.data import load_pictures, to_rgb
 from hyperclip_fast.evaluation import EvalTask, accuracy, held_out_tasks, mean_accuracy, predict
+from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.task_bank import TaskBank
 from hyperclip_fast.timing import interleaved, medians
@@ -86,10 +87,7 @@ def contact_sheet(
     tasks: Sequence[EvalTask], predictions: Sequence[Tensor], path: str | Path, columns: int = 10
 ) -> None:
     """A picture of the batch: a line a task, each image with the predicted name, red with the true one where wrong."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError("the contact sheet needs matplotlib: pip install hyperclip_fast[demo]") from error
+    plt = require("matplotlib.pyplot", "demo")
     figure, axes = plt.subplots(len(tasks), columns, figsize=(1.35 * columns, 1.62 * len(tasks)), squeeze=False)
     for task, best, line in zip(tasks, predictions, axes):
         for axis in line:

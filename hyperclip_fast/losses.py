@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from hyperclip_fast.extras import require
+
 
 def siglip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
     """open_clip's SigLipLoss within each task, averaged over the tasks.
@@ -21,15 +23,11 @@ def siglip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tens
     Raises:
         ValueError: for other shapes.
     """
-    try:
-        from open_clip.loss import SigLipLoss
-    except ImportError as error:
-        raise ImportError("siglip_loss needs open_clip: pip install hyperclip_fast[train]") from error
     if image_features.dim() != 3 or image_features.shape != text_features.shape:
         raise ValueError(
             f"image_features and text_features must be (G, K, E), got {tuple(image_features.shape)} and "
             f"{tuple(text_features.shape)}"
         )
-    loss = SigLipLoss()
+    loss = require("open_clip.loss", "clip").SigLipLoss()
     pairs = zip(image_features, text_features)
     return sum(loss(images, texts, logit_scale, logit_bias) for images, texts in pairs) / len(image_features)

@@ -43,7 +43,8 @@ class TaskBank:
 
     def __init__(self, model: HyperCLIP, chunk: int = 64):
         self.model, self.chunk = model.eval(), chunk
-        self._index: dict[str, int] = {}  # task -> place in the lists below
+        self._index: dict[str, int] = {}  # task -> its row in the table, and its place in the lists
+        self._names: list[str] = []
         self._classes: list[tuple[str, ...]] = []
         self._embeddings: list[Tensor] = []  # (K_t, E) each
         spec = model.image.norm_spec
@@ -91,7 +92,7 @@ class TaskBank:
         """
         self.add_many({task: class_names})
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def add_many(self, tasks: Mapping[str, Sequence[str]]) -> None:
         """Add or replace many tasks, `chunk` of them in a pass. Nothing changes if one of them is refused.
 
@@ -117,15 +118,15 @@ class TaskBank:
             ValueError: for an unknown name.
         """
         hole, last = self._find(task), len(self) - 1
-        moved = next(name for name, i in self._index.items() if i == last)
         self._table[hole] = self._table[last]
-        self._classes[hole], self._embeddings[hole] = self._classes[last], self._embeddings[last]
-        self._classes.pop()
-        self._embeddings.pop()
-        self._index[moved] = hole
+        for column in (self._names, self._classes, self._embeddings):
+            column[hole] = column[last]
+            column.pop()
         del self._index[task]
+        if hole < last:
+            self._index[self._names[hole]] = hole
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def classify(self, images: Tensor, tasks: Sequence[str], topk: int = 1) -> list[Prediction]:
         """Classify a mixed batch in one forward pass, each image against its own task's classes.
 
@@ -153,7 +154,7 @@ class TaskBank:
             predictions.append(Prediction(task, names, tuple(values[:keep])))
         return predictions
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, images: Tensor, tasks: Sequence[str]) -> Tensor:
         """Scaled similarities (B, K) of each image with its own task's classes, -inf beyond a smaller task's classes.
 
@@ -205,7 +206,7 @@ class TaskBank:
             )
         bank = cls(model)
         bank._index = {task: i for i, task in enumerate(tasks)}
-        bank._classes = list(tasks.values())
+        bank._names, bank._classes = list(tasks), list(tasks.values())
         bank._embeddings = list(embeddings.to(model.device).split(sizes))
         bank._table = table.to(model.device)
         return bank
@@ -222,6 +223,7 @@ class TaskBank:
                 room = self._table.new_zeros(max(8, len(self)), self._table.shape[1])
                 self._table = torch.cat([self._table, room])
             self._index[task] = len(self)
+            self._names.append(task)
             self._classes.append(())
             self._embeddings.append(embeddings)
         place = self._index[task]

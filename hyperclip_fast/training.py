@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hyperclip_fast.data import Pictures, TaskBatch, TaskSampler, augment, load_pictures
 from hyperclip_fast.evaluation import EvalTask, held_out_tasks, mean_accuracy, swap_test
+from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP, HyperCLIPConfig, config_from_dict
 from hyperclip_fast.losses import siglip_loss
 
@@ -214,10 +215,7 @@ class Trainer:
 
     def train(self) -> HyperCLIP:
         """Train to the last step, logging and saving on the way; returns the model, also written to out/model."""
-        try:
-            from tqdm import tqdm
-        except ImportError as error:
-            raise ImportError("training needs tqdm: pip install hyperclip_fast[train]") from error
+        tqdm = require("tqdm", "train").tqdm
         config, tasks, images, start = self.config, held_out_tasks(self.pictures), 0, time.perf_counter()
         bar = tqdm(initial=self.step, total=config.steps, desc="train", unit="step", dynamic_ncols=True)
         while self.step < config.steps:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hyperclip_fast import data
+from hyperclip_fast import data, image_files, openmoji
 
 SIZE = 32
 
@@ -30,8 +30,8 @@ def pictures(cache_dir):
 @pytest.fixture
 def few(monkeypatch):
     """Only 20 emoji, so that rendering costs nothing."""
-    files = data._openmoji_files()[:20]
-    monkeypatch.setattr(data, "_openmoji_files", lambda: files)
+    files = openmoji._openmoji_files()[:20]
+    monkeypatch.setattr(openmoji, "_openmoji_files", lambda: files)
 
 
 def make_pictures(group_sizes, copies=2):
@@ -144,7 +144,7 @@ def test_cache_is_used_and_rebuilt_when_damaged(few, tmp_path, monkeypatch):
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:1000])
     rebuilt = load()
-    monkeypatch.setattr(data, "_render", None)
+    monkeypatch.setattr(openmoji, "_render", None)
     cached = load()
     for other in (rebuilt, cached):
         assert torch.equal(first.images, other.images) and torch.equal(first.labels, other.labels)
@@ -326,7 +326,7 @@ def save(image, path, **options):
 def test_load_image_fits_and_crops(tmp_path):
     image = Image.new("RGB", (60, 20), "red")
     image.paste("blue", (20, 0, 40, 20))  # the centre square
-    got = data.load_image(save(image, tmp_path / "a.png"), 10)
+    got = image_files.load_image(save(image, tmp_path / "a.png"), 10)
     assert got.shape == (3, 10, 10) and got.dtype == torch.float32
     expected = torch.tensor([-1.0, -1.0, 1.0])[:, None, None].expand(3, 10, 10)
     torch.testing.assert_close(got[:, :, 1:-1], expected[:, :, 1:-1])
@@ -337,10 +337,10 @@ def test_load_image_honours_orientation_and_alpha(tmp_path):
     image.paste("black", (0, 0, 16, 8))  # black above
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
-    got = data.load_image(save(image, tmp_path / "a.jpg", exif=exif, quality=95), 16)
+    got = image_files.load_image(save(image, tmp_path / "a.jpg", exif=exif, quality=95), 16)
     assert got[:, :7].min() > 0.9 and got[:, 9:].max() < -0.9
     clear = save(Image.new("RGBA", (8, 8), (255, 0, 0, 0)), tmp_path / "b.png")
-    assert torch.equal(data.load_image(clear, 8), torch.ones(3, 8, 8))
+    assert torch.equal(image_files.load_image(clear, 8), torch.ones(3, 8, 8))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK", "I;16", "RGB", "RGBA"])
@@ -352,7 +352,7 @@ def test_load_image_reads_any_mode(tmp_path, mode):
         image = grey = grey.point(lambda value: 255 * (value > 99)).convert("1")
     else:
         image = grey.convert("RGB").convert(mode) if mode in ("CMYK", "P") else grey.convert(mode)
-    got = data.load_image(save(image, tmp_path / "a.tif"), 32)
+    got = image_files.load_image(save(image, tmp_path / "a.tif"), 32)
     expected = torch.from_numpy(np.array(grey.convert("L"))).float() / 127.5 - 1
     error = (got.mean(0).mean(1) - expected.mean(1)).abs().max()  # of rows, where the palette's dithering averages out
     assert error < (0.12 if mode == "P" else 0.02)
@@ -366,24 +366,24 @@ def test_load_image_refuses(tmp_path, monkeypatch):
     (tmp_path / "empty.jpg").write_bytes(b"")
     for name in ("cut.png", "text.png", "empty.jpg", "missing.png"):
         with pytest.raises(ValueError, match=f"path must be a whole image file, got .*{name}"):
-            data.load_image(tmp_path / name, 8)
+            image_files.load_image(tmp_path / name, 8)
     whole = save(Image.new("L", (64, 64)), tmp_path / "whole.png")
-    monkeypatch.setattr(data, "MAX_PIXELS", 4000)
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 4000)
     with pytest.raises(ValueError, match="at most 4000 pixels"):
-        data.load_image(whole, 8)
+        image_files.load_image(whole, 8)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own limit answers first
     with pytest.raises(ValueError, match="at most 4000 pixels"):
-        data.load_image(whole, 8)
+        image_files.load_image(whole, 8)
 
 
 def test_find_images(tmp_path):
     for name in ("b.PNG", "sub/a.jpg", "sub/notes.txt", "single.dat"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    names = [path.name for path in data.find_images([tmp_path / "single.dat", tmp_path])]
+    names = [path.name for path in image_files.find_images([tmp_path / "single.dat", tmp_path])]
     assert names == ["single.dat", "b.PNG", "a.jpg"]
-    assert data.find_images(str(tmp_path / "sub")) == [tmp_path / "sub" / "a.jpg"]
+    assert image_files.find_images(str(tmp_path / "sub")) == [tmp_path / "sub" / "a.jpg"]
     (tmp_path / "bare").mkdir()
     for path, why in ((tmp_path / "bare", "empty folder"), (tmp_path / "none", "no such path")):
         with pytest.raises(ValueError, match=why):
-            data.find_images([path])
+            image_files.find_images([path])

@@ -63,7 +63,9 @@ def test_other_names_give_other_rows(pool):
 @pytest.mark.parametrize("pool", ["cross", "mean"])
 def test_every_parameter_and_the_base_get_gradients(pool):
     net, base = trained(pool), BASE.table.clone().requires_grad_()
-    net(*pad_classes([torch.randn(3, 16), torch.randn(5, 16)]), base=NormParams(SPEC, base)).table.square().sum().backward()
+    net(
+        *pad_classes([torch.randn(3, 16), torch.randn(5, 16)]), base=NormParams(SPEC, base)
+    ).table.square().sum().backward()
     silent = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not silent
     assert base.grad.abs().sum() > 0

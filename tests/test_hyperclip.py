@@ -1,0 +1,136 @@
+"""HyperCLIP: rows from names, the identity of a new model, specialised stock models, files."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+from hyperclip_fast.hyperclip import HyperCLIP, config_from_dict
+from hyperclip_fast.losses import siglip_loss
+from hyperclip_fast.norm_params import NormParams
+from tests.towers import HashTower, patch_text_tower, tiny_config, tiny_model
+
+TASKS = [["cat", "dog", "parrot"], ["pizza", "sushi"], ["cat", "car", "tree", "sea"]]
+IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+IDS = torch.tensor([2, 0, 1, 1, 0, 2])
+
+
+@pytest.fixture(autouse=True)
+def _towers(monkeypatch):
+    patch_text_tower(monkeypatch)
+
+
+def test_a_new_model_gives_the_base_row_to_every_task():
+    model = HyperCLIP(tiny_config()).eval()
+    params = model.adapt(TASKS)
+    assert torch.equal(params.table, model.image.base_params.table.expand(3, -1))
+    assert torch.equal(model.encode_image(IMAGES, params[[0, 1, 2, 0, 1, 2]]), model.encode_image(IMAGES, params[IDS]))
+
+
+def test_a_mixed_batch_equals_the_specialised_stock_models():
+    model = tiny_model()
+    with torch.no_grad():
+        mixed = model.image(IMAGES, model.adapt(TASKS)[IDS])
+        for image, task, ours in zip(IMAGES, IDS.tolist(), mixed):
+            stock = model.specialize(TASKS[task])
+            assert type(stock) is timm.models.VisionTransformer
+            assert (stock(image[None])[0] - ours).abs().max() <= 1e-5
+
+
+def test_padding_and_the_other_tasks_do_not_change_a_row():
+    model = tiny_model()
+    with torch.no_grad():
+        together = model.adapt(TASKS).table
+        alone = torch.cat([model.adapt([task]).table for task in TASKS])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    assert (together[0] - together[2]).abs().max() > 1e-3
+
+
+def test_every_text_is_encoded_once():
+    model = tiny_model()
+    model.stack_tasks(TASKS)
+    features, mask = model.stack_tasks(TASKS)
+    assert model.text_tower.calls == 2
+    assert mask.tolist() == [[True] * 3 + [False], [True] * 2 + [False] * 2, [True] * 4]
+    assert torch.equal(features[0, 0], features[2, 0])
+
+
+def test_forward_from_names_and_from_features_agree():
+    model = tiny_model()
+    with torch.no_grad():
+        by_name = model(IMAGES, TASKS, IDS)
+        features, mask = model.stack_tasks(TASKS)
+        by_feature = model(IMAGES, features, IDS, mask)
+    assert set(by_name) == {"image_features", "text_features", "mask", "logit_scale", "logit_bias"}
+    for key, value in by_name.items():
+        assert torch.equal(value, by_feature[key]), key
+    assert torch.equal(by_name["logit_scale"], model.logit_scale.exp())
+    norms = torch.cat([by_name["image_features"].norm(dim=-1), by_name["text_features"].norm(dim=-1)[by_name["mask"]]])
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+
+
+@pytest.mark.parametrize("train_text", [False, True])
+def test_gradients_reach_every_part(train_text):
+    model = tiny_model(train_text=train_text)
+    model.train()
+    out = model(IMAGES, [["a", "b", "c"], ["d", "e", "f"]], torch.tensor([0, 0, 0, 1, 1, 1]))
+    images = out["image_features"].unflatten(0, (2, 3))
+    siglip_loss(images, out["text_features"], out["logit_scale"], out["logit_bias"]).backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert silent == []
+    assert any(name.startswith("text.") for name, _ in model.named_parameters()) == train_text
+
+
+def test_siglip_loss_against_its_equation_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (torch.randn(3, 4, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    scale, bias = torch.tensor(5.0, dtype=torch.float64), torch.tensor(-3.0, dtype=torch.float64)
+    logits = scale * torch.einsum("gie,gje->gij", images, texts) + bias
+    sign = 2 * torch.eye(4, dtype=torch.float64) - 1
+    expected = torch.log1p(torch.exp(-sign * logits)).sum((1, 2)).mean() / 4
+    torch.testing.assert_close(siglip_loss(images, texts, scale, bias), expected)
+    with pytest.raises(ValueError, match="must be \\(G, K, E\\)"):
+        siglip_loss(images[0], texts[0], scale, bias)
+
+
+def test_unconditioned_model_ignores_the_names():
+    model = HyperCLIP(tiny_config(conditioned=False)).eval()
+    assert torch.equal(model.adapt(TASKS).table, model.image.base_params.table.expand(3, -1))
+    assert not any("hypernetwork" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("options", [{}, {"hyper_pool": "mean"}, {"train_text": True}, {"conditioned": False}])
+def test_save_and_load(tmp_path, options):
+    model = tiny_model(**options)
+    model.save_pretrained(tmp_path / "model")
+    assert {"config.json", "model.safetensors"} <= {file.name for file in (tmp_path / "model").iterdir()}
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["width"] == 32 and config["text_dim"] == HashTower.dim
+    assert not any(isinstance(value, dict) for value in config.values())
+    loaded = HyperCLIP.from_pretrained(str(tmp_path / "model")).eval()
+    assert loaded.config == model.config
+    with torch.no_grad():
+        first, second = model(IMAGES, TASKS, IDS), loaded(IMAGES, TASKS, IDS)
+    assert torch.equal(first["image_features"], second["image_features"])
+    assert torch.equal(first["text_features"], second["text_features"])
+
+
+def test_a_frozen_text_tower_is_neither_saved_nor_needed_for_known_rows(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path)
+    monkeypatch.setattr("hyperclip_fast.hyperclip.create_text_tower", lambda *_, **__: pytest.fail("tower was built"))
+    model = HyperCLIP.from_pretrained(str(tmp_path)).eval()
+    assert not any(name.startswith("text.") for name in model.state_dict())
+    base = model.image.base_params
+    assert model.encode_image(IMAGES, NormParams(base.spec, base.table)).shape == (6, 16)
+
+
+@pytest.mark.parametrize("tasks", [[], [[]], "cat", ["cat", "dog"], [["cat"], []], [["cat", 3]], [["cat", " "]]])
+def test_refused_tasks(tasks):
+    with pytest.raises(ValueError, match="task"):
+        tiny_model().adapt(tasks)
+
+
+def test_refused_config():
+    with pytest.raises(ValueError, match="unknown keys \\['colour'\\]"):
+        config_from_dict({"colour": "red"})

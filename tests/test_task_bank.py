@@ -1,0 +1,128 @@
+"""TaskBank: any mix of named tasks in one pass equals each task alone; nothing bad changes its state."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hyperclip_fast.task_bank import TaskBank
+from tests.towers import patch_text_tower, tiny_model
+
+TASKS = {"pets": ["cat", "dog", "parrot"], "food": ["pizza", "sushi"], "one": ["thing"], "many": list("abcdefg")}
+IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def bank(monkeypatch):
+    patch_text_tower(monkeypatch)
+    bank = TaskBank(tiny_model(), chunk=3)
+    bank.add_many(TASKS)
+    return bank
+
+
+def expected(bank, image, task):
+    """Probabilities of one image by the specialised stock model and plain softmax."""
+    model = bank.model
+    with torch.no_grad():
+        feature = torch.nn.functional.normalize(model.specialize(TASKS[task])(image[None]), dim=-1)
+        logits = model.logit_scale.exp() * feature @ model.encode_text(TASKS[task]).T + model.logit_bias
+    return logits.softmax(-1)[0]
+
+
+@settings(max_examples=10, deadline=None)
+@given(names=st.lists(st.sampled_from(sorted(TASKS)), min_size=1, max_size=8))
+def test_a_mixed_batch_equals_each_image_in_its_own_task(names):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        patch_text_tower(monkeypatch)
+        bank = TaskBank(tiny_model())
+        bank.add_many(TASKS)
+        predictions = bank.classify(IMAGES[: len(names)], names, topk=10)
+        for image, task, prediction in zip(IMAGES, names, predictions):
+            probabilities = expected(bank, image, task)
+            assert prediction.task == task
+            assert sorted(prediction.names) == sorted(TASKS[task])
+            shares = torch.tensor([prediction.probabilities[prediction.names.index(name)] for name in TASKS[task]])
+            torch.testing.assert_close(shares, probabilities, atol=1e-5, rtol=1e-4)
+            assert list(prediction.probabilities) == sorted(prediction.probabilities, reverse=True)
+
+
+def test_one_forward_pass_for_any_mix(bank, monkeypatch):
+    calls = []
+    monkeypatch.setattr(bank.model.image, "forward", lambda *args: calls.append(1) or torch.randn(8, 16))
+    bank.classify(IMAGES, ["pets", "food", "one", "many"] * 2)
+    assert len(calls) == 1
+
+
+def test_topk_is_bounded_by_each_task(bank):
+    sizes = [len(p.names) for p in bank.classify(IMAGES[:4], ["pets", "food", "one", "many"], topk=3)]
+    assert sizes == [3, 2, 1, 3]
+    assert bank.classify(IMAGES[:0], []) == []
+
+
+def test_remove_and_update(bank):
+    before = {task: bank.params.table[bank.task_ids([task])].clone() for task in bank.tasks}
+    bank.remove("food")
+    assert set(bank.tasks) == {"pets", "one", "many"} and len(bank) == 3 and "food" not in bank
+    for task in bank.tasks:
+        assert torch.equal(bank.params.table[bank.task_ids([task])], before[task])
+        assert bank.classes(task) == tuple(TASKS[task])
+        assert len(bank.class_embeddings(task)) == len(TASKS[task])
+    bank.add("pets", ["wolf", "fox"])
+    assert len(bank) == 3 and bank.classes("pets") == ("wolf", "fox")
+    assert not torch.equal(bank.params.table[bank.task_ids(["pets"])], before["pets"])
+    for task in list(bank.tasks):
+        bank.remove(task)
+    assert len(bank) == 0
+
+
+def test_thousands_of_tasks(bank):
+    bank.chunk = 64
+    bank.add_many({f"task {i}": [f"name {i}", f"other {i}"] for i in range(2000)})
+    assert len(bank) == 2004
+    alone = bank.model.adapt([["name 1234", "other 1234"]]).table
+    torch.testing.assert_close(bank.params.table[bank.task_ids(["task 1234"])], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_save_and_load(bank, tmp_path):
+    bank.remove("pets")  # so that the table's order is not the order of adding
+    path = tmp_path / "tasks.safetensors"
+    bank.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["tasks.safetensors"]
+    loaded = TaskBank.load(path, bank.model)
+    assert loaded.tasks == bank.tasks
+    names = ["many", "one", "food", "many"]
+    assert loaded.classify(IMAGES[:4], names, 5) == bank.classify(IMAGES[:4], names, 5)
+    loaded.add("new", ["x", "y"])
+    assert len(loaded) == 4
+
+
+def test_files_that_are_refused(bank, tmp_path):
+    path = tmp_path / "tasks.safetensors"
+    bank.save(path)
+    whole = path.read_bytes()
+    with torch.no_grad():
+        bank.model.logit_bias.add_(1)
+    with pytest.raises(ValueError, match="made by another one"):
+        TaskBank.load(path, bank.model)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="whole safetensors file"):
+        TaskBank.load(path, bank.model)
+    bank.model.image.base_params.save(path)
+    with pytest.raises(ValueError, match="must be a saved TaskBank"):
+        TaskBank.load(path, bank.model)
+
+
+def test_bad_input_changes_nothing(bank):
+    table, tasks = bank.params.table.clone(), bank.tasks
+    for wrong in ({"new": ["a"], "": ["b"]}, {"new": ["a"], "bad": []}, {"new": "cat"}, {"new": ["a", 3]}):
+        with pytest.raises(ValueError, match="task"):
+            bank.add_many(wrong)
+    with pytest.raises(ValueError, match="got 'birds'"):
+        bank.remove("birds")
+    with pytest.raises(ValueError, match="got 'birds'"):
+        bank.classify(IMAGES[:2], ["pets", "birds"])
+    with pytest.raises(ValueError, match="a task for each of 2 images"):
+        bank.classify(IMAGES[:2], ["pets"])
+    with pytest.raises(ValueError, match="topk must be"):
+        bank.classify(IMAGES[:1], ["pets"], topk=0)
+    assert bank.tasks == tasks and torch.equal(bank.params.table, table)
