@@ -1,5 +1,7 @@
 """The demo: held-out pictures of many tasks in one batch, one forward pass, by the checkpoint shipped here."""
 
+import contextlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +27,8 @@ def load_model(path: str | Path | None = None, device: str | torch.device = "cpu
     path = Path(path or DEMO_MODEL)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"model must be a folder with config.json and model.safetensors, or a hub id, got {path}")
-    return HyperCLIP.from_pretrained(str(path)).to(device).eval()
+    with contextlib.redirect_stdout(sys.stderr):  # the hub's loader prints there, where JSON may follow
+        return HyperCLIP.from_pretrained(str(path)).to(device).eval()
 
 
 def choose_tasks(tasks: Sequence[EvalTask], per_task: int = 10, seed: int = 0) -> list[EvalTask]:
