@@ -195,7 +195,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.classes < 2:
         raise ValueError(f"--classes must be at least 2, got {args.classes}")
     tasks = held_out_tasks(load_pictures(), args.classes)
-    results = swap_test(load_model(args.model, args.device), tasks)
+    results = swap_test(load_model(args.model, args.device), tasks, progress=True)
     print(json.dumps(results, indent=2) if args.json else table(tasks, results))
 
 

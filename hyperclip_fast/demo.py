@@ -83,7 +83,10 @@ def speeds(
         "stock timm model, one task for all": lambda: stock(images),
         "stock timm models, one pass a task": lambda: [encoder(part) for encoder, part in parts],
     }
-    return {name: len(images) / seconds for name, seconds in medians(interleaved(candidates, repeats)).items()}
+    return {
+        name: len(images) / seconds
+        for name, seconds in medians(interleaved(candidates, repeats, progress=True)).items()
+    }
 
 
 def contact_sheet(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hyperclip_fast.data import Pictures, to_rgb
+from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
 
@@ -69,6 +70,7 @@ def predict(
     row: str = "right",
     batch_size: int = 128,
     image_size: int | None = None,
+    progress: bool = False,
 ) -> list[Tensor]:
     """Best class of every image of every task; batches mix the tasks.
 
@@ -78,6 +80,7 @@ def predict(
         row: "right": each task's own row; "wrong": the row of the task half the list away; "base": the base row.
         batch_size: images in a forward pass.
         image_size: side the model takes; None: the pictures' own.
+        progress: show a bar.
 
     Returns:
         A tensor (M_t,) of class indices for each task.
@@ -93,7 +96,8 @@ def predict(
     task_ids = torch.cat([torch.full((len(task.images),), t) for t, task in enumerate(tasks)]).to(model.device)
     images = torch.cat([task.images for task in tasks])
     best = []
-    for start in range(0, len(images), batch_size):
+    starts = range(0, len(images), batch_size)
+    for start in require("tqdm", "train").tqdm(starts, desc=f"row: {row}", unit="batch") if progress else starts:
         ids = task_ids[start : start + batch_size]
         batch = to_rgb(images[start : start + batch_size]).to(model.device)
         if image_size and image_size != batch.shape[-1]:
@@ -127,11 +131,13 @@ def mean_accuracy(accuracies: Mapping[str, float]) -> float:
     return sum(accuracies.values()) / len(accuracies)
 
 
-def swap_test(model: HyperCLIP, tasks: Sequence[EvalTask], batch_size: int = 128) -> dict[str, dict[str, float]]:
+def swap_test(
+    model: HyperCLIP, tasks: Sequence[EvalTask], batch_size: int = 128, progress: bool = False
+) -> dict[str, dict[str, float]]:
     """Accuracy by task, for each of the rows "right", "base" and "wrong"."""
     training = model.training
     model.eval()
     size = model.config.img_size
-    result = {row: accuracy(tasks, predict(model, tasks, row, batch_size, size)) for row in ROWS}
+    result = {row: accuracy(tasks, predict(model, tasks, row, batch_size, size, progress)) for row in ROWS}
     model.train(training)
     return result

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import torch
 
+from hyperclip_fast.extras import require
+
 
 def interleaved(
-    candidates: dict[str, Callable[[], object]], repeats: int = 20, warmup: int = 2
+    candidates: dict[str, Callable[[], object]], repeats: int = 20, warmup: int = 2, progress: bool = False
 ) -> dict[str, list[float]]:
     """Seconds of each call, the candidates taking turns.
 
@@ -16,6 +18,7 @@ def interleaved(
         candidates: functions by name; on CUDA each call is synchronised.
         repeats: timed calls of each.
         warmup: calls of each before the first that counts.
+        progress: show a bar.
 
     Returns:
         `repeats` times in seconds by name.
@@ -25,7 +28,8 @@ def interleaved(
         for function in candidates.values():
             function()
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats):
+    rounds = require("tqdm", "train").trange(repeats, desc="timing", unit="round") if progress else range(repeats)
+    for _ in rounds:
         for name, function in candidates.items():
             sync()
             start = time.perf_counter()
