@@ -154,13 +154,12 @@ def _classify(args: argparse.Namespace) -> None:
     model = load_model(args.model, args.device)
     bank = TaskBank(model)
     bank.add_many(tasks)
-    size = model.image.patch_embed.img_size[0]
     work = [(file, task) for file in files for task in tasks]
     if not args.json:
         print(f"{'image':<40}{'task':<20}predictions")
     for start in tqdm(range(0, len(work), args.batch_size), desc="classify", unit="batch", disable=None):
         part = work[start : start + args.batch_size]
-        loaded = {file: load_image(file, size) for file in dict.fromkeys(file for file, _ in part)}
+        loaded = {file: load_image(file, model.image_size) for file in dict.fromkeys(file for file, _ in part)}
         images = torch.stack([loaded[file] for file, _ in part]).to(args.device)
         for (file, _), prediction in zip(part, bank.classify(images, [task for _, task in part], args.topk)):
             _print_prediction(file, prediction, args.json)

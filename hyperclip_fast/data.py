@@ -254,6 +254,13 @@ def to_rgb(images: Tensor, background: int = 255) -> Tensor:
     return (rgba[:, :3] * alpha + (background / 255) * (1 - alpha)) * 2 - 1
 
 
+def resize(images: Tensor, size: int) -> Tensor:
+    """Images (B, 3, S, S) to side `size`, antialiased; as they are where that is S."""
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+
 def _unit_rgba(images: Tensor) -> Tensor:
     """RGBA in [0, 1] (B, 4, S, S) float32."""
     if images.dim() != 4 or images.shape[1] != 4 or images.dtype != torch.uint8:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hyperclip_fast.data import load_pictures, to_rgb
+from hyperclip_fast.data import load_pictures, resize, to_rgb
 from hyperclip_fast.evaluation import EvalTask, accuracy, held_out_tasks, mean_accuracy, predict
 from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP
@@ -126,15 +126,10 @@ def run(out: str | Path = "demo.png", model: str | Path | None = None, device: s
     count, classes = len(names), sum(len(task.class_names) for task in tasks)
     print(f"\n{count} pictures that no training step saw, {len(tasks)} tasks, {classes} class names, one forward pass.")
     print("The encoder's norm row comes from the right class names, is the base row, or another task's (wrong).\n")
-    size = clip.config.img_size
-    predictions = {
-        row: predict(clip, tasks, row, batch_size=count, image_size=size) for row in ("right", "base", "wrong")
-    }
+    predictions = {row: predict(clip, tasks, row, batch_size=count) for row in ("right", "base", "wrong")}
     print(table(tasks, {row: accuracy(tasks, best) for row, best in predictions.items()}))
     contact_sheet(tasks, predictions["right"], out)
-    images = to_rgb(torch.cat([task.images for task in tasks])).to(device)
-    if size and size != images.shape[-1]:
-        images = torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
+    images = resize(to_rgb(torch.cat([task.images for task in tasks])), clip.image_size).to(device)
     print(f"\nimages/s of the encoder, batch of {count}, {torch.get_num_threads()} threads, {device}:")
     for name, value in speeds(clip, bank, images, names).items():
         print(f"  {name:<40}{value:>9.0f}")

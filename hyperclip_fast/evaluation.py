@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperclip_fast.data import Pictures, to_rgb
+from hyperclip_fast.data import Pictures, resize, to_rgb
 from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
@@ -69,7 +69,6 @@ def predict(
     tasks: Sequence[EvalTask],
     row: str = "right",
     batch_size: int = 128,
-    image_size: int | None = None,
     progress: bool = False,
 ) -> list[Tensor]:
     """Best class of every image of every task; batches mix the tasks.
@@ -79,7 +78,6 @@ def predict(
         tasks: what to classify.
         row: "right": each task's own row; "wrong": the row of the task half the list away; "base": the base row.
         batch_size: images in a forward pass.
-        image_size: side the model takes; None: the pictures' own.
         progress: show a bar.
 
     Returns:
@@ -99,9 +97,7 @@ def predict(
     starts = range(0, len(images), batch_size)
     for start in require("tqdm", "train").tqdm(starts, desc=f"row: {row}", unit="batch") if progress else starts:
         ids = task_ids[start : start + batch_size]
-        batch = to_rgb(images[start : start + batch_size]).to(model.device)
-        if image_size and image_size != batch.shape[-1]:
-            batch = torch.nn.functional.interpolate(batch, image_size, mode="bilinear", antialias=True)
+        batch = resize(to_rgb(images[start : start + batch_size]), model.image_size).to(model.device)
         scores = torch.einsum("be,bke->bk", model.encode_image(batch, params[ids]), classes[ids])
         best.append(scores.masked_fill(~mask[ids], -torch.inf).argmax(1).cpu())
     return list(torch.cat(best).split([len(task.images) for task in tasks]))
@@ -137,7 +133,6 @@ def swap_test(
     """Accuracy by task, for each of the rows "right", "base" and "wrong"."""
     training = model.training
     model.eval()
-    size = model.config.img_size
-    result = {row: accuracy(tasks, predict(model, tasks, row, batch_size, size, progress)) for row in ROWS}
+    result = {row: accuracy(tasks, predict(model, tasks, row, batch_size, progress)) for row in ROWS}
     model.train(training)
     return result

@@ -142,6 +142,11 @@ class HyperCLIP(
         return self.logit_scale.device
 
     @property
+    def image_size(self) -> int:
+        """S: the side of the images it takes, in pixels."""
+        return self.image.patch_embed.img_size[0]
+
+    @property
     def text_tower(self) -> TextTower:
         """The text tower; a frozen one is built here, at its first use."""
         if self.text is not None:

@@ -15,7 +15,7 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
-from hyperclip_fast.data import Pictures, TaskBatch, TaskSampler, augment, load_pictures
+from hyperclip_fast.data import Pictures, TaskBatch, TaskSampler, augment, load_pictures, resize
 from hyperclip_fast.evaluation import EvalTask, held_out_tasks, mean_accuracy, swap_test
 from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP, HyperCLIPConfig, config_from_dict
@@ -180,10 +180,7 @@ class Trainer:
 
     def loss(self, batch: TaskBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """SigLIP loss of a batch, and its accuracy within the tasks."""
-        images = augment(batch.images, generator, batch.can_flip).to(self.device)
-        size = self.model.config.img_size
-        if size and size != images.shape[-1]:
-            images = torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
+        images = resize(augment(batch.images, generator, batch.can_flip), self.model.image_size).to(self.device)
         out = self.model(images, self.class_features(batch), batch.task_ids.to(self.device))
         features = out["image_features"].unflatten(0, batch.class_ids.shape)
         loss = siglip_loss(features, out["text_features"], out["logit_scale"], out["logit_bias"])
