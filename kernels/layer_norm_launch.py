@@ -98,12 +98,12 @@ def launch_backward(
     """
     B, N, D = total.shape
     padded, _, (block_n, warps) = tile_config(D)
-    slices = max(1, min(triton.cdiv(N, block_n), triton.cdiv(BACKWARD_PROGRAMS, max(B, 1))))
+    slices = min(triton.cdiv(N, block_n), triton.cdiv(BACKWARD_PROGRAMS, max(B, 1)))
     grad_x = torch.empty(B, N, D, dtype=total.dtype, device=total.device) if need_x else None
     grad_delta = None if delta_dtype is None else torch.empty(B, N, D, dtype=delta_dtype, device=total.device)
     kinds = need_weight + need_bias
     partials = torch.empty(kinds, B, slices, D, dtype=torch.float32, device=total.device) if kinds else None
-    if B:
+    if total.numel():
         _bwd_kernel[(B * slices,)](
             grad_out=grad_out,
             grad_total=grad_total,

@@ -133,15 +133,14 @@ def _is_eager(x: torch.Tensor) -> bool:
     return type(x) is torch.Tensor and not torch.compiler.is_compiling()
 
 
-def _check_fused(x, delta, weight, bias, task_ids) -> None:
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x must be one of {DTYPES} for the Triton kernel, got {x.dtype}")
-    if delta is not None and delta.dtype not in DTYPES:
-        raise ValueError(f"delta must be one of {DTYPES} for the Triton kernel, got {delta.dtype}")
+def _check_fused(x, delta, weight, bias, task_ids, out_dtype) -> None:
+    for name, dtype in (("x", x.dtype), ("delta", x.dtype if delta is None else delta.dtype), ("out_dtype", out_dtype)):
+        if dtype not in DTYPES:
+            raise ValueError(f"{name} must be one of {DTYPES} for the Triton kernel, got {dtype}")
     if not 1 <= x.shape[2] <= MAX_WIDTH:
         raise ValueError(f"x must be (B, N, D) with D in 1..{MAX_WIDTH} for the Triton kernel, got D = {x.shape[2]}")
     if weight.dtype not in (x.dtype, torch.float32):
-        raise ValueError(f"weight must be {x.dtype} (x's dtype) or torch.float32, got {weight.dtype}")
+        raise ValueError(f"weight must be torch.float32 or x's {x.dtype}, got {weight.dtype}")
     for name, tensor in (("delta", delta), ("weight", weight), ("bias", bias), ("task_ids", task_ids)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
@@ -163,7 +162,7 @@ def fused_layer_norm(
     Raises:
         ValueError: for dtypes, widths and devices that the kernels do not take.
     """
-    _check_fused(x, delta, weight, bias, task_ids)
+    _check_fused(x, delta, weight, bias, task_ids, out_dtype)
     if weight.shape[0] == 1:
         task_ids = None
     differentiable = (t for t in (x, delta, weight, bias) if t is not None)

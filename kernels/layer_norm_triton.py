@@ -77,8 +77,8 @@ def _fwd_kernel(
     b_centred = tl.where(m_d[None, :], b_total - b_mean[:, None], 0.0)
     b_rstd = tl.rsqrt(tl.sum(b_centred * b_centred, axis=1) / D + tl.cast(eps, tl.float32))
     if mean is not None:
-        tl.store(mean + b * N + n + o_n, b_mean, mask=m_n)
-        tl.store(rstd + b * N + n + o_n, b_rstd, mask=m_n)
+        tl.store(mean + (b * N + n) + o_n, b_mean, mask=m_n)
+        tl.store(rstd + (b * N + n) + o_n, b_rstd, mask=m_n)
     b_out = b_centred * b_rstd[:, None] * b_weight[None, :] + b_bias[None, :]
     tl.store(out + start + o_tile, b_out.to(out.dtype.element_ty), mask=m_tile)
 
@@ -116,8 +116,8 @@ def _bwd_kernel(
         m_n = n + o_n < N
         m_tile = m_n[:, None] & m_d[None, :]
         start = (b * N + n) * D
-        b_mean = tl.load(mean + b * N + n + o_n, mask=m_n, other=0.0)
-        b_rstd = tl.load(rstd + b * N + n + o_n, mask=m_n, other=0.0)
+        b_mean = tl.load(mean + (b * N + n) + o_n, mask=m_n, other=0.0)
+        b_rstd = tl.load(rstd + (b * N + n) + o_n, mask=m_n, other=0.0)
         b_total = tl.load(total + start + o_tile, mask=m_tile, other=0.0).to(tl.float32)
         b_grad = tl.load(grad_out + start + o_tile, mask=m_tile, other=0.0).to(
             tl.float32
