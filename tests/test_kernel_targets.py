@@ -18,7 +18,7 @@ import pytest
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx942", "gfx950")
 # {activations: widths}; mixed is autocast: float32 residual stream and rows, bfloat16 for what products read and write
-WIDTHS = {"bf16": (64, 192, 384, 768, 1024, 4096), "fp32": (192, 1024, 4096), "mixed": (192, 384, 768)}
+WIDTHS = {"bf16": (64, 128, 192, 384, 768, 2048, 4096, 8192), "fp32": (192, 1024, 4096), "mixed": (192, 384, 768)}
 BYTES = {"*bf16": 2, "*fp32": 4}
 
 
@@ -49,7 +49,7 @@ def specs(width: int, dtype: str) -> dict[str, dict]:
         ),
         "reduce": (launch._reduce_kernel, reduce, reduce_warps, (), ()),
     }
-    if width > 192:
+    if width not in (64, 192):
         del found["reduce"]  # its tiles are the same for every width
     return {name: dict(zip(("fn", "arguments", "warps", "loads", "stores"), spec)) for name, spec in found.items()}
 
