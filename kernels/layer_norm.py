@@ -9,6 +9,11 @@ Shapes: x, delta, out, total (B, N, D); weight, bias (T, D) with any row stride;
 import torch
 import torch.nn.functional as F
 
+from .dispatch import has_triton, use_triton
+
+if has_triton():
+    from .layer_norm_op import fused_layer_norm
+
 
 def layer_norm_reference(
     x: torch.Tensor,
@@ -95,6 +100,8 @@ def layer_norm(
         ValueError: for shapes and dtypes other than these.
     """
     _check(x, weight, bias, task_ids)
+    if use_triton(x):
+        return fused_layer_norm(x, None, weight, bias, task_ids, eps, out_dtype or x.dtype)[0]
     return layer_norm_reference(x, weight, bias, task_ids, eps, out_dtype)
 
 
@@ -125,4 +132,6 @@ def add_layer_norm(
         ValueError: for shapes and dtypes other than these.
     """
     _check(x, weight, bias, task_ids, delta)
+    if use_triton(x):
+        return fused_layer_norm(x, delta, weight, bias, task_ids, eps, out_dtype or x.dtype)
     return add_layer_norm_reference(x, delta, weight, bias, task_ids, eps, out_dtype)

@@ -1,0 +1,155 @@
+"""Launches of the layer norm's kernels: which tiles for which width, what is allocated, which grid."""
+
+import torch
+
+from .layer_norm_triton import _bwd_kernel, _fwd_kernel, _reduce_kernel
+
+MAX_WIDTH = 8192
+BACKWARD_PROGRAMS = 1024  # enough to fill a large GPU; fewer samples than this are cut into slices
+
+# Padded width: (BLOCK_N, warps) forward, (BLOCK_N, warps) backward. At most 32 elements a thread forward, and 16
+# backward, where two float32 accumulators stay alive; nothing spills on any target of tests/test_kernel_targets.py.
+CONFIGS = {
+    64: ((32, 4), (32, 4)),
+    128: ((16, 4), (16, 4)),
+    256: ((8, 4), (8, 4)),
+    512: ((8, 4), (4, 4)),
+    1024: ((4, 4), (2, 4)),
+    2048: ((2, 4), (2, 8)),
+    4096: ((1, 4), (1, 8)),
+    8192: ((1, 8), (1, 16)),
+}
+REDUCE_CONFIG = (64, 32, 4)  # BLOCK_B, BLOCK_D, warps
+
+
+def tile_config(width: int) -> tuple[int, tuple[int, int], tuple[int, int]]:
+    """(padded width, (BLOCK_N, warps) forward, (BLOCK_N, warps) backward) of width D."""
+    padded = 1 << (width - 1).bit_length()
+    return padded, *CONFIGS[max(padded, min(CONFIGS))]
+
+
+def _blocks(count: int, size: int) -> int:
+    return -(-count // size)  # triton.cdiv takes 2 us a call
+
+
+def _row_stride(table: torch.Tensor) -> int:
+    return 0 if table.shape[0] == 1 else table.stride(0)
+
+
+def launch_forward(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    task_ids: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """out (B, N, D), total (B, N, D) or None without delta, mean and rstd (B, N) or None where `keep` is false.
+
+    x and delta are contiguous, weight's and bias's columns too; T is 1 or B where task_ids is None.
+    """
+    B, N, D = x.shape
+    out = torch.empty(B, N, D, dtype=out_dtype, device=x.device)
+    total = None if delta is None else torch.empty(B, N, D, dtype=x.dtype, device=x.device)
+    mean = torch.empty(B, N, dtype=torch.float32, device=x.device) if keep else None
+    rstd = torch.empty(B, N, dtype=torch.float32, device=x.device) if keep else None
+    padded, (block_n, warps), _ = tile_config(D)
+    tiles = _blocks(N, block_n)
+    if x.numel():
+        _fwd_kernel[(B * tiles,)](
+            x=x,
+            delta=delta,
+            weight=weight,
+            bias=bias,
+            task_ids=task_ids,
+            out=out,
+            total=total,
+            mean=mean,
+            rstd=rstd,
+            N=N,
+            T=weight.shape[0],
+            tiles=tiles,
+            weight_stride=_row_stride(weight),
+            bias_stride=_row_stride(bias),
+            eps=eps,
+            D=D,
+            BLOCK_N=block_n,
+            BLOCK_D=padded,
+            num_warps=warps,
+        )
+    return out, total, mean, rstd
+
+
+def launch_backward(
+    grad_out: torch.Tensor,
+    grad_total: torch.Tensor | None,
+    total: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor,
+    task_ids: torch.Tensor | None,
+    need_x: bool,
+    delta_dtype: torch.dtype | None,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """grad_x (B, N, D) of total's dtype, its copy in `delta_dtype`, the rows' gradients (R, T, D): None if not asked.
+
+    R counts the needed ones of weight and bias, in this order. All inputs are contiguous, weight in its columns only.
+    """
+    B, N, D = total.shape
+    padded, _, (block_n, warps) = tile_config(D)
+    slices = min(_blocks(N, block_n), _blocks(BACKWARD_PROGRAMS, max(B, 1)))
+    grad_x = torch.empty(B, N, D, dtype=total.dtype, device=total.device) if need_x else None
+    grad_delta = None if delta_dtype is None else torch.empty(B, N, D, dtype=delta_dtype, device=total.device)
+    kinds = need_weight + need_bias
+    partials = torch.empty(kinds, B, slices, D, dtype=torch.float32, device=total.device) if kinds else None
+    if total.numel():
+        _bwd_kernel[(B * slices,)](
+            grad_out=grad_out,
+            grad_total=grad_total,
+            total=total,
+            mean=mean,
+            rstd=rstd,
+            weight=weight,
+            task_ids=task_ids,
+            grad_x=grad_x,
+            grad_delta=grad_delta,
+            partial_weight=partials[0] if need_weight else None,
+            partial_bias=partials[-1] if need_bias else None,
+            N=N,
+            T=weight.shape[0],
+            slices=slices,
+            weight_stride=_row_stride(weight),
+            D=D,
+            BLOCK_N=block_n,
+            BLOCK_D=padded,
+            num_warps=warps,
+        )
+    return grad_x, grad_delta, _reduce(partials, weight, task_ids) if kinds else None
+
+
+def _reduce(partials: torch.Tensor, weight: torch.Tensor, task_ids: torch.Tensor | None) -> torch.Tensor:
+    """Partials (R, B, S, D) summed to (R, T, D) of weight's dtype, each task's samples in the batch's order."""
+    if task_ids is None:
+        dims = (1, 2) if weight.shape[0] == 1 else 2
+        return partials.sum(dims).view(-1, *weight.shape).to(weight.dtype)
+    kinds, B, slices, D = partials.shape
+    T = weight.shape[0]
+    grads = torch.empty(kinds, T, D, dtype=weight.dtype, device=weight.device)
+    block_b, block_d, warps = REDUCE_CONFIG
+    _reduce_kernel[(T, _blocks(D, block_d), kinds)](
+        partials=partials,
+        task_ids=task_ids,
+        grads=grads,
+        B=B,
+        T=T,
+        slices=slices,
+        D=D,
+        BLOCK_B=block_b,
+        BLOCK_D=block_d,
+        num_warps=warps,
+    )
+    return grads

@@ -1,0 +1,179 @@
+"""The operator behind `layer_norm` and `add_layer_norm`: checks, autograd, torch.compile.
+
+Eager calls go straight to the launches; what traces (torch.compile, export, fake tensors) sees the operators
+`hyperclip_fast::layer_norm` and `hyperclip_fast::layer_norm_backward`, whose gradient is the same code.
+Kept for backward: total (x itself without delta), mean and rstd (B, N) float32; nothing where no backward will come.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .layer_norm_launch import MAX_WIDTH, launch_backward, launch_forward
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _forward(x, delta, weight, bias, task_ids, eps, out_dtype, keep):
+    x, delta, task_ids = x.contiguous(), _contiguous(delta), _contiguous(task_ids)
+    weight, bias = _dense_columns(weight), _dense_columns(bias)
+    with torch.cuda.device_of(x):
+        return launch_forward(x, delta, weight, bias, task_ids, eps, out_dtype, keep)
+
+
+def _backward(grad_out, grad_total, total, mean, rstd, weight, task_ids, need_x, delta_dtype, need_weight, need_bias):
+    grad_out, grad_total, total = grad_out.contiguous(), _contiguous(grad_total), total.contiguous()
+    tensors = (grad_out, grad_total, total, mean, rstd, _dense_columns(weight), _contiguous(task_ids))
+    with torch.cuda.device_of(total):
+        return launch_backward(*tensors, need_x, delta_dtype, need_weight, need_bias)
+
+
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _dense_columns(table: torch.Tensor) -> torch.Tensor:
+    return table if table.stride(1) == 1 else table.contiguous()
+
+
+def _filled(tensors, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """An operator returns tensors only: an empty one stands for None."""
+    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
+
+
+torch.library.define(
+    "hyperclip_fast::layer_norm",
+    "(Tensor x, Tensor? delta, Tensor weight, Tensor bias, Tensor? task_ids, float eps, ScalarType out_dtype, "
+    "bool keep) -> (Tensor out, Tensor total, Tensor mean, Tensor rstd)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "hyperclip_fast::layer_norm_backward",
+    "(Tensor grad_out, Tensor? grad_total, Tensor total, Tensor mean, Tensor rstd, Tensor weight, Tensor? task_ids, "
+    "bool need_x, ScalarType? delta_dtype, bool need_weight, bool need_bias) "
+    "-> (Tensor grad_x, Tensor grad_delta, Tensor grad_rows)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("hyperclip_fast::layer_norm", "default")
+def _forward_op(x, *rest):
+    return _filled(_forward(x, *rest), x)
+
+
+@torch.library.impl("hyperclip_fast::layer_norm_backward", "default")
+def _backward_op(grad_out, *rest):
+    return _filled(_backward(grad_out, *rest), grad_out)
+
+
+@torch.library.register_fake("hyperclip_fast::layer_norm")
+def _forward_fake(x, delta, weight, bias, task_ids, eps, out_dtype, keep):
+    out = x.new_empty(x.shape, dtype=out_dtype)
+    total = None if delta is None else x.new_empty(x.shape)
+    mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) if keep else None for _ in range(2))
+    return _filled((out, total, mean, rstd), x)
+
+
+@torch.library.register_fake("hyperclip_fast::layer_norm_backward")
+def _backward_fake(
+    grad_out, grad_total, total, mean, rstd, weight, task_ids, need_x, delta_dtype, need_weight, need_bias
+):
+    grad_x = total.new_empty(total.shape) if need_x else None
+    grad_delta = None if delta_dtype is None else total.new_empty(total.shape, dtype=delta_dtype)
+    kinds = need_weight + need_bias
+    grad_rows = weight.new_empty(kinds, *weight.shape) if kinds else None
+    return _filled((grad_x, grad_delta, grad_rows), grad_out)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, delta, weight, _, task_ids, _, _, keep = inputs
+    _, total, mean, rstd = output
+    if not keep:
+        raise ValueError("keep must be true where a gradient is wanted, got False")
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x if delta is None else total, mean, rstd, weight, task_ids)
+    ctx.delta_dtype = None if delta is None else delta.dtype
+
+
+@once_differentiable
+def _gradients(ctx, grad_out, grad_total, _grad_mean, _grad_rstd):
+    total, mean, rstd, weight, task_ids = ctx.saved_tensors
+    need_x, need_delta, need_weight, need_bias = ctx.needs_input_grad[:4]
+    if ctx.delta_dtype is None:
+        grad_total = None  # the operator's placeholder for total
+    if grad_out is None:  # only total was used: the gradient of a plain addition
+        grad_delta = None if grad_total is None or not need_delta else grad_total.to(ctx.delta_dtype)
+        return grad_total, grad_delta, *[None] * 6
+    same = need_delta and ctx.delta_dtype == total.dtype
+    delta_dtype = ctx.delta_dtype if need_delta and not same else None
+    backward = _backward if _is_eager(total) else torch.ops.hyperclip_fast.layer_norm_backward
+    tensors = (grad_out, grad_total, total, mean, rstd, weight, task_ids)
+    grad_x, grad_delta, grad_rows = backward(*tensors, need_x or same, delta_dtype, need_weight, need_bias)
+    return (
+        grad_x if need_x else None,
+        (grad_x if same else grad_delta) if need_delta else None,
+        grad_rows[0] if need_weight else None,
+        grad_rows[-1] if need_bias else None,
+        *[None] * 4,
+    )
+
+
+torch.library.register_autograd("hyperclip_fast::layer_norm", _gradients, setup_context=_setup_context)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """The same for eager calls; an own setup_context method would bind arguments by signature, at 30 us a call."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_gradients)
+
+
+def _is_eager(x: torch.Tensor) -> bool:
+    return type(x) is torch.Tensor and not torch.compiler.is_compiling()
+
+
+def _check_fused(x, delta, weight, bias, task_ids, out_dtype) -> None:
+    for name, dtype in (("x", x.dtype), ("delta", x.dtype if delta is None else delta.dtype), ("out_dtype", out_dtype)):
+        if dtype not in DTYPES:
+            raise ValueError(f"{name} must be one of {DTYPES} for the Triton kernel, got {dtype}")
+    if not 1 <= x.shape[2] <= MAX_WIDTH:
+        raise ValueError(f"x must be (B, N, D) with D in 1..{MAX_WIDTH} for the Triton kernel, got D = {x.shape[2]}")
+    if weight.dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"weight must be torch.float32 or x's {x.dtype}, got {weight.dtype}")
+    for name, tensor in (("delta", delta), ("weight", weight), ("bias", bias), ("task_ids", task_ids)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+
+
+def fused_layer_norm(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    task_ids: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`add_layer_norm`, or `layer_norm` where delta is None, by the Triton kernels; the caller has checked the shapes.
+
+    A task id outside [0, T) makes its sample's output NaN: looking at the ids here would synchronise the device.
+
+    Raises:
+        ValueError: for dtypes, widths and devices that the kernels do not take.
+    """
+    _check_fused(x, delta, weight, bias, task_ids, out_dtype)
+    if weight.shape[0] == 1:
+        task_ids = None
+    differentiable = (t for t in (x, delta, weight, bias) if t is not None)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
+    arguments = (x, delta, weight, bias, task_ids, eps, out_dtype, keep)
+    if not _is_eager(x):
+        out, total, _, _ = torch.ops.hyperclip_fast.layer_norm(*arguments)
+    else:
+        out, total, _, _ = _LayerNorm.apply(*arguments) if keep else _forward(*arguments)
+    return out, None if delta is None else total

@@ -1,0 +1,181 @@
+"""What the layer norm's kernels read and write, address by address, counted in Triton's interpreter.
+
+Every element of x, delta, out and total moves exactly once forward, and of d out, d total, total and d x backward.
+"""
+
+import contextlib
+from collections import defaultdict
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers import MODE, allocating, poisoned_empty
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(MODE not in ("interpreter", "guard"), reason="counted in the interpreter")
+
+if MODE in ("interpreter", "guard"):
+    from hyperclip_fast.kernels import layer_norm_launch
+    from hyperclip_fast.kernels.layer_norm import add_layer_norm, layer_norm
+    from hyperclip_fast.kernels.layer_norm_triton import _bwd_kernel, _fwd_kernel
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+class Accesses:
+    """Byte addresses of the unmasked lanes that kernels loaded and stored, duplicates kept."""
+
+    def __init__(self):
+        self.addresses = defaultdict(list)
+
+    def record(self, kind: str, pointers, mask) -> None:
+        lanes = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
+        self.addresses[kind].append(pointers.data[lanes].astype(np.int64).reshape(-1))
+
+    def of(self, kind: str, tensor: torch.Tensor) -> np.ndarray:
+        """Sorted offsets, in elements, of the accesses inside `tensor`."""
+        every = np.concatenate(self.addresses[kind])
+        offsets = every - tensor.data_ptr()
+        inside = (offsets >= 0) & (offsets < tensor.numel() * tensor.element_size())
+        return np.sort(offsets[inside]) / tensor.element_size()
+
+    def total(self, kind: str) -> int:
+        return sum(len(addresses) for addresses in self.addresses[kind])
+
+
+@contextlib.contextmanager
+def accesses(execute: bool = True, first_program: int = 0):
+    """Record all loads and stores; without `execute` none happens (loads give zero), so any address may be computed."""
+    log = Accesses()
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    place = InterpreterBuilder.set_grid_idx
+
+    def recording_load(self, ptrs, mask, *rest):
+        log.record("load", ptrs, mask)
+        if not execute:
+            mask = TensorHandle(np.zeros_like(mask.data), mask.dtype)
+        return load(self, ptrs, mask, *rest)
+
+    def recording_store(self, ptrs, value, mask, *rest):
+        log.record("store", ptrs, mask)
+        return store(self, ptrs, value, mask, *rest) if execute else None
+
+    def shifted_place(self, x, y, z):
+        place(self, x, y, z)
+        self.grid_idx = (x + first_program, y, z)
+
+    with contextlib.ExitStack() as stack:
+        for name, replacement in (
+            ("create_masked_load", recording_load),
+            ("create_masked_store", recording_store),
+            ("set_grid_idx", shifted_place),
+        ):
+            stack.enter_context(mock.patch.object(InterpreterBuilder, name, replacement))
+        yield log
+
+
+def assert_once(log, kind, **tensors):
+    for name, tensor in tensors.items():
+        assert np.array_equal(log.of(kind, tensor), np.arange(tensor.numel())), f"{name}: not one {kind} an element"
+
+
+def assert_never(log, kind, **tensors):
+    for name, tensor in tensors.items():
+        assert len(log.of(kind, tensor)) == 0, f"{name}: unexpected {kind}"
+
+
+B, N, D, T = 3, 37, 40, 4  # tiles with a tail in N and in D
+
+
+@pytest.fixture
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (B, N, D), "delta": (B, N, D), "weight": (T, D), "bias": (T, D)}
+    leaves = {name: torch.randn(shape, generator=generator).requires_grad_() for name, shape in shapes.items()}
+    return leaves, torch.tensor([2, 0, 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_forward_moves_each_element_once(tensors, dtype, triton_backend):
+    leaves, task_ids = tensors
+    x, delta = leaves["x"].detach().to(dtype), leaves["delta"].detach().to(dtype)
+    rows = [leaves[name].detach() for name in ("weight", "bias")]
+    with accesses() as log:
+        out, total = add_layer_norm(x, delta, *rows, task_ids)
+    assert_once(log, "load", x=x, delta=delta)
+    assert_once(log, "store", out=out, total=total)
+    assert_never(log, "load", out=out, total=total)
+    assert log.total("store") == 2 * x.numel()
+    tiles = B * -(-N // layer_norm_launch.tile_config(D)[1][0])
+    assert log.total("load") == 2 * x.numel() + tiles * (1 + 2 * D)  # a task id and two rows a tile
+
+    with accesses() as log:
+        out = layer_norm(x, *rows, task_ids)
+    assert_once(log, "load", x=x)
+    assert_once(log, "store", out=out)
+    assert log.total("store") == x.numel()
+
+
+def test_backward_moves_each_element_once(tensors, triton_backend):
+    leaves, task_ids = tensors
+    allocated = []
+
+    def remembering_empty(*shape, **options):
+        allocated.append(poisoned_empty(*shape, **options))
+        return allocated[-1]
+
+    with allocating(remembering_empty):
+        out, total = add_layer_norm(*leaves.values(), task_ids)
+        heads = torch.randn(B, N, D), torch.randn(B, N, D)
+        kept, allocated = allocated[2:], []
+        with accesses() as log:
+            grads = torch.autograd.grad((out, total), list(leaves.values()), heads)
+    assert_once(log, "load", total=total, grad_out=heads[0], grad_total=heads[1], mean=kept[0], rstd=kept[1])
+    assert_never(log, "load", out=out)
+    assert_once(log, "store", grad_x=grads[0], grad_weight=grads[2], grad_bias=grads[3])
+    partials = next(tensor for tensor in allocated if tensor.dim() == 4)
+    assert_once(log, "store", partials=partials)
+    assert_once(log, "load", partials=partials)
+    assert log.total("store") == total.numel() + partials.numel() + 2 * T * D
+
+
+def test_backward_writes_a_second_copy_only_for_another_dtype(tensors, triton_backend):
+    leaves, task_ids = tensors
+    narrow = {**leaves, "delta": leaves["delta"].detach().half().requires_grad_()}
+    for inputs, copies in ((leaves, 1), (narrow, 2)):
+        frozen = {name: leaf.detach() for name, leaf in inputs.items() if name in ("weight", "bias")}
+        arguments = {**inputs, **frozen}
+        out, _ = add_layer_norm(**arguments, task_ids=task_ids)
+        with accesses() as log:
+            grads = torch.autograd.grad(out.sum(), (inputs["x"], inputs["delta"]))
+        assert_once(log, "store", grad_x=grads[0], grad_delta=grads[1])
+        assert log.total("store") == copies * B * N * D
+
+
+def test_addresses_beyond_two_to_the_31_elements():
+    # The last program of a batch of 2.4e9 elements: nothing is read or written, only the addresses are computed.
+    samples, tokens, width = 3, 2**20, 768
+    block_d, (block_n, _), (back_n, _) = layer_norm_launch.tile_config(width)
+    x, delta, out, total, grad_out, grad_x = (torch.zeros(8, dtype=torch.float16) for _ in range(6))
+    weight, mean, rstd, partial = (torch.zeros(8) for _ in range(4))
+    shared = {"weight": weight, "task_ids": None, "total": total, "mean": mean, "rstd": rstd, "N": tokens, "T": 1}
+    shared |= {"weight_stride": 0, "D": width, "BLOCK_D": block_d}
+    last = np.arange((samples * tokens - block_n) * width, samples * tokens * width)
+    tiles = tokens // block_n
+    with accesses(execute=False, first_program=samples * tiles - 1) as log:
+        options = {"tiles": tiles, "bias_stride": 0, "eps": 1e-6, "BLOCK_N": block_n, **shared}
+        _fwd_kernel[(1,)](x=x, delta=delta, bias=weight, out=out, **options)
+    for kind, tensor in (("load", x), ("load", delta), ("store", out), ("store", total)):
+        assert any(np.array_equal(np.sort(a - tensor.data_ptr()) // 2, last) for a in log.addresses[kind])
+
+    tiles = tokens // back_n
+    last = last[-back_n * width :]
+    with accesses(execute=False, first_program=samples * tiles - 1) as log:
+        gradients = {"grad_out": grad_out, "grad_total": None, "grad_x": grad_x, "grad_delta": None}
+        options = {"partial_weight": partial, "partial_bias": None, "slices": tiles, "BLOCK_N": back_n, **shared}
+        _bwd_kernel[(1,)](**gradients, **options)
+    for kind, tensor in (("load", grad_out), ("load", total), ("store", grad_x)):
+        assert any(np.array_equal(np.sort(a - tensor.data_ptr()) // 2, last) for a in log.addresses[kind])
+    expected = np.arange((samples * tiles - 1) * width, samples * tiles * width)
+    assert any(np.array_equal(np.sort(a - partial.data_ptr()) // 4, expected) for a in log.addresses["store"])
