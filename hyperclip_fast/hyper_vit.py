@@ -54,20 +54,28 @@ def add_norm(
         The normalised sum and the sum, both (B, N, D).
     """
     weight, bias = row
+    if weight is None and not _is_fusable(norm, x):
+        x = x if delta is None else x + delta
+        return norm(x), x
     if weight is None:
-        if type(norm) not in MODULATED_NORMS or norm.weight is None or norm.bias is None:
-            x = x if delta is None else x + delta
-            return norm(x), x
         weight, bias, task_ids = norm.weight.unsqueeze(0), norm.bias.unsqueeze(0), None
     if delta is None:
         return layer_norm(x, weight, bias, task_ids, norm.eps, out_dtype), x
     return add_layer_norm(x, delta, weight, bias, task_ids, norm.eps, out_dtype)
 
 
+def _is_fusable(norm: nn.Module, x: Tensor) -> bool:
+    """Whether a norm with its own weights may skip its forward: on Triton's path, a plain LayerNorm without hooks."""
+    if not use_triton(x) or type(norm) not in MODULATED_NORMS or norm.weight is None or norm.bias is None:
+        return False
+    return not (norm._forward_hooks or norm._forward_pre_hooks)
+
+
 def _product_dtype(x: Tensor) -> torch.dtype:
     """What the next Linear will compute in: written by the norm itself, so that autocast has nothing left to cast."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    casts = torch.is_autocast_enabled(kind) and x.dtype != torch.float64  # autocast leaves float64 as it is
+    return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
 class HyperBlock(Block):
@@ -163,12 +171,12 @@ class HyperViT(VisionTransformer):
             if name not in able or type(self.get_submodule(name)) not in MODULATED_NORMS:
                 kind = type(self.get_submodule(name)).__name__
                 raise ValueError(f"modulate: {name} ({kind}) is not a LayerNorm that HyperViT can modulate")
-        self._specs = (spec,)
+        self._spec, self._is_pruned = spec, False
 
     @property
     def norm_spec(self) -> NormSpec:
         """The generated layers: names, widths, offsets; `norm_spec.num_params` is P."""
-        return self._specs[0]
+        return self._spec
 
     @property
     def base_params(self) -> NormParams:
@@ -181,7 +189,9 @@ class HyperViT(VisionTransformer):
         """Rows by layer name, and the task ids; the reference path gathers each sample's row here, once."""
         if params is None:
             return {}, None
-        if params.spec not in self._specs:
+        if not isinstance(params, NormParams):
+            raise ValueError(f"params must be NormParams, got {type(params).__name__}")
+        if not self._fits(params.spec):
             raise ValueError(
                 f"params must follow this encoder's spec, {len(self.norm_spec.names)} layers and P = "
                 f"{self.norm_spec.num_params}, got {len(params.spec.names)} layers and P = {params.spec.num_params}"
@@ -189,9 +199,17 @@ class HyperViT(VisionTransformer):
         batch = params.num_tasks if params.task_ids is None else params.task_ids.shape[0]
         if batch != x.shape[0] and not (params.task_ids is None and batch == 1):
             raise ValueError(f"params must be for a batch of {x.shape[0]} images, got rows for {batch}")
+        if self._spec == params.spec:  # read first, so that torch.compile sees a module's integers: static ones
+            params = NormParams(self._spec, params.table, params.task_ids)
         if not use_triton(x):
             params = params.gather()
         return dict(zip(params.spec.names, params.layers())), params.task_ids
+
+    def _fits(self, spec: NormSpec) -> bool:
+        """Whether rows of `spec` serve this encoder: its own, or, once pruned, those of the encoder it came from."""
+        if self._spec == spec:
+            return True
+        return self._is_pruned and set(zip(self._spec.names, self._spec.widths)) <= set(zip(spec.names, spec.widths))
 
     def _embed(self, x: Tensor, rows: dict[str, Row], task_ids: Tensor | None) -> Tensor:
         x = self.patch_drop(self._pos_embed(self.patch_embed(x)))
@@ -333,10 +351,9 @@ class HyperViT(VisionTransformer):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """timm's pruning of unused layers; rows made for the whole encoder stay valid, their extra layers unused."""
-        specs = self._specs
         take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        self.set_modulate(specs[0].modulate)
-        self._specs += specs
+        self.set_modulate(self._spec.modulate)
+        self._is_pruned = True
         return take
 
 
@@ -372,10 +389,10 @@ def _pack(taken, prefix, final, output_dict):
 def _to_hyper(model: nn.Module, modulate: Iterable[str]) -> nn.Module:
     """Change the classes of a timm VisionTransformer's parts, in place: modules, names and weights stay."""
     if isinstance(model, FeatureGetterNet) and isinstance(model.model, VisionTransformer):
-        _to_hyper(model.model, modulate)
+        _to_hyper(model.model, modulate)._is_pruned = True  # timm has pruned it: rows of the whole encoder fit
         model.__class__ = HyperFeatures
         return model
-    if type(model) not in (VisionTransformer, HyperViT):
+    if type(model) is not VisionTransformer and not isinstance(model, HyperViT):
         raise ValueError(f"model must be a timm VisionTransformer, got {type(model).__name__}")
     for block in model.blocks:
         if type(block) not in (Block, HyperBlock):
@@ -385,7 +402,8 @@ def _to_hyper(model: nn.Module, modulate: Iterable[str]) -> nn.Module:
             )
     for block in model.blocks:
         block.__class__ = HyperBlock
-    model.__class__ = HyperViT
+    if not isinstance(model, HyperViT):
+        model.__class__ = HyperViT
     model.set_modulate(modulate)
     return model
 

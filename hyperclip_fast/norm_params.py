@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch.utils import _pytree as pytree
 
 DEFAULT_MODULATE = ("blocks.*.norm1", "blocks.*.norm2", "norm", "fc_norm")
@@ -76,7 +76,7 @@ class NormSpec:
         """Column at which each layer's weight starts; its bias starts one width later."""
         return tuple(2 * sum(self.widths[:i]) for i in range(len(self.widths)))
 
-    @property
+    @cached_property
     def num_params(self) -> int:
         """P: the length of a row."""
         return 2 * sum(self.widths)
@@ -111,7 +111,7 @@ class NormSpec:
         try:
             fields = json.loads(text)
             return cls(fields["names"], fields["widths"], fields["modulate"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"text must be a NormSpec in JSON, got {text[:80]!r}") from error
 
 
@@ -177,7 +177,7 @@ class NormParams:
         """Write table, task ids and spec into one safetensors file (beside, then renamed)."""
         tensors = {"table": self.table.detach().cpu().contiguous()}
         if self.task_ids is not None:
-            tensors["task_ids"] = self.task_ids.cpu()
+            tensors["task_ids"] = self.task_ids.cpu().contiguous()
         save_safetensors(tensors, path, {"norm_spec": self.spec.to_json()})
 
     @classmethod
@@ -203,6 +203,10 @@ pytree.register_pytree_node(
     lambda params: ([params.table, params.task_ids], params.spec),
     lambda leaves, spec: _unflatten(spec, *leaves),
     serialized_type_name="hyperclip_fast.NormParams",
+    flatten_with_keys_fn=lambda params: (
+        [(pytree.GetAttrKey("table"), params.table), (pytree.GetAttrKey("task_ids"), params.task_ids)],
+        params.spec,
+    ),
     to_dumpable_context=lambda spec: spec.to_json(),
     from_dumpable_context=NormSpec.from_json,
 )
@@ -236,7 +240,7 @@ def save_safetensors(tensors: dict[str, torch.Tensor], path: str | Path, metadat
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, beside, metadata=metadata)
+        beside.write_bytes(serialize(tensors, metadata))  # safetensors' save_file makes files that only we may read
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
