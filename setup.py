@@ -33,7 +33,7 @@ setup(
     package_data={"hyperclip_fast": ["assets/**/*"]},
     install_requires=[
         "torch>=2.8",
-        "timm>=1.0.20",
+        "timm>=1.0.26",
         "einops>=0.7",
         "safetensors>=0.4.3",
         "huggingface_hub>=0.24",

@@ -79,7 +79,7 @@ def test_pretrained_loading_goes_through_timm(tmp_path, kind):
         from safetensors.torch import save_file
 
         save_file(source.state_dict(), path)
-    kwargs = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}, "depth": 1}
+    kwargs = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path), "custom_load": False}, "depth": 1}
     for more in ({}, {"num_classes": 0, "img_size": 96}):
         stock = timm.create_model("vit_tiny_patch16_224", **kwargs, **more)
         for vit in (

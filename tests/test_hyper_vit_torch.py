@@ -172,6 +172,21 @@ def test_compile_with_dynamic_batch_and_no_recompilation(backend, option):
     assert len(frames) == 1
 
 
+def test_compile_keeps_the_widths_static():
+    """Only B and T are symbols: a symbol for each width would cost guards on every call and slower kernels."""
+    _, vit = hyper_pair(depth=1)
+    symbols = []
+
+    def backend(graph, inputs):
+        symbols.extend(value for value in inputs if isinstance(value, torch.SymInt))
+        return graph
+
+    images, rows, ids = next(batches(vit.norm_spec))
+    torch._dynamo.reset()
+    torch.compile(vit, fullgraph=True, dynamic=True, backend=backend)(images, rows[ids])
+    assert {int(symbol) for symbol in symbols} == {len(ids), rows.num_tasks}
+
+
 def test_compile_takes_rows_indexed_inside():
     _, vit = hyper_pair()
     run, counter = compiled(lambda images, rows, ids: vit(images, rows[ids]))
