@@ -12,6 +12,7 @@ from torch import nn
 
 from hyperclip_fast import HyperViT, NormParams, NormSpec
 
+from .helpers import DEVICE, assert_close, kernel_run
 from .vit_cases import (
     OPTIONS,
     SMALL,
@@ -210,6 +211,30 @@ def test_gradients_are_those_of_the_stock_models(option):
     assert grads.keys() == sums.keys() - replaced
     for name, grad in grads.items():
         assert (grad - sums[name]).abs().max() <= 1e-11 * scale, name
+
+
+@pytest.mark.parametrize("option", ["avg", "layer_scale"])
+def test_triton_path_agrees_with_the_stock_models(option, triton_backend):
+    """The kernels inside the encoder, own weights and rows, forward and backward; the reference is float64."""
+    stock, vit = hyper_pair(option, img_size=16)
+    vit = vit.to(DEVICE)
+    images, ids = torch.randn(3, 3, 16, 16), [2, 0, 2]
+    rows = random_rows(vit.norm_spec, 4)
+    table = rows.table.to(DEVICE).requires_grad_()
+    with kernel_run():
+        plain, ours = vit(images.to(DEVICE)), vit(images.to(DEVICE), NormParams(rows.spec, table, ids))
+        ours.sum().backward()
+    assert_close(plain.cpu(), stock.double()(images.double()), "own weights")
+
+    exact, ref = rows.to(dtype=torch.float64), torch.zeros_like(rows.table, dtype=torch.float64)
+    for image, task, out in zip(images.double(), ids, ours.detach().cpu()):
+        model = stock_with_row(stock, exact, task)
+        expected = model(image[None])
+        expected.sum().backward()
+        ref[task] += rows.spec.row(gradients(model))
+        assert_close(out[None], expected, "mixed batch")
+    assert_close(table.grad.cpu(), ref, "gradient of the table")
+    assert not table.grad[[1, 3]].any()
 
 
 def test_two_runs_are_bit_equal():
