@@ -33,7 +33,8 @@ def layer_norm_reference(
     if task_ids is not None:
         weight, bias = weight[task_ids], bias[task_ids]
     compute = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-    normed = F.layer_norm(x.to(compute), width, None, None, eps)
+    x = x.to(compute)
+    normed = F.layer_norm(x, width, x.new_ones(width), x.new_zeros(width), eps)  # without them the CPU kernel is scalar
     weight, bias = weight.to(compute).unsqueeze(1), bias.to(compute).unsqueeze(1)
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return torch.addcmul(bias, normed, weight).to(out_dtype)
