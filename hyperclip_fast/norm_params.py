@@ -7,6 +7,7 @@ NormSpec says which layers and how wide; NormParams holds the table (T, P) of T 
 import fnmatch
 import json
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -238,7 +239,7 @@ def _check_task_ids(task_ids: torch.Tensor | Sequence[int], table: torch.Tensor)
 def save_safetensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file beside `path`, then rename: a reader never sees half a file."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         beside.write_bytes(serialize(tensors, metadata))  # safetensors' save_file makes files that only we may read
         os.replace(beside, path)
