@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 
 from hyperclip_fast.data import load_pictures, resize, to_rgb
@@ -22,13 +23,15 @@ def load_model(path: str | Path | None = None, device: str | torch.device = "cpu
     """A HyperCLIP in eval mode from a folder or hub id; None: the demo checkpoint of this package.
 
     Raises:
-        ValueError: for a folder without a model.
+        ValueError: for a folder without a whole model, or an id that the hub does not have.
     """
-    path = Path(path or DEMO_MODEL)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"model must be a folder with config.json and model.safetensors, or a hub id, got {path}")
-    with contextlib.redirect_stdout(sys.stderr):  # the hub's loader prints there, where JSON may follow
-        return HyperCLIP.from_pretrained(str(path)).to(device).eval()
+    path = path or DEMO_MODEL
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # the hub's loader prints there, where JSON may follow
+            return HyperCLIP.from_pretrained(path).to(device).eval()
+    except (OSError, HFValidationError) as error:
+        wanted = "a folder with config.json and model.safetensors, or a hub id"
+        raise ValueError(f"model must be {wanted}, got {path}: {error}") from error
 
 
 def choose_tasks(tasks: Sequence[EvalTask], per_task: int = 10, seed: int = 0) -> list[EvalTask]:

@@ -9,15 +9,19 @@ train through the rows, and there is one copy of them.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from hyperclip_fast.config import check_types, from_dict
 from hyperclip_fast.hyper_vit import HyperViT
 from hyperclip_fast.hypernetwork import HyperNetwork, pad_classes
 from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams
@@ -79,7 +83,7 @@ class HyperCLIPConfig:
     init_logit_bias: float = -10.0
 
     def __post_init__(self):
-        self.modulate, self.templates = tuple(self.modulate), tuple(self.templates)
+        check_types(self)
 
     def timm_kwargs(self) -> dict[str, int | float | str]:
         """Arguments of timm.create_model that differ from the named tower's own; its head is the projection to E."""
@@ -101,14 +105,13 @@ class HyperCLIP(
     `from_pretrained`, `save_pretrained` and `push_to_hub` write and read safetensors and config.json.
 
     Args:
-        config: see HyperCLIPConfig.
+        config: see HyperCLIPConfig; a mapping of its fields will do. The model keeps a copy.
     """
 
-    def __init__(self, config: HyperCLIPConfig):
+    def __init__(self, config: HyperCLIPConfig | dict[str, Any]):
         super().__init__()
-        if isinstance(config, dict):
-            config = config_from_dict(config)
-        self.config = config
+        config = config_from_dict(config) if isinstance(config, dict) else replace(config)
+        self.config = self._hub_mixin_config = config  # the second is what save_pretrained writes
         self.image = HyperViT.from_timm(config.image_tower, modulate=config.modulate, **config.timm_kwargs())
         self._frozen_text: list[TextTower] = []  # a list, so that it is no submodule: neither saved nor trained
         self.text = self._create_text_tower() if config.train_text else None
@@ -121,7 +124,10 @@ class HyperCLIP(
 
     def _create_text_tower(self) -> TextTower:
         config = self.config
-        return create_text_tower(config.text_tower, trainable=config.train_text, templates=config.templates)
+        tower = create_text_tower(config.text_tower, trainable=config.train_text, templates=config.templates)
+        if config.text_dim not in (None, tower.dim):
+            raise ValueError(f"text_dim must be {tower.dim}, as {config.text_tower} has it, got {config.text_dim}")
+        return tower
 
     def _create_hypernetwork(self) -> HyperNetwork:
         config = self.config
@@ -136,10 +142,24 @@ class HyperCLIP(
             learned_tokens=config.learned_tokens,
         )
 
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options: Any) -> "HyperCLIP":
+        if "config" not in options:
+            raise ValueError(f"model must be a folder with config.json, or a hub id, got {model_id}")
+        return super()._from_pretrained(model_id=model_id, strict=strict, **options)
+
+    @classmethod
+    def _load_as_safetensor(cls, model: "HyperCLIP", model_file: str, map_location: str, strict: bool) -> "HyperCLIP":
+        try:
+            return super()._load_as_safetensor(model, model_file, map_location, strict)
+        except (RuntimeError, SafetensorError) as error:
+            folder = Path(model_file).parent
+            raise ValueError(f"model must hold the weights that its config.json asks for, {folder}: {error}") from error
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self.logit_scale.device
+        return next(self.image.parameters()).device
 
     @property
     def image_size(self) -> int:
@@ -148,23 +168,23 @@ class HyperCLIP(
 
     @property
     def text_tower(self) -> TextTower:
-        """The text tower; a frozen one is built here, at its first use."""
+        """The text tower; a frozen one is built here, at its first use, and follows the model to its device."""
         if self.text is not None:
             return self.text
-        if not self._frozen_text:
-            self._frozen_text.append(self._create_text_tower())
-        return self._frozen_text[0]
+        with torch.inference_mode(False):  # what is built in inference mode could not be moved outside it
+            if not self._frozen_text:
+                self._frozen_text.append(self._create_text_tower())
+            return self._frozen_text[0].to(self.device)
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """Texts to features (K, E_text), before projection: what the hypernetwork reads."""
-        tower = self.text_tower
-        if self.text is None:
-            tower.to(self.device)
-        return tower.encode(texts)
+        """Texts to features (K, E_text) in the model's dtype, before projection: what the hypernetwork reads."""
+        return self.text_tower.encode(texts).to(self.text_projection.weight.dtype)
 
     def project_text(self, text_features: Tensor) -> Tensor:
         """Text features (..., E_text) to class embeddings (..., E) of length 1."""
-        return F.normalize(self.text_projection(text_features), dim=-1)
+        projected = self.text_projection(text_features)
+        eps = max(1e-12, torch.finfo(projected.dtype).tiny)  # padding is 0, and the default is 0 in float16
+        return F.normalize(projected, dim=-1, eps=eps)
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Class names to class embeddings (K, E) of length 1: the classifier's weights."""
@@ -260,9 +280,6 @@ def config_from_dict(values: dict) -> HyperCLIPConfig:
     """A config from config.json's content.
 
     Raises:
-        ValueError: for a key that is no field.
+        ValueError: for a key that is no field, or a value of another type.
     """
-    known = {field.name for field in fields(HyperCLIPConfig)}
-    if unknown := set(values) - known:
-        raise ValueError(f"config has unknown keys {sorted(unknown)}, expected some of {sorted(known)}")
-    return HyperCLIPConfig(**values)
+    return from_dict(HyperCLIPConfig, values, "config")

@@ -8,13 +8,14 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
+from hyperclip_fast.config import check_types, from_dict
 from hyperclip_fast.data import Pictures, TaskBatch, TaskSampler, augment, load_pictures, resize
 from hyperclip_fast.evaluation import EvalTask, held_out_tasks, mean_accuracy, swap_test
 from hyperclip_fast.extras import require
@@ -61,7 +62,7 @@ class TrainConfig:
     picture_size: int = 64
 
     def __post_init__(self):
-        self.betas = tuple(self.betas)
+        check_types(self)
         for name in ("steps", "tasks_per_batch", "log_every", "save_every", "picture_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -73,7 +74,7 @@ def load_config(path: str | Path) -> tuple[HyperCLIPConfig, TrainConfig]:
     """Read {"model": {...}, "train": {...}} from a YAML or JSON file.
 
     Raises:
-        ValueError: for a file that is neither, or keys that are no fields.
+        ValueError: for a file that is neither, keys that are no fields, or values of another type.
     """
     import yaml
 
@@ -83,14 +84,7 @@ def load_config(path: str | Path) -> tuple[HyperCLIPConfig, TrainConfig]:
         raise ValueError(f"config must be YAML or JSON, {path} is not: {error}") from error
     if not isinstance(sections, dict) or not set(sections) <= {"model", "train"}:
         raise ValueError(f"config must have the sections model and train, got {sections if sections else 'nothing'}")
-    return config_from_dict(sections.get("model") or {}), _train_config(sections.get("train") or {})
-
-
-def _train_config(values: dict) -> TrainConfig:
-    known = {field.name for field in fields(TrainConfig)}
-    if unknown := set(values) - known:
-        raise ValueError(f"train has unknown keys {sorted(unknown)}, expected some of {sorted(known)}")
-    return TrainConfig(**values)
+    return config_from_dict(sections.get("model") or {}), from_dict(TrainConfig, sections.get("train") or {}, "train")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

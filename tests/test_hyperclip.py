@@ -5,10 +5,12 @@ import json
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 
 from hyperclip_fast.hyperclip import HyperCLIP, config_from_dict
 from hyperclip_fast.losses import siglip_loss
 from hyperclip_fast.norm_params import NormParams
+from tests.helpers import assert_close
 from tests.towers import HashTower, patch_text_tower, tiny_config, tiny_model
 
 TASKS = [["cat", "dog", "parrot"], ["pizza", "sushi"], ["cat", "car", "tree", "sea"]]
@@ -134,3 +136,59 @@ def test_refused_tasks(tasks):
 def test_refused_config():
     with pytest.raises(ValueError, match="unknown keys \\['colour'\\]"):
         config_from_dict({"colour": "red"})
+
+
+def test_files_that_are_refused(tmp_path):
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    whole = (folder / "model.safetensors").read_bytes()
+
+    def refused(match):
+        with pytest.raises(ValueError, match=match):
+            HyperCLIP.from_pretrained(str(folder))
+
+    (folder / "config.json").write_text(json.dumps({**config, "colour": "red"}))
+    refused("unknown keys \\['colour'\\]")
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: weights[name] for name in weights if "hypernetwork" not in name}, folder / "model.safetensors")
+    refused("weights that its config.json asks for")
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused("weights that its config.json asks for")
+    (folder / "config.json").unlink()
+    refused("must be a folder with config.json")
+
+
+def test_a_model_keeps_a_copy_of_its_config_and_checks_the_towers_width():
+    config = tiny_config()
+    assert HyperCLIP(config).config.text_dim == HashTower.dim and config.text_dim is None
+    for train_text in (False, True):
+        with pytest.raises(ValueError, match="text_dim must be 24"):
+            HyperCLIP(tiny_config(text_dim=10, train_text=train_text)).adapt(TASKS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_other_dtypes(dtype):
+    model = tiny_model()
+    with torch.no_grad():
+        expected = model.double()(IMAGES.double(), TASKS, IDS)
+        out = tiny_model().to(dtype)(IMAGES.to(dtype), TASKS, IDS)
+    for key in ("image_features", "text_features"):
+        assert out[key].dtype == dtype
+        assert_close(out[key], expected[key], key, slack=20)
+
+
+def test_a_tower_first_used_in_inference_mode_trains_and_moves_later():
+    model = tiny_model()
+    with torch.inference_mode():
+        model.adapt(TASKS)
+    model(IMAGES, TASKS, IDS)["image_features"].sum().backward()
+    assert model.hypernetwork.embed.weight.grad.abs().sum() > 0
+    assert next(model.to("meta").text_tower.parameters()).device.type == "meta"
+
+
+@pytest.mark.parametrize("field, value", [("modulate", "norm"), ("templates", "a {}"), ("depth", 2.5), ("width", "a")])
+def test_refused_types(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be"):
+        tiny_config(**{field: value})

@@ -115,6 +115,12 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
         ("train: {speed: 3}", "unknown keys \\['speed'\\]"),
         ("train: {steps: 0}", "steps must be at least 1"),
         ("train: {classes_per_task: 1}", "classes_per_task must be at least 2"),
+        ("train: {steps: many}", "steps must be int, got 'many'"),
+        ("train: {lr: fast}", "lr must be float, got 'fast'"),
+        ("train: {betas: 0.9}", "betas must be"),
+        ("train: {betas: [0.9]}", "betas must be"),
+        ("train: 3", "train must be a mapping"),
+        ("model: {conditioned: 1}", "conditioned must be bool"),
         ("[1, 2]", "sections model and train"),
         ("{", "must be YAML or JSON"),
     ],
@@ -170,3 +176,11 @@ def test_accuracy_and_swap_test():
         predict(model, tasks, "left")
     with pytest.raises(ValueError, match="needs another task"):
         predict(model, tasks[:1], "wrong")
+
+
+def test_numbers_as_yaml_reads_them(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "train: {lr: 1e-3, clip: 2, betas: [0, 0.98]}"
+    )  # 1e-3 is a string in YAML 1.1
+    config = load_config(tmp_path / "config.yaml")[1]
+    assert (config.lr, config.clip, config.betas) == (1e-3, 2.0, (0.0, 0.98))
