@@ -48,9 +48,8 @@ class TaskBank:
         self._classes: list[tuple[str, ...]] = []
         self._embeddings: list[Tensor] = []  # (K_t, E) each
         spec = model.image.norm_spec
-        self._table = torch.empty(
-            0, spec.num_params, device=model.device
-        )  # grows by doubling; the first len(self) rows
+        dtype = torch.promote_types(model.logit_scale.dtype, torch.float32)
+        self._table = torch.empty(0, spec.num_params, device=model.device, dtype=dtype)  # len(self) rows in use
 
     def __len__(self) -> int:
         return len(self._index)
@@ -69,11 +68,13 @@ class TaskBank:
 
     def class_embeddings(self, task: str) -> Tensor:
         """Class embeddings (K, E) of a task."""
+        self._follow_model()
         return self._embeddings[self._find(task)]
 
     @property
     def params(self) -> NormParams:
         """All rows; index it with `task_ids` to get a batch's."""
+        self._follow_model()
         return NormParams(self.model.image.norm_spec, self._table[: len(self)])
 
     def task_ids(self, tasks: Sequence[str]) -> Tensor:
@@ -92,6 +93,7 @@ class TaskBank:
         """
         self.add_many({task: class_names})
 
+    @torch.inference_mode(False)  # what is made in inference mode could not be changed outside it
     @torch.no_grad()
     def add_many(self, tasks: Mapping[str, Sequence[str]]) -> None:
         """Add or replace many tasks, `chunk` of them in a pass. Nothing changes if one of them is refused.
@@ -108,6 +110,7 @@ class TaskBank:
             embeddings = self.model.project_text(features)
             table = self.model.rows(features, mask).table
             made += [(row, kept[real].clone()) for row, kept, real in zip(table, embeddings, mask)]
+        self._follow_model()
         for name, (row, embeddings) in zip(names, made):
             self._put(name, tuple(tasks[name]), row, embeddings)
 
@@ -185,6 +188,7 @@ class TaskBank:
         save_safetensors(tensors, path, metadata)
 
     @classmethod
+    @torch.inference_mode(False)
     def load(cls, path: str | Path, model: HyperCLIP) -> "TaskBank":
         """Read what `save` wrote, for the same model.
 
@@ -216,6 +220,14 @@ class TaskBank:
             known = ", ".join(list(self._index)[:8]) or "none"
             raise ValueError(f"task must be one of the bank's {len(self)} tasks ({known}...), got {task!r}")
         return self._index[task]
+
+    @torch.inference_mode(False)
+    def _follow_model(self) -> None:
+        """Rows and embeddings go to the device that the model went to."""
+        device = self.model.device
+        if self._table.device != device:
+            self._table = self._table.to(device)
+            self._embeddings = [embeddings.to(device) for embeddings in self._embeddings]
 
     def _put(self, task: str, classes: tuple[str, ...], row: Tensor, embeddings: Tensor) -> None:
         if task not in self._index:

@@ -126,3 +126,27 @@ def test_bad_input_changes_nothing(bank):
     with pytest.raises(ValueError, match="topk must be"):
         bank.classify(IMAGES[:1], ["pets"], topk=0)
     assert bank.tasks == tasks and torch.equal(bank.params.table, table)
+
+
+def test_inference_mode_leaves_a_bank_that_can_change(bank, tmp_path):
+    bank.save(tmp_path / "tasks.safetensors")
+    with torch.inference_mode():
+        loaded = TaskBank.load(tmp_path / "tasks.safetensors", bank.model)
+        bank.add("seen", ["sun", "moon"])
+    for each in (bank, loaded):
+        each.add("pets", ["wolf", "fox"])
+        each.remove("food")
+        assert each.classify(IMAGES[:1], ["pets"], 2)[0].names in {("wolf", "fox"), ("fox", "wolf")}
+
+
+def test_a_bank_follows_its_model_to_another_device(bank):
+    bank.model.to("meta")
+    assert bank.params.table.device.type == bank.class_embeddings("pets").device.type == "meta"
+
+
+def test_rows_keep_the_precision_of_a_float64_model(monkeypatch):
+    patch_text_tower(monkeypatch)
+    model = tiny_model().double()
+    bank = TaskBank(model)
+    bank.add("pets", TASKS["pets"])
+    assert torch.equal(bank.params.table[:1], model.adapt([TASKS["pets"]]).table)
