@@ -143,20 +143,10 @@ class HyperNetwork(nn.Module):
                 biases 0, as new norm layers hold.
 
         Raises:
-            ValueError: for another shape, or for a base of another spec.
+            ValueError: for another shape, a base of another spec, or a task without classes (seen in a CPU mask only:
+                looking at another would synchronise the device).
         """
-        if class_embeddings.dim() != 3 or class_embeddings.shape[2] != self.text_dim or not class_embeddings.shape[1]:
-            raise ValueError(
-                f"class_embeddings must be (T, K, E) with K >= 1 and E = {self.text_dim}, "
-                f"got shape {tuple(class_embeddings.shape)}"
-            )
-        if mask is not None and (mask.shape != class_embeddings.shape[:2] or mask.dtype != torch.bool):
-            raise ValueError(
-                f"mask must be (T, K) = {tuple(class_embeddings.shape[:2])} and bool, "
-                f"got {tuple(mask.shape)}, {mask.dtype}"
-            )
-        if base is not None and base.spec != self.spec:
-            raise ValueError(f"base must follow the hypernetwork's spec, P = {self.spec.num_params}, got {base}")
+        self._check(class_embeddings, mask, base)
         if self.tokens is None:
             x = self.embed(class_embeddings)
         else:
@@ -166,6 +156,24 @@ class HyperNetwork(nn.Module):
             x = block(x, attn_mask=attn_mask)
         difference = self.pool(x, mask)
         return NormParams(self.spec, self._base_row(base, difference) + difference)
+
+    def _check(self, class_embeddings: Tensor, mask: Tensor | None, base: NormParams | None) -> None:
+        if class_embeddings.dim() != 3 or class_embeddings.shape[2] != self.text_dim or not class_embeddings.shape[1]:
+            raise ValueError(
+                f"class_embeddings must be (T, K, E) with K >= 1 and E = {self.text_dim}, "
+                f"got shape {tuple(class_embeddings.shape)}"
+            )
+        if base is not None and base.spec != self.spec:
+            raise ValueError(f"base must follow the hypernetwork's spec, P = {self.spec.num_params}, got {base}")
+        if mask is None:
+            return
+        if mask.shape != class_embeddings.shape[:2] or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask must be (T, K) = {tuple(class_embeddings.shape[:2])} and bool, "
+                f"got {tuple(mask.shape)}, {mask.dtype}"
+            )
+        if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not mask.any(1).all():
+            raise ValueError(f"mask must leave every task a class, got {mask.sum(1).tolist()} classes")
 
     def _base_row(self, base: NormParams | None, like: Tensor) -> Tensor:
         if base is not None:

@@ -84,6 +84,7 @@ def test_learned_tokens_ignore_the_text():
         ((torch.randn(2, 0, 16),), "class_embeddings must be"),
         ((torch.randn(2, 3, 16), torch.ones(2, 4, dtype=torch.bool)), "mask must be"),
         ((torch.randn(2, 3, 16), torch.ones(2, 3)), "mask must be"),
+        ((torch.randn(2, 3, 16), torch.tensor([[True, True, False], [False] * 3])), "every task a class"),
         ((torch.randn(2, 3, 16), None, NormParams(NormSpec(("z",), (4,)), torch.ones(1, 8))), "base must follow"),
     ],
 )
