@@ -265,7 +265,7 @@ def create_text_tower(name: str, *, trainable: bool = False, templates: Sequence
         raise ValueError(f"name must be one of {', '.join(FORMS)}, got {name!r}")
     with nullcontext() if trainable else torch.random.fork_rng(devices=[]):
         if not trainable:
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # torch.manual_seed would reset the GPUs' generators, too
         tower = _build(kind, rest, trainable, templates)
     return tower.requires_grad_(trainable).train(trainable)
 

@@ -176,6 +176,9 @@ def test_random_frozen_weights_are_repeatable_and_leave_the_seed_alone():
     first = create_text_tower(SMALL).state_dict()
     drawn = torch.rand(1)
     torch.manual_seed(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU's seed was changed"))
+        create_text_tower(SMALL)
     assert torch.equal(drawn, torch.rand(1))
     again = create_text_tower(SMALL).state_dict()
     assert all(torch.equal(first[key], again[key]) for key in first)
