@@ -9,6 +9,7 @@ import importlib.util
 import torch
 
 BACKENDS = ("auto", "reference", "triton")
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _backend = "auto"
 
 
@@ -24,7 +25,8 @@ def set_backend(backend: str) -> None:
     """Choose the implementation of every operation in `hyperclip_fast.kernels`.
 
     Args:
-        backend: "auto": Triton for CUDA and ROCm tensors, PyTorch for others; "reference": PyTorch for all;
+        backend: "auto": Triton for CUDA and ROCm tensors, PyTorch for others and for float64; "reference": PyTorch for
+            all;
             "triton": Triton for all, so that Triton's interpreter is reached with CPU tensors.
 
     Raises:
@@ -46,4 +48,4 @@ def get_backend() -> str:
 
 def use_triton(x: torch.Tensor) -> bool:
     """Whether an operation on `x` runs its Triton kernel."""
-    return _backend == "triton" or (_backend == "auto" and x.is_cuda and _has_triton)
+    return _backend == "triton" or (_backend == "auto" and x.is_cuda and _has_triton and x.dtype in TRITON_DTYPES)

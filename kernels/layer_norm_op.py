@@ -8,9 +8,8 @@ Kept for backward: total (x itself without delta), mean and rstd (B, N) float32;
 import torch
 from torch.autograd.function import once_differentiable
 
+from .dispatch import TRITON_DTYPES
 from .layer_norm_launch import MAX_WIDTH, launch_backward, launch_forward
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _forward(x, delta, weight, bias, task_ids, eps, out_dtype, keep):
@@ -139,8 +138,8 @@ def _is_eager(x: torch.Tensor) -> bool:
 
 def _check_fused(x, delta, weight, bias, task_ids, out_dtype) -> None:
     for name, dtype in (("x", x.dtype), ("delta", x.dtype if delta is None else delta.dtype), ("out_dtype", out_dtype)):
-        if dtype not in DTYPES:
-            raise ValueError(f"{name} must be one of {DTYPES} for the Triton kernel, got {dtype}")
+        if dtype not in TRITON_DTYPES:
+            raise ValueError(f"{name} must be one of {TRITON_DTYPES} for the Triton kernel, got {dtype}")
     if not 1 <= x.shape[2] <= MAX_WIDTH:
         raise ValueError(f"x must be (B, N, D) with D in 1..{MAX_WIDTH} for the Triton kernel, got D = {x.shape[2]}")
     if weight.dtype not in (x.dtype, torch.float32):

@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from hyperclip_fast.kernels.dispatch import use_triton
 from hyperclip_fast.kernels.layer_norm import (
     add_layer_norm,
     add_layer_norm_reference,
@@ -17,6 +18,7 @@ from hyperclip_fast.kernels.layer_norm import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hyperclip_fast import set_backend
 from tests.helpers import (
@@ -512,3 +514,13 @@ def test_tolerances_are_tight_enough_to_see_a_wrong_row():
     outputs, heads, _ = run_kernels(case)
     expected, _, _ = run_float64(replace(case, seed=1), heads)
     assert rms(outputs["out"].double() - expected["out"]) > 1000 * TOLERANCE[F32] * rms(expected["out"])
+
+
+def test_float64_on_a_gpu_takes_the_reference():
+    with FakeTensorMode():
+        x, delta = (torch.empty(2, 3, 8, dtype=torch.float64, device="cuda") for _ in range(2))
+        weight, bias = torch.ones(4, 8, device="cuda", dtype=torch.float64), torch.ones(4, 8, device="cuda").double()
+        ids = torch.empty(2, dtype=torch.int64, device="cuda")
+        assert use_triton(x.float()) and use_triton(x.half()) and use_triton(x.bfloat16()) and not use_triton(x)
+        out, total = add_layer_norm(x, delta, weight, bias, ids)
+        assert out.dtype == total.dtype == torch.float64 and out.device.type == "cuda"
