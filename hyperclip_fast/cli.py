@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; bad input ends with a message and exit status 2, not with a traceback."""
     args = _parser().parse_args(argv)
     try:
+        _check_device(args.device)
         args.run(args)
     except (ValueError, ImportError, OSError) as error:
         print(f"hyperclip {args.command}: {error}", file=sys.stderr)
@@ -105,16 +106,32 @@ def _add_specialize(commands) -> None:
     parser.set_defaults(run=_specialize)
 
 
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # an AssertionError where PyTorch was built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device must be a device that PyTorch finds here, got {name!r}: {reason}") from error
+
+
 def _demo(args: argparse.Namespace) -> None:
     from hyperclip_fast.demo import run
 
     run(args.out, args.model, args.device)
 
 
+def _is_task(names: object) -> bool:
+    """Whether these are distinct class names, at least one."""
+    good = isinstance(names, list) and names and all(isinstance(name, str) and name.strip() for name in names)
+    return bool(good) and len(set(names)) == len(names)
+
+
 def _labels(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise ValueError(f"--labels must be class names separated by commas, got {text!r}")
+    if not _is_task(names):
+        raise ValueError(f"--labels must be distinct class names separated by commas, got {text!r}")
     return names
 
 
@@ -130,11 +147,9 @@ def read_tasks(path: str | Path) -> dict[str, list[str]]:
         tasks = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--tasks must be a YAML or JSON file, {path} is not: {error}") from error
-    good = isinstance(tasks, dict) and all(
-        isinstance(names, list) and names and all(isinstance(name, str) for name in names) for names in tasks.values()
-    )
-    if not good or not tasks:
-        raise ValueError(f'--tasks must map names to lists of class names, as in {{"pets": ["cat", "dog"]}}: {path}')
+    if not isinstance(tasks, dict) or not tasks or not all(_is_task(names) for names in tasks.values()):
+        example = '{"pets": ["cat", "dog"]}'
+        raise ValueError(f"--tasks must map names to lists of distinct class names, as in {example}: {path}")
     return {str(task): names for task, names in tasks.items()}
 
 
@@ -147,7 +162,7 @@ def _classify(args: argparse.Namespace) -> None:
     from hyperclip_fast.task_bank import TaskBank
 
     tqdm = require("tqdm", "train").tqdm
-    tasks = {"labels": _labels(args.labels)} if args.labels else read_tasks(args.tasks)
+    tasks = {"labels": _labels(args.labels)} if args.labels is not None else read_tasks(args.tasks)
     if args.batch_size < 1 or args.topk < 1:
         raise ValueError(f"--batch-size and --topk must be at least 1, got {args.batch_size} and {args.topk}")
     files = find_images(args.images)
@@ -171,7 +186,7 @@ def _print_prediction(file: Path, prediction, as_json: bool) -> None:
         print(json.dumps({"image": str(file), "task": prediction.task, "predictions": ranked}, ensure_ascii=False))
     else:
         text = "  ".join(f"{name} {share:.0%}" for name, share in ranked.items())
-        print(f"{str(file)[-38:]:<40}{prediction.task:<20}{text}")
+        print(f"{str(file)[-38:]:<40}{prediction.task:<19} {text}")
 
 
 def _train(args: argparse.Namespace) -> None:

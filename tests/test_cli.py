@@ -81,6 +81,11 @@ def test_specialize_writes_what_timm_alone_can_load(model, tmp_path, capsys):
     [
         (["classify", "nowhere.png", "--labels", "a,b"], "nowhere.png"),
         (["classify", "{photos}", "--labels", " , "], "--labels must be"),
+        (["classify", "{photos}", "--labels", ""], "--labels must be"),
+        (["classify", "{photos}", "--labels", "cat,dog,cat"], "--labels must be distinct"),
+        (["classify", "{photos}", "--labels", "a,b", "--model", "no/such/model"], "got no/such/model"),
+        (["classify", "{photos}", "--labels", "a,b", "--device", "toaster"], "--device must be"),
+        (["demo", "--device", "cuda:99"], "--device must be"),
         (["classify", "{photos}", "--labels", "a,b", "--topk", "0"], "must be at least 1"),
         (["classify", "{photos}", "--tasks", "{photos}/none.yaml"], "none.yaml"),
         (["classify", "{photos}", "--labels", "a,b", "--model", "{photos}"], "model must be a folder"),
@@ -95,7 +100,9 @@ def test_errors_are_messages(photos, capsys, arguments, message):
     assert message in captured.err and "Traceback" not in captured.err
 
 
-@pytest.mark.parametrize("content", ["[1, 2]", "{}", '{"a": []}', '{"a": "cat"}', '{"a": [1]}', "{", "\x00"])
+@pytest.mark.parametrize(
+    "content", ["[1, 2]", "{}", '{"a": []}', '{"a": "cat"}', '{"a": [1]}', '{"a": ["b", "b"]}', "{", "\x00"]
+)
 def test_refused_task_files(tmp_path, content):
     (tmp_path / "tasks.json").write_text(content)
     with pytest.raises(ValueError, match="--tasks must"):
