@@ -24,7 +24,7 @@ lint: $(VENV)/test.stamp
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hyperclip_fast needs Python 3.10 or newer")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/%.stamp: setup.py pyproject.toml | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --editable '.[$*]'

