@@ -156,8 +156,8 @@ def read_tasks(path: str | Path) -> dict[str, list[str]]:
 def _classify(args: argparse.Namespace) -> None:
     import torch
 
-    from hyperclip_fast.demo import load_model
     from hyperclip_fast.extras import require
+    from hyperclip_fast.hyperclip import load_model
     from hyperclip_fast.image_files import find_images, load_image
     from hyperclip_fast.task_bank import TaskBank
 
@@ -203,8 +203,9 @@ def _train(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from hyperclip_fast.data import load_pictures
-    from hyperclip_fast.demo import load_model, table
+    from hyperclip_fast.demo import table
     from hyperclip_fast.evaluation import held_out_tasks, swap_test
+    from hyperclip_fast.hyperclip import load_model
 
     if args.classes < 2:
         raise ValueError(f"--classes must be at least 2, got {args.classes}")
@@ -214,8 +215,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _specialize(args: argparse.Namespace) -> None:
-    from hyperclip_fast.demo import load_model
     from hyperclip_fast.export import save_specialized
+    from hyperclip_fast.hyperclip import load_model
 
     labels = _labels(args.labels)
     save_specialized(load_model(args.model, args.device), labels, args.out)

@@ -1,37 +1,17 @@
 """The demo: held-out pictures of many tasks in one batch, one forward pass, by the checkpoint shipped here."""
 
-import contextlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 
 from hyperclip_fast.data import load_pictures, resize, to_rgb
 from hyperclip_fast.evaluation import EvalTask, accuracy, held_out_tasks, mean_accuracy, predict
 from hyperclip_fast.extras import require
-from hyperclip_fast.hyperclip import HyperCLIP
+from hyperclip_fast.hyperclip import HyperCLIP, load_model
 from hyperclip_fast.task_bank import TaskBank
 from hyperclip_fast.timing import interleaved, medians
-
-DEMO_MODEL = Path(__file__).with_name("assets") / "demo"
-
-
-def load_model(path: str | Path | None = None, device: str | torch.device = "cpu") -> HyperCLIP:
-    """A HyperCLIP in eval mode from a folder or hub id; None: the demo checkpoint of this package.
-
-    Raises:
-        ValueError: for a folder without a whole model, or an id that the hub does not have.
-    """
-    path = path or DEMO_MODEL
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # the hub's loader prints there, where JSON may follow
-            return HyperCLIP.from_pretrained(path).to(device).eval()
-    except (OSError, HFValidationError) as error:
-        wanted = "a folder with config.json and model.safetensors, or a hub id"
-        raise ValueError(f"model must be {wanted}, got {path}: {error}") from error
 
 
 def choose_tasks(tasks: Sequence[EvalTask], per_task: int = 10, seed: int = 0) -> list[EvalTask]:

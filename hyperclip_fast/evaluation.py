@@ -133,6 +133,7 @@ def swap_test(
     """Accuracy by task, for each of the rows "right", "base" and "wrong"."""
     training = model.training
     model.eval()
-    result = {row: accuracy(tasks, predict(model, tasks, row, batch_size, progress)) for row in ROWS}
-    model.train(training)
-    return result
+    try:
+        return {row: accuracy(tasks, predict(model, tasks, row, batch_size, progress)) for row in ROWS}
+    finally:
+        model.train(training)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 from hyperclip_fast.hyperclip import HyperCLIP
+from hyperclip_fast.norm_params import save_safetensors
 
 
 @torch.inference_mode()
@@ -47,7 +47,9 @@ def save_specialized(model: HyperCLIP, class_names: Sequence[str], out: str | Pa
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         save_for_hf(encoder, beside, model_args=kwargs, safe_serialization=True)
-        save_file({"class_embeddings": model.encode_text(class_names).cpu()}, beside / "classes.safetensors")
+        classes = {"class_embeddings": model.encode_text(class_names).cpu()}
+        save_safetensors(classes, beside / "classes.safetensors", {"format": "pt"})
+        (beside / "model.safetensors").chmod(0o644)  # safetensors' own writer lets only us read it
         (beside / "labels.json").write_text(json.dumps(list(class_names), ensure_ascii=False), encoding="utf-8")
         if out.exists():
             out.rmdir()

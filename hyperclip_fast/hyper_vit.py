@@ -10,12 +10,14 @@ travel as arguments through every block, never as state of the model.
 """
 
 import copy
+import difflib
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import timm
 import torch
+from einops import rearrange
 from timm.layers import LayerNorm, LayerNormFp32
 from timm.models import VisionTransformer, checkpoint, list_models, model_entrypoint, register_model
 from timm.models._features import FeatureGetterNet, feature_take_indices
@@ -146,12 +148,11 @@ class HyperViT(VisionTransformer):
             **kwargs: passed to timm.create_model, such as num_classes, img_size, drop_path_rate.
 
         Raises:
-            ValueError: for a model that is no VisionTransformer, for blocks other than timm's Block, for norms other
-                than LayerNorm among the modulated.
+            ValueError: for a name that timm does not know, a model that is no VisionTransformer, blocks other than
+                timm's Block, or norms other than LayerNorm among the modulated.
         """
         if isinstance(model, str):
-            name = model.removeprefix("hyper_")
-            model = timm.create_model(name, pretrained=pretrained, **kwargs)
+            model = timm.create_model(_known_name(model), pretrained=pretrained, **kwargs)
         elif pretrained or kwargs:
             raise ValueError(f"pretrained and timm arguments go with a model's name, got a {type(model).__name__}")
         else:
@@ -203,6 +204,8 @@ class HyperViT(VisionTransformer):
             params = NormParams(self._spec, params.table, params.task_ids)
         if not use_triton(x):
             params = params.gather()
+        elif params.table.dtype not in (x.dtype, torch.float32):
+            params = params.to(dtype=torch.float32)  # the kernels take rows of the stream's dtype, or float32
         return dict(zip(params.spec.names, params.layers())), params.task_ids
 
     def _fits(self, spec: NormSpec) -> bool:
@@ -321,7 +324,7 @@ class HyperViT(VisionTransformer):
         taken = [tokens[:, self.num_prefix_tokens :] for tokens in taken]
         if output_fmt == "NCHW":
             grid = self.patch_embed.dynamic_feat_size((height, width))
-            taken = [tokens.transpose(1, 2).unflatten(2, grid).contiguous() for tokens in taken]
+            taken = [rearrange(tokens, "b (h w) d -> b d h w", h=grid[0]).contiguous() for tokens in taken]
         final = None if intermediates_only else self._final_norm(x, delta, rows, task_ids)
         return _pack(taken, prefix if return_prefix_tokens else None, final, output_dict)
 
@@ -406,6 +409,16 @@ def _to_hyper(model: nn.Module, modulate: Iterable[str]) -> nn.Module:
         model.__class__ = HyperViT
     model.set_modulate(modulate)
     return model
+
+
+def _known_name(name: str) -> str:
+    """timm's name of a model, without our prefix; names with a source, such as "hf-hub:...", are timm's to check."""
+    name = name.removeprefix("hyper_")
+    if ":" not in name and not timm.is_model(name.split(".")[0]):
+        close = difflib.get_close_matches(name, timm.list_models("*vit*", module="vision_transformer"))
+        known = ", ".join(close) or "vit_tiny_patch16_224"
+        raise ValueError(f"model must be a name that timm knows, such as {known}, got {name!r}")
+    return name
 
 
 def _register(name: str) -> None:

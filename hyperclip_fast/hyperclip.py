@@ -7,7 +7,9 @@ The hypernetwork reads the text features before projection. The base row is the 
 train through the rows, and there is one copy of them.
 """
 
+import contextlib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -18,14 +20,17 @@ import timm
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hyperclip_fast.config import check_types, from_dict
 from hyperclip_fast.hyper_vit import HyperViT
 from hyperclip_fast.hypernetwork import HyperNetwork, pad_classes
-from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams
+from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams, save_safetensors
 from hyperclip_fast.text import TextTower, create_text_tower
+
+DEMO_MODEL = Path(__file__).with_name("assets") / "demo"
 
 
 @dataclass
@@ -98,6 +103,7 @@ class HyperCLIP(
     PyTorchModelHubMixin,
     library_name="hyperclip_fast",
     license="apache-2.0",
+    paper_url="https://arxiv.org/abs/2412.16777",
     tags=["zero-shot-image-classification", "hyperclip"],
 ):
     """A small image encoder that adapts to a task given only the task's class names.
@@ -141,6 +147,9 @@ class HyperCLIP(
             bottleneck=config.hyper_bottleneck,
             learned_tokens=config.learned_tokens,
         )
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_safetensors(self.state_dict(), save_directory / "model.safetensors", {"format": "pt"})
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options: Any) -> "HyperCLIP":
@@ -230,7 +239,7 @@ class HyperCLIP(
             ValueError: for no class names.
         """
         params = self.adapt([class_names])
-        model = timm.create_model(self.config.image_tower, **self.config.timm_kwargs())
+        model = timm.create_model(self.config.image_tower.removeprefix("hyper_"), **self.config.timm_kwargs())
         model.load_state_dict({**self.image.state_dict(), **params.state_dict(0)})
         return model.to(self.device).eval()
 
@@ -283,3 +292,18 @@ def config_from_dict(values: dict) -> HyperCLIPConfig:
         ValueError: for a key that is no field, or a value of another type.
     """
     return from_dict(HyperCLIPConfig, values, "config")
+
+
+def load_model(path: str | Path | None = None, device: str | torch.device = "cpu") -> HyperCLIP:
+    """A HyperCLIP in eval mode from a folder or hub id; None: the demo checkpoint of this package.
+
+    Raises:
+        ValueError: for a folder without a whole model, or an id that the hub does not have.
+    """
+    path = path or DEMO_MODEL
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # the hub's loader prints there, where JSON may follow
+            return HyperCLIP.from_pretrained(path).to(device).eval()
+    except (OSError, HFValidationError) as error:
+        wanted = "a folder with config.json and model.safetensors, or a hub id"
+        raise ValueError(f"model must be {wanted}, got {path}: {error}") from error

@@ -244,8 +244,8 @@ class TaskBank:
 
 
 def fingerprint(model: HyperCLIP) -> str:
-    """A hash of everything that makes rows and embeddings: a bank fits no other model."""
-    digest = hashlib.sha256(repr(model.config).encode())
+    """A hash of what makes rows and embeddings, weights and text tower: a bank fits no other model."""
+    digest = hashlib.sha256(repr((model.config.text_tower, model.config.templates)).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())

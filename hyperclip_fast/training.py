@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
@@ -147,7 +148,7 @@ class Trainer:
         path.write_text(json.dumps(settings, indent=2) + "\n")
         checkpoint = self.out / "checkpoint.pt"
         if checkpoint.exists():
-            state = torch.load(checkpoint, map_location=self.device, weights_only=True)
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]
@@ -176,7 +177,7 @@ class Trainer:
         """SigLIP loss of a batch, and its accuracy within the tasks."""
         images = resize(augment(batch.images, generator, batch.can_flip), self.model.image_size).to(self.device)
         out = self.model(images, self.class_features(batch), batch.task_ids.to(self.device))
-        features = out["image_features"].unflatten(0, batch.class_ids.shape)
+        features = rearrange(out["image_features"], "(g k) e -> g k e", g=len(batch.class_ids))
         loss = siglip_loss(features, out["text_features"], out["logit_scale"], out["logit_bias"])
         best = (features.detach() @ out["text_features"].detach().mT).argmax(-1)
         right = (best == torch.arange(best.shape[1], device=best.device)).float().mean()
@@ -208,6 +209,8 @@ class Trainer:
 
     def train(self) -> HyperCLIP:
         """Train to the last step, logging and saving on the way; returns the model, also written to out/model."""
+        if self.step >= self.config.steps and (self.out / "model").is_dir():
+            return self.model.eval()  # finished in an earlier run
         tqdm = require("tqdm", "train").tqdm
         config, tasks, images, start = self.config, held_out_tasks(self.pictures), 0, time.perf_counter()
         bar = tqdm(initial=self.step, total=config.steps, desc="train", unit="step", dynamic_ncols=True)

@@ -74,6 +74,14 @@ def test_a_resumed_run_is_bit_equal(tmp_path):
     assert torch.equal(loaded.logit_scale, whole.model.logit_scale)
 
 
+def test_a_finished_run_is_not_evaluated_again(tmp_path):
+    trainer(tmp_path, steps=2).train()
+    log = (tmp_path / "log.jsonl").read_text()
+    again = trainer(tmp_path, steps=2)
+    assert not again.train().training
+    assert (tmp_path / "log.jsonl").read_text() == log
+
+
 def test_seeds_differ_and_repeat(tmp_path):
     losses = [float(trainer(tmp_path / str(i), seed=seed).train_step()["loss"]) for i, seed in enumerate((0, 0, 1))]
     assert losses[0] == losses[1] != losses[2]
