@@ -77,7 +77,7 @@ def contact_sheet(
 ) -> None:
     """A picture of the batch: a line a task, each image with the predicted name, red with the true one where wrong."""
     plt = require("matplotlib.pyplot", "demo")
-    figure, axes = plt.subplots(len(tasks), columns, figsize=(1.35 * columns, 1.62 * len(tasks)), squeeze=False)
+    figure, axes = plt.subplots(len(tasks), columns, figsize=(1.35 * columns, 1.8 * len(tasks)), squeeze=False)
     for task, best, line in zip(tasks, predictions, axes):
         for axis in line:
             axis.axis("off")
@@ -90,12 +90,12 @@ def contact_sheet(
             axis.text(0.5, -0.04, text, transform=axis.transAxes, ha="center", va="top", fontsize=6.5, color=colour)
         line[0].set_title(f"task: {task.name}", fontsize=9, loc="left", fontweight="bold")
     figure.suptitle("One batch, one forward pass: green is right, red is wrong (truth in brackets)", fontsize=10)
-    figure.tight_layout(rect=(0, 0, 1, 0.985), h_pad=1.1, w_pad=0.3)
+    figure.tight_layout(rect=(0, 0, 1, 0.985), h_pad=1.6, w_pad=0.3)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def _wrap(name: str, width: int = 20) -> str:
+def _wrap(name: str, width: int = 22) -> str:
     return name if len(name) <= width else name[: width - 1] + "…"
 
 

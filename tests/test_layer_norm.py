@@ -471,6 +471,8 @@ def compiled_step(x, delta, weight, bias, task_ids):
 
 
 def test_compiles_to_one_graph_with_a_dynamic_batch(triton_backend):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # other tests compile, too
     backend = "inductor" if MODE == "gpu" else "aot_eager"
     compiled = torch.compile(compiled_step, fullgraph=True, dynamic=True, backend=backend)
     for B in (4, 3, 7):
