@@ -90,7 +90,8 @@ def contact_sheet(
             axis.text(0.5, -0.04, text, transform=axis.transAxes, ha="center", va="top", fontsize=6.5, color=colour)
         line[0].set_title(f"task: {task.name}", fontsize=9, loc="left", fontweight="bold")
     figure.suptitle("One batch, one forward pass: green is right, red is wrong (truth in brackets)", fontsize=10)
-    figure.tight_layout(rect=(0, 0, 1, 0.985), h_pad=1.6, w_pad=0.3)
+    figure.text(0.99, 0.003, "Pictures: OpenMoji, CC BY-SA 4.0; digits: scikit-learn", ha="right", fontsize=6)
+    figure.tight_layout(rect=(0, 0.008, 1, 0.985), h_pad=1.6, w_pad=0.3)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
