@@ -62,7 +62,10 @@ def poisoned_empty(*shape: int, dtype: torch.dtype = torch.float32, device: str 
 def allocating(empty):
     """The kernels' launches allocate with `empty` in place of torch.empty."""
     shim = types.SimpleNamespace(**{**vars(torch), "empty": empty})
-    return mock.patch("hyperclip_fast.kernels.layer_norm_launch.torch", shim)
+    stack = contextlib.ExitStack()
+    for operation in ("layer_norm", "linear"):
+        stack.enter_context(mock.patch(f"hyperclip_fast.kernels.{operation}_launch.torch", shim))
+    return stack
 
 
 @contextlib.contextmanager

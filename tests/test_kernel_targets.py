@@ -1,7 +1,8 @@
-"""Every configuration of the layer norm's kernels, compiled ahead of time for every supported GPU; none is needed.
+"""Every configuration of the kernels' tables, compiled ahead of time for every supported GPU; none is needed.
 
-Held to bars: no spilled register, at most 144 registers a thread, 128-bit loads and stores of the activations, int64
-offsets. Run as a script, `python -m tests.test_kernel_targets sm_90`, it prints what it found as JSON.
+Held to bars: no spilled register, at most 144 registers a thread in streaming kernels, 128-bit loads and stores of the
+activations, int64 offsets, tensor cores for products in 16 bits and TF32. Run as a script, `python -m
+tests.test_kernel_targets sm_90`, it prints what it found as JSON.
 """
 
 import functools
@@ -54,6 +55,59 @@ def specs(width: int, dtype: str) -> dict[str, dict]:
     return {name: dict(zip(("fn", "arguments", "warps", "loads", "stores"), spec)) for name, spec in found.items()}
 
 
+def product_specs(target: str) -> dict[str, dict]:
+    """{kernel and tiles: as `specs`} of the products with epilogues, each with every tile of the target's table."""
+    from hyperclip_fast.kernels import linear_launch as launch
+    from hyperclip_fast.kernels.linear_table import TILES
+
+    table = TILES["amd" if target in AMD else "small" if target in ("sm_86", "sm_89", "sm_120") else "large"]
+    kernels = {  # loads and stores beside the product's operands
+        launch._linear_gelu_kernel: ((), ("out", "pre")),
+        launch._linear_gelu_bwd_kernel: (("grad_out",), ("grad_pre",)),
+        launch._linear_add_kernel: (("residual",), ("out", "y")),
+    }
+    found = {}
+    for dtype, precision in (("*bf16", "ieee"), ("*fp32", "ieee"), ("*fp32", "tf32")):
+        if precision == "tf32" and target in AMD:
+            continue
+        for tiles in dict.fromkeys(table[BYTES[dtype]][2 * (precision == "tf32") :]):
+            for fn, (loads, stores) in kernels.items():
+                if dtype == "*fp32" and fn is not launch._linear_gelu_bwd_kernel:
+                    continue  # the epilogue that needs most registers stands for the others
+                arguments = product_arguments(dtype, tiles) | {"PRECISION": precision}
+                spec = {"fn": fn, "arguments": arguments, "warps": tiles.warps, "stages": tiles.stages}
+                stores = () if target in AMD else stores  # MFMA's accumulators are stored as they lie, 64 bits a thread
+                spec |= {"loads": loads, "stores": stores, "elements": tiles.block_m * tiles.block_n}
+                spec["tensor_cores"] = dtype == "*bf16" or precision == "tf32"
+                found[f"{fn.__name__} {dtype} {precision} {tuple(tiles)}"] = spec
+    return found | pass_specs(launch)
+
+
+def product_arguments(dtype: str, tiles) -> dict:
+    """Types and constants of every argument of the product kernels."""
+    names = ("x", "weight", "bias", "out", "pre", "grad_out", "grad_pre", "residual", "scale", "y")
+    arguments = dict.fromkeys(names, dtype) | {"partial_bias": "*fp32", "keep": "*fp32", "M": "i32", "N": "i32"}
+    blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "GROUP_M": tiles.group_m}
+    return arguments | {"F": "i32", "K": 192} | blocks
+
+
+def pass_specs(launch) -> dict[str, dict]:
+    """As `specs`, of the passes of the products' backward, with a bfloat16 stream and with a float32 one."""
+    block_m, block_n, warps = launch.PASS_CONFIG
+    shared = {"M": "i32", "N": "i32", "slices": "i32", "F": "i32", "BLOCK_M": block_m, "BLOCK_N": block_n}
+    shared |= {"pre": "*bf16", "grad_pre": "*bf16", "y": "*bf16", "grad_y": "*bf16", "scale": "*fp32", "keep": "*fp32"}
+    shared |= {"partial_bias": "*fp32", "partial_scale": "*fp32"}
+    found = {}
+    for fn, grad_out, inputs, outputs in (
+        (launch._gelu_bwd_kernel, "*bf16", ("grad_out", "pre"), ("grad_pre",)),
+        (launch._linear_add_bwd_kernel, "*bf16", ("grad_out", "y"), ("grad_y",)),
+        (launch._linear_add_bwd_kernel, "*fp32", ("grad_out", "y"), ("grad_y",)),
+    ):
+        spec = {"fn": fn, "arguments": shared | {"grad_out": grad_out}, "warps": warps, "elements": block_m * block_n}
+        found[f"{fn.__name__} {grad_out}"] = {**spec, "loads": inputs, "stores": outputs}
+    return found
+
+
 def compile_kernel(spec: dict, target: str):
     import triton
     from triton.backends.compiler import GPUTarget
@@ -61,9 +115,9 @@ def compile_kernel(spec: dict, target: str):
 
     names = spec["fn"].arg_names
     arguments = {name: spec["arguments"][name] for name in names}
-    constants = {name: value for name, value in arguments.items() if not isinstance(value, str)}
+    constants = {name: value for name, value in arguments.items() if not isinstance(value, str) or name == "PRECISION"}
     signature = {name: "constexpr" if name in constants else value for name, value in arguments.items()}
-    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n.endswith("_stride")]
+    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n.endswith("_stride") or n == "F"]
     source = ASTSource(
         spec["fn"],
         signature,
@@ -72,7 +126,8 @@ def compile_kernel(spec: dict, target: str):
     )
     nvidia = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
-    return triton.compile(source, target=gpu, options={"num_warps": spec["warps"]})
+    stages = {"num_stages": spec["stages"]} if "stages" in spec else {}
+    return triton.compile(source, target=gpu, options={"num_warps": spec["warps"], **stages})
 
 
 def inspect_nvidia(kernel) -> dict:
@@ -113,23 +168,40 @@ def tile_bytes(spec: dict, names: tuple[str, ...], threads: int) -> int:
     """Bytes of the named tensors' tiles that one thread moves."""
     arguments = spec["arguments"]
     sizes = (BYTES[arguments[name]] for name in names if arguments[name] is not None)
-    return sum(size * arguments["BLOCK_N"] * arguments["BLOCK_D"] // threads for size in sizes)
+    elements = spec.get("elements") or arguments.get("BLOCK_N", 0) * arguments["BLOCK_D"]
+    return sum(size * elements // threads for size in sizes)
+
+
+def tensor_core_instructions(kernel, nvidia: bool) -> int:
+    text = kernel.asm["ptx" if nvidia else "amdgcn"]
+    return len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma", text))
 
 
 def inspect(target: str) -> list[dict]:
-    """What every kernel of every width and dtype became on a target."""
-    found = []
+    """What every kernel of every width, tile and dtype became on a target."""
+    every = {
+        f"{name} D{width} {dtype}": spec
+        for dtype, widths in WIDTHS.items()
+        for width in widths
+        for name, spec in specs(width, dtype).items()
+    }
+    return [{"kernel": name, **inspect_kernel(spec, target)} for name, spec in (every | product_specs(target)).items()]
+
+
+def inspect_kernel(spec: dict, target: str) -> dict:
     nvidia = target.startswith("sm_")
-    for dtype, width in ((dtype, width) for dtype, widths in WIDTHS.items() for width in widths):
-        for name, spec in specs(width, dtype).items():
-            kernel = compile_kernel(spec, target)
-            report = inspect_nvidia(kernel) if nvidia else inspect_amd(kernel)
-            threads = spec["warps"] * (32 if nvidia else 64)
-            report["least_loads"] = tile_bytes(spec, spec["loads"], threads)
-            report["least_stores"] = tile_bytes(spec, spec["stores"], threads)
-            report["narrow_offsets"] = narrow_offsets(kernel)
-            found.append({"kernel": f"{name} D{width} {dtype}", **report})
-    return found
+    kernel = compile_kernel(spec, target)
+    report = inspect_nvidia(kernel) if nvidia else inspect_amd(kernel)
+    threads = spec["warps"] * (32 if nvidia else 64)
+    product = "stages" in spec
+    return {
+        **report,
+        "most_registers": 256 if product else 144,
+        "least_loads": tile_bytes(spec, spec["loads"], threads),
+        "least_stores": tile_bytes(spec, spec["stores"], threads),
+        "narrow_offsets": narrow_offsets(kernel),
+        "lacks_tensor_cores": spec.get("tensor_cores", False) and not tensor_core_instructions(kernel, nvidia),
+    }
 
 
 @functools.cache
@@ -148,13 +220,14 @@ def reports(target: str) -> list[dict]:
 def test_compiles_within_the_bars(target):
     pytest.importorskip("triton")
     found = reports(target)
-    assert len(found) == 2 * sum(map(len, WIDTHS.values())) + 4
+    assert len(found) == 2 * sum(map(len, WIDTHS.values())) + 4 + (14 if target in AMD else 15)
     for report in found:
         assert report["spilled"] == 0, report
-        assert report["registers"] <= 144, report
+        assert report["registers"] <= report["most_registers"], report
         assert report["wide_loads"] >= report["least_loads"], report
         assert report["wide_stores"] >= report["least_stores"], report
         assert report["narrow_offsets"] == [], report
+        assert not report["lacks_tensor_cores"], report
 
 
 if __name__ == "__main__":
