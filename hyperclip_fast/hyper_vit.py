@@ -18,7 +18,7 @@ from typing import Any
 import timm
 import torch
 from einops import rearrange
-from timm.layers import LayerNorm, LayerNormFp32
+from timm.layers import LayerNorm, LayerNormFp32, Mlp
 from timm.models import VisionTransformer, checkpoint, list_models, model_entrypoint, register_model
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models.vision_transformer import Block
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from hyperclip_fast.kernels.dispatch import use_triton
 from hyperclip_fast.kernels.layer_norm import add_layer_norm, layer_norm
+from hyperclip_fast.kernels.linear import linear_gelu
 from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams, NormSpec
 
 MODULATED_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
@@ -80,6 +81,23 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
+def _is_plain_mlp(mlp: nn.Module) -> bool:
+    """Whether `mlp` is timm's Linear, exact GELU, Linear with nothing in between, and nobody listens inside."""
+    if type(mlp) is not Mlp or type(mlp.fc1) is not nn.Linear or type(mlp.norm) is not nn.Identity:
+        return False
+    if type(mlp.act) is not nn.GELU or mlp.act.approximate != "none" or (mlp.drop1.p and mlp.training):
+        return False
+    skipped = (mlp, mlp.fc1, mlp.act, mlp.drop1, mlp.norm)  # modules whose own call a fused one replaces
+    return not any(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in skipped)
+
+
+def run_mlp(mlp: nn.Module, h: Tensor) -> Tensor:
+    """The MLP of a block, h (B, N, D) to (B, N, D); on the Triton path the GELU joins the first product."""
+    if not use_triton(h) or not _is_plain_mlp(mlp):
+        return mlp(h)
+    return mlp.drop2(mlp.fc2(linear_gelu(h, mlp.fc1.weight, mlp.fc1.bias)))
+
+
 class HyperBlock(Block):
     """timm's pre-norm Block with the residual adds moved into the norms, and rows for both norms."""
 
@@ -117,7 +135,7 @@ class HyperBlock(Block):
         h, x = add_norm(self.norm1, x, delta, (weight1, bias1), task_ids, dtype)
         delta = self.drop_path1(self.ls1(self.attn(h, attn_mask=attn_mask, is_causal=is_causal)))
         h, x = add_norm(self.norm2, x, delta, (weight2, bias2), task_ids, dtype)
-        return x, self.drop_path2(self.ls2(self.mlp(h)))
+        return x, self.drop_path2(self.ls2(run_mlp(self.mlp, h)))
 
 
 class HyperViT(VisionTransformer):
