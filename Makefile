@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 KERNEL_TESTS = PYTHONPATH=$(TOOLS) OMP_NUM_THREADS=1
+KERNEL_FILES = tests/test_layer_norm.py tests/test_linear.py
 
 .PHONY: demo test test-kernels lint clean
 
@@ -14,9 +15,9 @@ test: $(VENV)/test.stamp lint
 
 # The compiled kernels, executed on the CPU, and the guarded interpreter: TOOLS is a folder with ptxsim and interp_guard.
 test-kernels: $(VENV)/test.stamp
-	$(KERNEL_TESTS) HYPERCLIP_PTXSIM=sm_80 $(RUN) -m pytest -n 2 tests/test_layer_norm.py
-	$(KERNEL_TESTS) HYPERCLIP_PTXSIM=sm_90 $(RUN) -m pytest -n 2 tests/test_layer_norm.py
-	$(KERNEL_TESTS) HYPERCLIP_GUARD=1 $(RUN) -m pytest -n 2 tests/test_layer_norm.py tests/test_kernel_bytes.py
+	$(KERNEL_TESTS) HYPERCLIP_PTXSIM=sm_80 $(RUN) -m pytest -n 2 $(KERNEL_FILES)
+	$(KERNEL_TESTS) HYPERCLIP_PTXSIM=sm_90 $(RUN) -m pytest -n 2 $(KERNEL_FILES)
+	$(KERNEL_TESTS) HYPERCLIP_GUARD=1 $(RUN) -m pytest -n 2 $(KERNEL_FILES) tests/test_kernel_bytes.py tests/test_linear_bytes.py
 
 lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .

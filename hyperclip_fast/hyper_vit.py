@@ -33,6 +33,7 @@ from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams, NormSpec
 MODULATED_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
 Row = tuple[Tensor | None, Tensor | None]  # weight (T, D), bias (T, D); (None, None): the module's own
 OWN_ROW: Row = (None, None)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def add_norm(
@@ -88,7 +89,7 @@ def _is_plain_mlp(mlp: nn.Module) -> bool:
     if type(mlp.act) is not nn.GELU or mlp.act.approximate != "none" or (mlp.drop1.p and mlp.training):
         return False
     skipped = (mlp, mlp.fc1, mlp.act, mlp.drop1, mlp.norm)  # modules whose own call a fused one replaces
-    return not any(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in skipped)
+    return not any(getattr(module, hooks) for module in skipped for hooks in HOOKS)
 
 
 def run_mlp(mlp: nn.Module, h: Tensor) -> Tensor:

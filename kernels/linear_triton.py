@@ -18,18 +18,27 @@ import triton.language as tl
 
 @triton.jit
 def _tile(M, F, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """This program's row tile and column tile: GROUP_M row tiles go through the columns together and share L2."""
+    """First row and first column of this program's tile: GROUP_M row tiles take the columns together and share L2."""
     rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(F, BLOCK_N)
     group = tl.program_id(0) // (GROUP_M * columns)
     within = tl.program_id(0) % (GROUP_M * columns)
     height = min(rows - group * GROUP_M, GROUP_M)
-    return group * GROUP_M + within % height, within // height
+    row, column = group * GROUP_M + within % height, within // height
+    return row.to(tl.int64) * BLOCK_M, column.to(tl.int64) * BLOCK_N
 
 
 @triton.jit
-def _product(
+def _columns(vector, n, F, BLOCK_N: tl.constexpr):
+    """Elements n to n + BLOCK_N of a vector over the columns, (1, BLOCK_N) float32."""
+    o_n = n + tl.arange(0, BLOCK_N)
+    return tl.load(vector + o_n, mask=o_n < F, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _linear(
     x,
     weight,
+    bias,
     m,
     n,
     M,
@@ -40,7 +49,7 @@ def _product(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows from m of x times rows from n of weight, transposed: (BLOCK_M, BLOCK_N) float32, zero outside."""
+    """Rows from m of x times rows from n of weight, transposed, and bias: (BLOCK_M, BLOCK_N) float32."""
     o_m, o_n, o_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     m_x, m_weight = (m + o_m < M)[:, None], (n + o_n < F)[None, :]
     o_x = o_m[:, None] * K + o_k[None, :]
@@ -55,14 +64,9 @@ def _product(
             b_x = tl.load(x + m * K + (o_x + k), mask=m_x & m_k[None, :], other=0.0)
             b_weight = tl.load(weight + n * K + (o_weight + k), mask=m_weight & m_k[:, None], other=0.0)
         b_out = tl.dot(b_x, b_weight, b_out, input_precision=PRECISION)
+    if bias is not None:
+        b_out += _columns(bias, n, F, BLOCK_N)
     return b_out
-
-
-@triton.jit
-def _columns(vector, n, F, BLOCK_N: tl.constexpr):
-    """Elements n to n + BLOCK_N of a vector over the columns, (1, BLOCK_N) float32."""
-    o_n = n + tl.arange(0, BLOCK_N)
-    return tl.load(vector + o_n, mask=o_n < F, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -92,11 +96,8 @@ def _linear_gelu_kernel(
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row, column = _tile(M, F, BLOCK_M, BLOCK_N, GROUP_M)
-    m, n = row.to(tl.int64) * BLOCK_M, column.to(tl.int64) * BLOCK_N
-    b_pre = _product(x, weight, m, n, M, F, K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-    if bias is not None:
-        b_pre += _columns(bias, n, F, BLOCK_N)
+    m, n = _tile(M, F, BLOCK_M, BLOCK_N, GROUP_M)
+    b_pre = _linear(x, weight, bias, m, n, M, F, K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     o_m, o_n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
     m_tile = (m + o_m < M) & (n + o_n < F)
     o_tile = o_m * F + o_n
@@ -123,11 +124,8 @@ def _linear_gelu_bwd_kernel(
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row, column = _tile(M, F, BLOCK_M, BLOCK_N, GROUP_M)
-    m, n = row.to(tl.int64) * BLOCK_M, column.to(tl.int64) * BLOCK_N
-    b_pre = _product(x, weight, m, n, M, F, K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-    if bias is not None:
-        b_pre += _columns(bias, n, F, BLOCK_N)
+    m, n = _tile(M, F, BLOCK_M, BLOCK_N, GROUP_M)
+    b_pre = _linear(x, weight, bias, m, n, M, F, K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     o_m, o_n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
     m_tile = (m + o_m < M) & (n + o_n < F)
     o_tile = o_m * F + o_n
@@ -136,7 +134,7 @@ def _linear_gelu_bwd_kernel(
     tl.store(grad_pre + (m * F + n) + o_tile, b_grad.to(grad_pre.dtype.element_ty), mask=m_tile)
     if partial_bias is not None:
         o_n = tl.arange(0, BLOCK_N)
-        o_partial = row.to(tl.int64) * F + n
+        o_partial = (m // BLOCK_M) * F + n
         tl.store(partial_bias + o_partial + o_n, tl.sum(b_grad, axis=0), mask=n + o_n < F)
 
 
@@ -198,11 +196,8 @@ def _linear_add_kernel(
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row, column = _tile(M, F, BLOCK_M, BLOCK_N, GROUP_M)
-    m, n = row.to(tl.int64) * BLOCK_M, column.to(tl.int64) * BLOCK_N
-    b_y = _product(x, weight, m, n, M, F, K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-    if bias is not None:
-        b_y += _columns(bias, n, F, BLOCK_N)
+    m, n = _tile(M, F, BLOCK_M, BLOCK_N, GROUP_M)
+    b_y = _linear(x, weight, bias, m, n, M, F, K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     o_m, o_n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
     m_tile = (m + o_m < M) & (n + o_n < F)
     o_tile = o_m * F + o_n
