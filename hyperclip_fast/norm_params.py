@@ -223,7 +223,8 @@ def _unflatten(spec: NormSpec, table, task_ids) -> NormParams:
 def _check_task_ids(task_ids: torch.Tensor | Sequence[int], table: torch.Tensor) -> torch.Tensor:
     """Task ids as a (B,) integer tensor on the table's device; the range is checked where that costs no device sync."""
     if not isinstance(task_ids, torch.Tensor):
-        task_ids = torch.as_tensor(task_ids, dtype=None if len(task_ids) else torch.int64)
+        task_ids = torch.as_tensor(task_ids)
+        task_ids = task_ids if task_ids.numel() else task_ids.long()  # an empty list has no dtype of its own
     if task_ids.dim() != 1:
         raise ValueError(f"task_ids must be (B,), got shape {tuple(task_ids.shape)}")
     if task_ids.dtype not in (torch.int64, torch.int32):

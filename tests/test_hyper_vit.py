@@ -237,6 +237,19 @@ def test_triton_path_agrees_with_the_stock_models(option, triton_backend):
     assert not table.grad[[1, 3]].any()
 
 
+def test_triton_path_takes_rows_of_another_dtype(triton_backend):
+    _, vit = hyper_pair("avg", img_size=16)
+    rows = random_rows(vit.norm_spec, 2).to(dtype=torch.float16)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad(), kernel_run():
+        vit = vit.to(DEVICE)
+        half, whole = (
+            vit(images.to(DEVICE), NormParams(rows.spec, rows.table.to(DEVICE, dtype), [1, 0]))
+            for dtype in (torch.float16, torch.float32)
+        )
+    assert torch.equal(half, whole)
+
+
 def test_two_runs_are_bit_equal():
     _, vit = hyper_pair("token")
     images, rows = make_images(), random_rows(vit.norm_spec, 3)
@@ -294,6 +307,8 @@ def test_refuses_architectures_it_cannot_modulate(case):
 
 
 def test_refuses_other_models():
+    with pytest.raises(ValueError, match="such as vit_tiny_patch16_224.*got 'vit_tiny_patch16_244'"):
+        HyperViT.from_timm("vit_tiny_patch16_244")
     with pytest.raises(ValueError, match="must be a timm VisionTransformer, got ResNet"):
         HyperViT.from_timm("resnet10t")
     with pytest.raises(ValueError, match="must be a timm VisionTransformer, got Linear"):

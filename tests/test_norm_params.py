@@ -275,6 +275,11 @@ def test_row_refuses_other_state_dicts():
         SPEC.row({**state, "c.weight": torch.ones(3)})
 
 
+def test_an_empty_batch_may_be_a_list():
+    params = NormParams(SPEC, torch.ones(2, 20))[[]]
+    assert params.task_ids.dtype == torch.int64 and params.gather().table.shape == (0, 20)
+
+
 @pytest.mark.parametrize(
     ("table", "ids", "message"),
     [

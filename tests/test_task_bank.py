@@ -96,6 +96,12 @@ def test_save_and_load(bank, tmp_path):
     assert len(loaded) == 4
 
 
+def test_a_bank_fits_its_model_whatever_else_the_config_says(bank, tmp_path):
+    bank.save(tmp_path / "tasks.safetensors")
+    bank.model.config.drop_path_rate = 0.3  # makes no row
+    assert TaskBank.load(tmp_path / "tasks.safetensors", bank.model).tasks == bank.tasks
+
+
 def test_files_that_are_refused(bank, tmp_path):
     path = tmp_path / "tasks.safetensors"
     bank.save(path)
