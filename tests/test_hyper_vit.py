@@ -307,7 +307,7 @@ def test_refuses_architectures_it_cannot_modulate(case):
 
 
 def test_refuses_other_models():
-    with pytest.raises(ValueError, match="such as vit_tiny_patch16_224.*got 'vit_tiny_patch16_244'"):
+    with pytest.raises(ValueError, match=r"such as vit_tiny_patch16_224.*got 'vit_tiny_patch16_244'"):
         HyperViT.from_timm("vit_tiny_patch16_244")
     with pytest.raises(ValueError, match="must be a timm VisionTransformer, got ResNet"):
         HyperViT.from_timm("resnet10t")
