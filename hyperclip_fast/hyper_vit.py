@@ -113,8 +113,8 @@ class HyperBlock(Block):
         task_ids: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """One block; the stock block's output is the sum of the two tensors returned.
+    ) -> tuple[Tensor, Tensor | None]:
+        """One block; the stock block's output is the sum of what is returned, (x, delta) or (sum, None).
 
         The rows are flat arguments, not tuples, so that reentrant checkpointing sees every tensor.
 
@@ -130,13 +130,16 @@ class HyperBlock(Block):
             is_causal: causal attention.
 
         Returns:
-            x (B, N, D) and delta (B, N, D).
+            x (B, N, D) and delta (B, N, D) on the Triton path; their sum and None on the reference path.
         """
         dtype = _product_dtype(x)
         h, x = add_norm(self.norm1, x, delta, (weight1, bias1), task_ids, dtype)
-        delta = self.drop_path1(self.ls1(self.attn(h, attn_mask=attn_mask, is_causal=is_causal)))
-        h, x = add_norm(self.norm2, x, delta, (weight2, bias2), task_ids, dtype)
-        return x, self.drop_path2(self.ls2(run_mlp(self.mlp, h)))
+        h = self.drop_path1(self.ls1(self.attn(h, attn_mask=attn_mask, is_causal=is_causal)))
+        h, x = add_norm(self.norm2, x, h, (weight2, bias2), task_ids, dtype)
+        h = self.drop_path2(self.ls2(run_mlp(self.mlp, h)))
+        if use_triton(x):
+            return x, h
+        return x + h, None  # nothing to fuse: a second tensor kept alive would only cost the CPU's cache and allocator
 
 
 class HyperViT(VisionTransformer):
@@ -337,7 +340,7 @@ class HyperViT(VisionTransformer):
         for i in range(last + 1 if stop_early else len(self.blocks)):
             x, delta = self._run_block(i, x, delta, rows, task_ids, attn_mask, is_causal)
             if i in take:
-                x, delta = x + delta, None
+                x, delta = x if delta is None else x + delta, None
                 taken.append(self._final_norm(x, None, rows, task_ids) if norm else x)
         prefix = [tokens[:, : self.num_prefix_tokens] for tokens in taken] if self.num_prefix_tokens else None
         taken = [tokens[:, self.num_prefix_tokens :] for tokens in taken]
