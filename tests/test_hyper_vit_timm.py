@@ -291,8 +291,10 @@ def test_a_block_keeps_timms_modules():
     stock, vit = hyper_pair("layer_scale", drop_path_rate=0.1)
     assert all(isinstance(block, Block) for block in vit.blocks)
     assert [name for name, _ in vit.named_modules()] == [name for name, _ in stock.named_modules()]
-    x, delta = vit.blocks[0](torch.ones(1, 4, 48))
-    assert torch.equal(x + delta, stock.blocks[0](torch.ones(1, 4, 48)))
+    total, delta = vit.blocks[0](torch.ones(1, 4, 48))
+    assert delta is None and torch.equal(total, stock.blocks[0](torch.ones(1, 4, 48)))
+    part = vit.blocks[1](torch.ones(1, 4, 48), torch.ones(1, 4, 48))[0]
+    assert torch.equal(part, stock.blocks[1](2 * torch.ones(1, 4, 48)))
 
 
 def test_a_stock_model_takes_a_row():
