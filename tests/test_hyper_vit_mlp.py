@@ -7,8 +7,8 @@ import torch
 from timm.layers import Mlp
 from torch import nn
 
-from hyperclip_fast import hyper_vit
-from hyperclip_fast.hyper_vit import run_mlp
+from hyperclip_fast import hyper_block
+from hyperclip_fast.hyper_block import run_mlp
 
 from .helpers import DEVICE, assert_close, kernel_run
 
@@ -33,13 +33,13 @@ OTHERS = {
 @pytest.fixture
 def fused(monkeypatch):
     """The shapes of linear_gelu's calls."""
-    calls, original = [], hyper_vit.linear_gelu
+    calls, original = [], hyper_block.linear_gelu
 
     def counting(h, weight, bias):
         calls.append(tuple(weight.shape))
         return original(h, weight, bias)
 
-    monkeypatch.setattr(hyper_vit, "linear_gelu", counting)
+    monkeypatch.setattr(hyper_block, "linear_gelu", counting)
     return calls
 
 
