@@ -7,6 +7,7 @@ A stock block becomes a HyperBlock by a change of class. Rows are arguments, nev
 """
 
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerNorm, LayerNormFp32, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from hyperclip_fast.kernels.linear import linear_gelu
 MODULATED_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
 Row = tuple[Tensor | None, Tensor | None]  # weight (T, D), bias (T, D); (None, None): the module's own
 OWN_ROW: Row = (None, None)
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+PLAIN_MLP = (nn.Linear, nn.GELU, nn.Dropout, nn.Identity)  # timm's Mlp up to fc2: fc1, act, drop1, norm
 
 
 def add_norm(
@@ -69,19 +70,36 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 def _is_plain_mlp(mlp: nn.Module) -> bool:
     """Whether `mlp` is timm's Linear, exact GELU, Linear with nothing in between, and nobody listens inside."""
-    if type(mlp) is not Mlp or type(mlp.fc1) is not nn.Linear or type(mlp.norm) is not nn.Identity:
+    parts = tuple(mlp._modules.values())[:4]  # read without nn.Module's __getattr__: this runs once a block
+    if type(mlp) is not Mlp or tuple(map(type, parts)) != PLAIN_MLP:
         return False
-    if type(mlp.act) is not nn.GELU or mlp.act.approximate != "none" or (mlp.drop1.p and mlp.training):
-        return False
-    skipped = (mlp, mlp.fc1, mlp.act, mlp.drop1, mlp.norm)  # modules whose own call a fused one replaces
-    return not any(getattr(module, hooks) for module in skipped for hooks in HOOKS)
+    _, act, drop, _ = parts
+    return act.approximate == "none" and not (drop.p and drop.training) and not _has_hooks(mlp, *parts)
+
+
+def _has_hooks(*modules: nn.Module) -> bool:
+    for m in modules:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return True
+    return False
 
 
 def run_mlp(mlp: nn.Module, h: Tensor) -> Tensor:
-    """The MLP of a block, h (B, N, D) to (B, N, D); on the Triton path the GELU joins the first product."""
-    if not use_triton(h) or not _is_plain_mlp(mlp):
+    """The MLP of a block, h (B, N, D) to (B, N, D), with its GELU in the first product (Triton) or in place (CPU)."""
+    if not _is_plain_mlp(mlp):
         return mlp(h)
-    return mlp.drop2(mlp.fc2(linear_gelu(h, mlp.fc1.weight, mlp.fc1.bias)))
+    if use_triton(h):
+        h = linear_gelu(h, mlp.fc1.weight, mlp.fc1.bias)
+    elif may_overwrite():
+        h = torch.ops.aten.gelu_(F.linear(h, mlp.fc1.weight, mlp.fc1.bias))
+    else:
+        return mlp(h)
+    return mlp.drop2(mlp.fc2(h))
+
+
+def may_overwrite() -> bool:
+    """Whether nothing but the next step will read a result: no autograd, no tracing."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 class HyperBlock(Block):
@@ -124,4 +142,6 @@ class HyperBlock(Block):
         h = self.drop_path2(self.ls2(run_mlp(self.mlp, h)))
         if use_triton(x):
             return x, h
+        if may_overwrite() and not _has_hooks(self.norm2) and torch.result_type(x, h) == x.dtype:
+            return x.add_(h), None  # x is the sum made two lines up, which nobody else has seen
         return x + h, None  # nothing to fuse: a second tensor kept alive would only cost the CPU's cache and allocator
