@@ -78,10 +78,7 @@ def _is_plain_mlp(mlp: nn.Module) -> bool:
 
 
 def _has_hooks(*modules: nn.Module) -> bool:
-    for m in modules:
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            return True
-    return False
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
 
 
 def run_mlp(mlp: nn.Module, h: Tensor) -> Tensor:

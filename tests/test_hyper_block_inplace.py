@@ -1,4 +1,4 @@
-"""Without autograd a HyperBlock overwrites its own intermediate results: the values stay timm's, and no hook notices."""
+"""Without autograd a HyperBlock overwrites its own intermediate results: values stay timm's, and no hook notices."""
 
 import copy
 
