@@ -34,11 +34,63 @@ def layer_norm_reference(
         weight, bias = weight[task_ids], bias[task_ids]
     compute = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     x = x.to(compute)
-    normed = F.layer_norm(x, width, x.new_ones(width), x.new_zeros(width), eps)  # without them the CPU kernel is scalar
-    weight, bias = weight.to(compute).unsqueeze(1), bias.to(compute).unsqueeze(1)
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return torch.addcmul(bias, normed, weight).to(out_dtype)
-    return torch.addcmul(bias, normed, weight, out=normed).to(out_dtype)
+    weight, bias = weight.to(compute), bias.to(compute)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _mixed_layer_norm(x, weight, bias, eps).to(out_dtype)
+    if torch.is_grad_enabled():
+        return _MixedLayerNorm.apply(x, weight, bias, eps).to(out_dtype)
+    return _mixed_layer_norm_eager(x, weight, bias, eps)[0].to(out_dtype)
+
+
+def _normalize(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x - mean) * rstd, mean, rstd."""
+    D = x.shape[-1]
+    return torch.native_layer_norm(x, (D,), x.new_ones(D), x.new_zeros(D), eps)  # given None, the CPU kernel is scalar
+
+
+def _mixed_layer_norm(x, weight, bias, eps) -> torch.Tensor:
+    """Row b of weight and bias (B, D) for sample b of x (B, N, D), in operations that anything can trace."""
+    return torch.addcmul(bias.unsqueeze(1), _normalize(x, eps)[0], weight.unsqueeze(1))
+
+
+def _mixed_layer_norm_eager(x, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same, written over the normed x, which nobody else has seen; and mean and rstd (B, N, 1)."""
+    normed, mean, rstd = _normalize(x, eps)
+    return torch.addcmul(bias.unsqueeze(1), normed, weight.unsqueeze(1), out=normed), mean, rstd
+
+
+class _MixedLayerNorm(torch.autograd.Function):
+    """The same with a gradient that keeps x alone; autograd's own would keep the normed x too, and read it again."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        out, mean, rstd = _mixed_layer_norm_eager(x, weight, bias, eps)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants the gradient's own gradient: autograd writes that graph
+            return *_grad_of_plain(ctx, x, weight, bias, grad), None
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        grad_x, grad_weight, scratch = None, None, None
+        if need_weight:
+            scratch = (x - mean).mul_(rstd).mul_(grad)
+            grad_weight = scratch.sum(1)
+        if need_x:
+            scaled = torch.mul(grad, weight.unsqueeze(1), out=scratch)
+            one, statistics = x.new_ones(x.shape[-1]), (x, x.shape[-1:], mean, rstd)
+            grad_x = torch.ops.aten.native_layer_norm_backward(scaled, *statistics, one, None, [True, False, False])[0]
+        return grad_x, grad_weight, grad.sum(1) if need_bias else None, None
+
+
+def _grad_of_plain(ctx, x, weight, bias, grad) -> list[torch.Tensor | None]:
+    needed = [t for t, need in zip((x, weight, bias), ctx.needs_input_grad) if need]
+    out = _mixed_layer_norm(x, weight, bias, ctx.eps)
+    grads = iter(torch.autograd.grad(out, needed, grad, create_graph=True))
+    return [next(grads) if need else None for need in ctx.needs_input_grad[:3]]
 
 
 def add_layer_norm_reference(

@@ -529,3 +529,39 @@ def test_float64_on_a_gpu_takes_the_reference():
         assert use_triton(x.float()) and use_triton(x.half()) and use_triton(x.bfloat16()) and not use_triton(x)
         out, total = add_layer_norm(x, delta, weight, bias, ids)
         assert out.dtype == total.dtype == torch.float64 and out.device.type == "cuda"
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (1,), (2,), (0, 1)])
+def test_gradients_of_the_reference_are_exact_and_have_gradients(frozen):
+    torch.manual_seed(0)
+    shapes = ((3, 4, 5), (2, 5), (2, 5))
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=i not in frozen) for i, s in enumerate(shapes)]
+    task_ids = torch.tensor([1, 0, 1])
+
+    def run(x, weight, bias):
+        return layer_norm_reference(x, weight, bias, task_ids, 1e-3).sin()
+
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+def test_reference_under_function_transforms():
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(s, dtype=torch.float64) for s in ((3, 4, 5), (3, 5), (3, 5)))
+
+    def loss(weight, x, bias):
+        return layer_norm_reference(x, weight, bias).sin().sum()
+
+    leaf = weight.clone().requires_grad_()
+    loss(leaf, x, bias).backward()
+    assert_close(torch.func.grad(loss)(weight, x, bias), leaf.grad)
+    each = torch.func.vmap(lambda w: layer_norm_reference(x, w, bias))(torch.stack([weight, 2 * weight]))
+    assert_close(each[1], layer_norm_reference(x, 2 * weight, bias))
+
+
+def test_reference_keeps_x_and_no_second_copy_of_it():
+    x, weight, bias = (torch.randn(s, requires_grad=True) for s in ((2, 50, 64), (2, 64), (2, 64)))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer_norm_reference(x, weight, bias)
+    assert sum(t.numel() for t in kept if t is not x) <= 2 * 50 * 2 + 2 * weight.numel()
