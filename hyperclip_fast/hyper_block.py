@@ -3,18 +3,24 @@
     h, x = add_layer_norm(x, delta, *norm1);  delta = attention(h)
     h, x = add_layer_norm(x, delta, *norm2);  delta = mlp(h)            # the final norm adds the last delta
 
-A stock block becomes a HyperBlock by a change of class. Rows are arguments, never state.
+Where the kernels' table prefers it, the last product of a sub-layer writes the new stream, and no delta is left:
+
+    h = layer_norm(x, *norm1);  x = linear_add(attention up to proj, proj, x)
+    h = layer_norm(x, *norm2);  x = linear_add(mlp up to fc2, fc2, x)
+
+A stock block becomes a HyperBlock by a change of class. Rows are arguments, never state. What runs a module's work
+without calling the module does so only for timm's own class, and only where nobody listens to it.
 """
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm, LayerNormFp32, Mlp
+from timm.layers import Attention, DropPath, LayerNorm, LayerNormFp32, LayerScale, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from hyperclip_fast.kernels.dispatch import use_triton
 from hyperclip_fast.kernels.layer_norm import add_layer_norm, layer_norm
-from hyperclip_fast.kernels.linear import linear_gelu
+from hyperclip_fast.kernels.linear import linear_add, linear_gelu, takes
 
 MODULATED_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
 Row = tuple[Tensor | None, Tensor | None]  # weight (T, D), bias (T, D); (None, None): the module's own
@@ -38,7 +44,7 @@ def add_norm(
         delta: (B, N, D) still to be added to it, or None.
         row: weight (T, D) and bias (T, D).
         task_ids: (B,) or None.
-        out_dtype: dtype of the normalised output, x's by default.
+        out_dtype: dtype of the normalised output; by default what the module's own forward would return.
 
     Returns:
         The normalised sum and the sum, both (B, N, D).
@@ -49,6 +55,7 @@ def add_norm(
         return norm(x), x
     if weight is None:
         weight, bias, task_ids = norm.weight.unsqueeze(0), norm.bias.unsqueeze(0), None
+    out_dtype = out_dtype or _norm_dtype(norm, x)
     if delta is None:
         return layer_norm(x, weight, bias, task_ids, norm.eps, out_dtype), x
     return add_layer_norm(x, delta, weight, bias, task_ids, norm.eps, out_dtype)
@@ -61,11 +68,29 @@ def _is_fusable(norm: nn.Module, x: Tensor) -> bool:
     return not (norm._forward_hooks or norm._forward_pre_hooks)
 
 
+def _norm_dtype(norm: nn.Module, x: Tensor) -> torch.dtype:
+    """What `norm(x)` would return: under autocast GPUs compute a layer norm in float32, timm's fast norm in 16 bits."""
+    kind = x.device.type
+    if type(norm) is LayerNormFp32 or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    if getattr(norm, "_fast_norm", False):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype if kind == "cpu" else torch.float32
+
+
 def _product_dtype(x: Tensor) -> torch.dtype:
     """What the next Linear will compute in: written by the norm itself, so that autocast has nothing left to cast."""
     kind = x.device.type
     casts = torch.is_autocast_enabled(kind) and x.dtype != torch.float64  # autocast leaves float64 as it is
     return torch.get_autocast_dtype(kind) if casts else x.dtype
+
+
+def _is_heard(*modules: nn.Module) -> bool:
+    """Whether a hook, or a forward of its own, makes calling one of the modules more than running its class's code."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
+        for m in modules
+    )
 
 
 def _is_plain_mlp(mlp: nn.Module) -> bool:
@@ -74,29 +99,72 @@ def _is_plain_mlp(mlp: nn.Module) -> bool:
     if type(mlp) is not Mlp or tuple(map(type, parts)) != PLAIN_MLP:
         return False
     _, act, drop, _ = parts
-    return act.approximate == "none" and not (drop.p and drop.training) and not _has_hooks(mlp, *parts)
-
-
-def _has_hooks(*modules: nn.Module) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
-
-
-def run_mlp(mlp: nn.Module, h: Tensor) -> Tensor:
-    """The MLP of a block, h (B, N, D) to (B, N, D), with its GELU in the first product (Triton) or in place (CPU)."""
-    if not _is_plain_mlp(mlp):
-        return mlp(h)
-    if use_triton(h):
-        h = linear_gelu(h, mlp.fc1.weight, mlp.fc1.bias)
-    elif may_overwrite():
-        h = torch.ops.aten.gelu_(F.linear(h, mlp.fc1.weight, mlp.fc1.bias))
-    else:
-        return mlp(h)
-    return mlp.drop2(mlp.fc2(h))
+    return act.approximate == "none" and not (drop.p and drop.training) and not _is_heard(mlp, *parts)
 
 
 def may_overwrite() -> bool:
     """Whether nothing but the next step will read a result: no autograd, no tracing."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+def _is_plain_attention(attn: nn.Module, h: Tensor) -> bool:
+    """Whether `attn` is timm's Attention around scaled_dot_product_attention, and nobody listens to it."""
+    if type(attn) is not Attention or not attn.fused_attn or getattr(attn, "gate", None) is not None:
+        return False
+    kinds = {type(attn.q_norm), type(attn.k_norm)}
+    if kinds != {nn.Identity} and not (use_triton(h) and kinds <= set(MODULATED_NORMS)):
+        return False  # the reference path promises timm's gradients bit for bit, and q/k norms add theirs up in order
+    return not _is_heard(attn, attn.q_norm, attn.k_norm)
+
+
+def run_attention(attn: Attention, h: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """timm's Attention up to its last product: h (B, N, D) to what proj reads, (B, N, D).
+
+    q, k and v are views of the packed product, their heads still behind their tokens. So the attention's output lies as
+    proj reads it, and in backward one stack packs d q, d k, d v: timm's order copies the packed gradient once more.
+    """
+    B, N, _ = h.shape
+    q, k, v = attn.qkv(h).reshape(B, N, 3, attn.num_heads, attn.head_dim).unbind(2)
+    q, k, v = (heads.transpose(1, 2) for heads in (attn.q_norm(q), attn.k_norm(k), v))
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    h = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
+    return attn.norm(h.transpose(1, 2).flatten(2))
+
+
+def run_mlp(mlp: Mlp, h: Tensor) -> Tensor:
+    """A plain Mlp up to its last product: h (B, N, D) to what fc2 reads; the GELU joins fc1 or overwrites its result."""
+    if use_triton(h):
+        return linear_gelu(h, mlp.fc1.weight, mlp.fc1.bias)
+    return torch.ops.aten.gelu_(F.linear(h, mlp.fc1.weight, mlp.fc1.bias))
+
+
+def _add(
+    x: Tensor, h: Tensor, product: nn.Module, dropout: nn.Module, scale: nn.Module, drop_path: nn.Module
+) -> tuple[Tensor, Tensor | None]:
+    """A sub-layer's last product of h (B, N, K), and what leads from there to the stream x (B, N, D).
+
+    Returns:
+        (sum, None) where the product's epilogue adds it to the stream, (x, delta) where that is left to the next norm.
+    """
+    if not _has_epilogue(h, product, dropout, scale, drop_path):
+        return x, drop_path(scale(dropout(product(h))))
+    gamma = None if type(scale) is nn.Identity else scale.gamma
+    keep = None
+    if type(drop_path) is DropPath and drop_path.training and drop_path.drop_prob:
+        dtype = h.dtype if gamma is None else torch.promote_types(h.dtype, gamma.dtype)
+        keep = drop_path(h.new_ones(h.shape[0], 1, 1, dtype=dtype)).flatten().float()  # timm's own draw
+    return linear_add(h, product.weight, product.bias, x, gamma, keep), None
+
+
+def _has_epilogue(h, product, dropout, scale, drop_path) -> bool:
+    """Whether `linear_add` does all of it: the table prefers it, the modules are timm's, and nobody listens inside."""
+    if type(product) is not nn.Linear or not takes("linear_add", h, min(product.weight.shape)):
+        return False
+    if type(dropout) is not nn.Dropout or (dropout.p and dropout.training):
+        return False
+    if type(scale) not in (nn.Identity, LayerScale) or type(drop_path) not in (nn.Identity, DropPath):
+        return False
+    return not _is_heard(product, dropout, scale, drop_path)
 
 
 class HyperBlock(Block):
@@ -130,15 +198,32 @@ class HyperBlock(Block):
             is_causal: causal attention.
 
         Returns:
-            x (B, N, D) and delta (B, N, D) on the Triton path; their sum and None on the reference path.
+            x (B, N, D) and delta (B, N, D) where a kernel of the next norm adds them; else their sum and None.
         """
         dtype = _product_dtype(x)
         h, x = add_norm(self.norm1, x, delta, (weight1, bias1), task_ids, dtype)
-        h = self.drop_path1(self.ls1(self.attn(h, attn_mask=attn_mask, is_causal=is_causal)))
-        h, x = add_norm(self.norm2, x, h, (weight2, bias2), task_ids, dtype)
-        h = self.drop_path2(self.ls2(run_mlp(self.mlp, h)))
-        if use_triton(x):
-            return x, h
-        if may_overwrite() and not _has_hooks(self.norm2) and torch.result_type(x, h) == x.dtype:
-            return x.add_(h), None  # x is the sum made two lines up, which nobody else has seen
-        return x + h, None  # nothing to fuse: a second tensor kept alive would only cost the CPU's cache and allocator
+        x, delta = self.attend(x, h, attn_mask, is_causal)
+        h, x = add_norm(self.norm2, x, delta, (weight2, bias2), task_ids, dtype)
+        x, delta = self.feed_forward(x, h)
+        if delta is None or use_triton(x):
+            return x, delta
+        if may_overwrite() and not _is_heard(self.norm2) and torch.result_type(x, delta) == x.dtype:
+            return x.add_(delta), None  # x is the sum that norm2 read, which nobody else has seen
+        return x + delta, None  # nothing to fuse: a second tensor kept alive would only cost the CPU's cache, allocator
+
+    def attend(
+        self, x: Tensor, h: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Stream x and normalised h, both (B, N, D), to x and what attention adds to it, or to their sum and None."""
+        attn = self.attn
+        if not _is_plain_attention(attn, h):
+            return x, self.drop_path1(self.ls1(attn(h, attn_mask=attn_mask, is_causal=is_causal)))
+        h = run_attention(attn, h, attn_mask, is_causal)
+        return _add(x, h, attn.proj, attn.proj_drop, self.ls1, self.drop_path1)
+
+    def feed_forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Stream x and normalised h, both (B, N, D), to x and what the MLP adds to it, or to their sum and None."""
+        mlp = self.mlp
+        if not (use_triton(h) or may_overwrite()) or not _is_plain_mlp(mlp):
+            return x, self.drop_path2(self.ls2(mlp(h)))
+        return _add(x, run_mlp(mlp, h), mlp.fc2, mlp.drop2, self.ls2, self.drop_path2)

@@ -58,8 +58,14 @@ def _check_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...])
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
-def _takes(operation: str, x: torch.Tensor, width: int) -> bool:
-    """Triton computes it: because it was asked for, or because the table expects it to be faster."""
+def takes(operation: str, x: torch.Tensor, width: int) -> bool:
+    """Whether Triton computes an operation: because it was asked for, or because the table expects it to be faster.
+
+    Args:
+        operation: "linear_gelu" or "linear_add".
+        x: (B, N, K), the product's input.
+        width: D, the narrower side of the product.
+    """
     return use_triton(x) and (get_backend() == "triton" or is_chosen(operation, x, width))
 
 
@@ -78,7 +84,7 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         ValueError: for shapes and dtypes other than these.
     """
     _check(x, weight, bias)
-    if _takes("linear_gelu", x, min(weight.shape)):
+    if takes("linear_gelu", x, min(weight.shape)):
         return fused_linear_gelu(x, weight.to(x.dtype), bias)
     return linear_gelu_reference(x, weight, bias)
 
@@ -114,6 +120,6 @@ def linear_add(
     if keep is not None and (keep.dtype != torch.float32 or keep.requires_grad):
         kind = f"{keep.dtype} with requires_grad={keep.requires_grad}"
         raise ValueError(f"keep must be torch.float32 without a gradient, got {kind}")
-    if _takes("linear_add", x, min(weight.shape)):
+    if takes("linear_add", x, min(weight.shape)):
         return fused_linear_add(x, weight.to(x.dtype), bias, residual, scale, keep)
     return linear_add_reference(x, weight, bias, residual, scale, keep)

@@ -8,7 +8,7 @@ from timm.layers import Mlp
 from torch import nn
 
 from hyperclip_fast import hyper_block
-from hyperclip_fast.hyper_block import run_mlp
+from hyperclip_fast.hyper_block import HyperBlock
 
 from .helpers import DEVICE, assert_close, kernel_run
 
@@ -19,6 +19,7 @@ LISTENERS = {
     "a pre-hook on the mlp": lambda mlp: mlp.register_forward_pre_hook(lambda *_: None),
     "a backward hook on fc1": lambda mlp: mlp.fc1.register_full_backward_hook(lambda *_: None),
     "a backward pre-hook on fc1": lambda mlp: mlp.fc1.register_full_backward_pre_hook(lambda *_: None),
+    "a forward of its own": lambda mlp: setattr(mlp.act, "forward", type(mlp.act)().forward),
     "a parametrization": lambda mlp: nn.utils.parametrizations.weight_norm(mlp.fc1),
 }
 OTHERS = {
@@ -48,13 +49,21 @@ def make(build=lambda: Mlp(D, 4 * D).eval()):
     return build().to(DEVICE), torch.randn(B, N, D, device=DEVICE)
 
 
+def run(mlp, h):
+    """What a block adds to a stream of zeros."""
+    block = HyperBlock(D, 2)
+    block.mlp = mlp
+    x, delta = block.feed_forward(torch.zeros_like(h), h)
+    return x if delta is None else delta
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("drop", [0.0, 0.1])
 def test_a_plain_mlp_is_fused_and_keeps_its_values(bias, drop, fused, triton_backend):
     pytest.importorskip("triton")
     mlp, h = make(lambda: Mlp(D, 4 * D, bias=bias, drop=drop).eval())
     with kernel_run():
-        out = run_mlp(mlp, h)
+        out = run(mlp, h)
         out.square().sum().backward()
     assert fused == [(4 * D, D)]
     exact = copy.deepcopy(mlp).double()
@@ -71,7 +80,7 @@ def test_an_mlp_that_is_listened_to_runs_its_own_modules(listener, fused, triton
     pytest.importorskip("triton")
     mlp, h = make()
     LISTENERS[listener](mlp)
-    assert torch.equal(run_mlp(mlp, h), mlp(h))
+    assert torch.equal(run(mlp, h), mlp(h))
     assert fused == []
 
 
@@ -80,7 +89,7 @@ def test_other_mlps_run_as_they_are(build, fused, triton_backend):
     pytest.importorskip("triton")
     mlp, h = make(build)
     torch.manual_seed(1)
-    ours = run_mlp(mlp, h)
+    ours = run(mlp, h)
     torch.manual_seed(1)
     assert torch.equal(ours, mlp(h))
     assert fused == []
@@ -89,5 +98,5 @@ def test_other_mlps_run_as_they_are(build, fused, triton_backend):
 @pytest.mark.skipif(DEVICE != "cpu", reason="the reference path of the CPU")
 def test_on_a_cpu_the_mlp_is_untouched(fused):
     mlp, h = make()
-    assert torch.equal(run_mlp(mlp, h), mlp(h))
+    assert torch.equal(run(mlp, h), mlp(h))
     assert fused == []
