@@ -11,11 +11,19 @@ Roofline arithmetic, not timed: per token, in units of D, with MD = tokens x wid
   each: 7 MD and 4 MD of memory less, against one more product of 8 M D^2 FLOP. Even at D = 350 (H100) or 250 (A100).
 
 A tile of 128 x 256 would read its operands less often, but its epilogue spills on sm_90.
+
+Whoever has timed a machine knows better: `load` puts the numbers of a JSON file into these tables and the layer norm's,
+as the environment variable HYPERCLIP_KERNEL_TABLE does on import; `save` writes what is in force.
 """
 
-from typing import NamedTuple
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+
+from .layer_norm_table import CONFIGS
 
 
 class Tiles(NamedTuple):
@@ -52,6 +60,7 @@ WIDEST = {
     "linear_add": {"large": 0, "small": 0, "amd": 0},
 }
 WIDEST_RECOMPUTED = 256  # widest x whose pre-activation is computed again in backward, not kept
+TABLES = {"widest": WIDEST, "tiles": TILES, "layer_norm": CONFIGS}  # what a file may hold
 SMALL_NVIDIA = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
 
 
@@ -84,3 +93,66 @@ def choose_tiles(device: torch.device, itemsize: int, rows: int, columns: int, i
     large = shallow if inner <= 256 else deep
     programs = -(-rows // large.block_m) * -(-columns // large.block_n)
     return few if programs < FEW_PROGRAMS else large
+
+
+def load(path: str | Path) -> None:
+    """Put a file's numbers into the tables, which keep what it leaves out; kernels launched from now on follow them.
+
+    The file is JSON, shaped as `save` writes it: {"widest": {operation: {kind of device: D}},
+    "tiles": {kind of device: {bytes of an element: [few, shallow, deep]}}, "layer_norm": {padded width: [forward,
+    backward]}}. Every part may be left out.
+
+    Raises:
+        ValueError: if it is not such a file; no table has changed then.
+    """
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"path must be a JSON file of kernel tables, got {path}: {error}") from error
+    _update(TABLES, _parse(str(path), given, TABLES))
+
+
+def save(path: str | Path) -> None:
+    """Write the tables in force to a JSON file that `load` reads (beside, then renamed)."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(json.dumps(TABLES, indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _parse(name: str, given: Any, current: Any) -> Any:
+    """JSON's `given` in the form of the `current` value that it replaces; a dictionary may be a part of it."""
+    if isinstance(current, dict):
+        keys = {str(key): key for key in current}
+        if not isinstance(given, dict) or not given.keys() <= keys.keys():
+            raise ValueError(f"{name} must have keys among {list(keys)}, got {given}")
+        return {keys[key]: _parse(f"{name}: {key}", value, current[keys[key]]) for key, value in given.items()}
+    if isinstance(current, int):
+        if type(given) is not int or given < 0:
+            raise ValueError(f"{name} must be an integer of at least 0, got {given!r}")
+        return given
+    if not isinstance(given, list) or len(given) != len(current):
+        raise ValueError(f"{name} must be a list of {len(current)}, got {given!r}")
+    values = tuple(_parse(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(given, current)))
+    if isinstance(current[0], int) and not all(value and value & (value - 1) == 0 for value in values[:5]):
+        raise ValueError(f"{name} must hold powers of two, got {given}")  # but for Tiles' last, its stages
+    if isinstance(current, Tiles):
+        if min(values[:3]) < 16 or not values[5]:
+            raise ValueError(f"{name} must have blocks of at least 16 and at least one stage, got {given}")
+        return Tiles(*values)
+    return values
+
+
+def _update(table: dict, changes: dict) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict):
+            _update(table[key], value)
+        else:
+            table[key] = value
+
+
+if "HYPERCLIP_KERNEL_TABLE" in os.environ:
+    load(os.environ["HYPERCLIP_KERNEL_TABLE"])
