@@ -132,7 +132,7 @@ def run_attention(attn: Attention, h: Tensor, attn_mask: Tensor | None, is_causa
 
 
 def run_mlp(mlp: Mlp, h: Tensor) -> Tensor:
-    """A plain Mlp up to its last product: h (B, N, D) to what fc2 reads; the GELU joins fc1 or overwrites its result."""
+    """A plain Mlp up to its last product: h (B, N, D) to what fc2 reads; the GELU joins fc1, or overwrites it."""
     if use_triton(h):
         return linear_gelu(h, mlp.fc1.weight, mlp.fc1.bias)
     return torch.ops.aten.gelu_(F.linear(h, mlp.fc1.weight, mlp.fc1.bias))
