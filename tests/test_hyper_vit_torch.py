@@ -172,6 +172,23 @@ def test_compile_with_dynamic_batch_and_no_recompilation(backend, option):
     assert len(frames) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_compile_in_16_bits_is_as_exact_as_eager(dtype):
+    _, vit = hyper_pair("avg", depth=1)
+    images, rows, ids = next(batches(vit.norm_spec))
+    results = {}
+    for name, kind in (("exact", torch.float64), ("eager", dtype), ("compiled", dtype)):
+        encoder = vit.to(kind)
+        table = rows.table.detach().to(kind).requires_grad_()
+        run = compiled(encoder, "inductor")[0] if name == "compiled" else encoder
+        out = run(images.to(kind), NormParams(rows.spec, table, ids))
+        out.square().sum().backward()
+        results[name] = (out.detach().double(), table.grad.double())
+    for exact, eager, ours in zip(*results.values()):
+        assert (ours - exact).norm() <= 1.2 * (eager - exact).norm()
+
+
 def test_compile_keeps_the_widths_static():
     """Only B and T are symbols: a symbol for each width would cost guards on every call and slower kernels."""
     _, vit = hyper_pair(depth=1)
