@@ -17,6 +17,7 @@ test: $(VENV)/test.stamp lint
 test-kernels: $(VENV)/test.stamp
 	$(KERNEL_TESTS) HYPERCLIP_PTXSIM=sm_80 $(RUN) -m pytest -n 2 $(KERNEL_FILES)
 	$(KERNEL_TESTS) HYPERCLIP_PTXSIM=sm_90 $(RUN) -m pytest -n 2 $(KERNEL_FILES)
+	$(KERNEL_TESTS) HYPERCLIP_PTXSIM=sm_90 $(RUN) -m pytest -n 2 tests/test_hyper_block.py -k autocast
 	$(KERNEL_TESTS) HYPERCLIP_GUARD=1 $(RUN) -m pytest -n 2 $(KERNEL_FILES) tests/test_kernel_bytes.py tests/test_linear_bytes.py
 
 lint: $(VENV)/test.stamp

@@ -122,7 +122,7 @@ class HyperViT(VisionTransformer):
         x = self.patch_drop(self._pos_embed(self.patch_embed(x)))
         return add_norm(self.norm_pre, x, None, rows.get("norm_pre", OWN_ROW), task_ids)[0]
 
-    def _run_block(self, i, x, delta, rows, task_ids, attn_mask=None, is_causal=False) -> tuple[Tensor, Tensor]:
+    def _run_block(self, i, x, delta, rows, task_ids, attn_mask=None, is_causal=False) -> tuple[Tensor, Tensor | None]:
         pieces = (*rows.get(f"blocks.{i}.norm1", OWN_ROW), *rows.get(f"blocks.{i}.norm2", OWN_ROW), task_ids)
         masked = attn_mask is not None or is_causal
         if self.grad_checkpointing and not masked:

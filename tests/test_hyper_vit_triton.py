@@ -48,7 +48,12 @@ def test_checkpointing_changes_no_gradient(half, reentrant):
     with kernel_run():
         plain = step(vit.train(), vit, images, rows, half)
         vit.set_grad_checkpointing()
-        assert_same(step(vit, vit, images, rows, half), plain)
+        recomputed = step(vit, vit, images, rows, half)
+    if MODE == "gpu":  # where cuDNN's and attention's backwards may add up in another order
+        for name, value in plain.items():
+            assert_close(recomputed[name], value.double(), name, rms(plain["table"]) * 1e-2)
+    else:
+        assert_same(recomputed, plain)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
