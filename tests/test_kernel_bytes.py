@@ -3,10 +3,6 @@
 Every element of x, delta, out and total moves exactly once forward, and of d out, d total, total and d x backward.
 """
 
-import contextlib
-from collections import defaultdict
-from unittest import mock
-
 import numpy as np
 import pytest
 import torch
@@ -17,62 +13,10 @@ triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(MODE not in ("interpreter", "guard"), reason="counted in the interpreter")
 
 if MODE in ("interpreter", "guard"):
+    from hyperclip_fast.bench.accesses import accesses
     from hyperclip_fast.kernels import layer_norm_launch
     from hyperclip_fast.kernels.layer_norm import add_layer_norm, layer_norm
     from hyperclip_fast.kernels.layer_norm_triton import _bwd_kernel, _fwd_kernel
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-
-class Accesses:
-    """Byte addresses of the unmasked lanes that kernels loaded and stored, duplicates kept."""
-
-    def __init__(self):
-        self.addresses = defaultdict(list)
-
-    def record(self, kind: str, pointers, mask) -> None:
-        lanes = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
-        self.addresses[kind].append(pointers.data[lanes].astype(np.int64).reshape(-1))
-
-    def of(self, kind: str, tensor: torch.Tensor) -> np.ndarray:
-        """Sorted offsets, in elements, of the accesses inside `tensor`."""
-        every = np.concatenate(self.addresses[kind])
-        offsets = every - tensor.data_ptr()
-        inside = (offsets >= 0) & (offsets < tensor.numel() * tensor.element_size())
-        return np.sort(offsets[inside]) / tensor.element_size()
-
-    def total(self, kind: str) -> int:
-        return sum(len(addresses) for addresses in self.addresses[kind])
-
-
-@contextlib.contextmanager
-def accesses(execute: bool = True, first_program: int = 0):
-    """Record all loads and stores; without `execute` none happens (loads give zero), so any address may be computed."""
-    log = Accesses()
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-    place = InterpreterBuilder.set_grid_idx
-
-    def recording_load(self, ptrs, mask, *rest):
-        log.record("load", ptrs, mask)
-        if not execute:
-            mask = TensorHandle(np.zeros_like(mask.data), mask.dtype)
-        return load(self, ptrs, mask, *rest)
-
-    def recording_store(self, ptrs, value, mask, *rest):
-        log.record("store", ptrs, mask)
-        return store(self, ptrs, value, mask, *rest) if execute else None
-
-    def shifted_place(self, x, y, z):
-        place(self, x, y, z)
-        self.grid_idx = (x + first_program, y, z)
-
-    with contextlib.ExitStack() as stack:
-        for name, replacement in (
-            ("create_masked_load", recording_load),
-            ("create_masked_store", recording_store),
-            ("set_grid_idx", shifted_place),
-        ):
-            stack.enter_context(mock.patch.object(InterpreterBuilder, name, replacement))
-        yield log
 
 
 def assert_once(log, kind, **tensors):

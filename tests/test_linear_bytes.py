@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from tests.helpers import MODE, allocating, poisoned_empty
-from tests.test_kernel_bytes import accesses, assert_never, assert_once
+from tests.test_kernel_bytes import assert_never, assert_once
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(MODE not in ("interpreter", "guard"), reason="counted in the interpreter")
 
 if MODE in ("interpreter", "guard"):
     import numpy as np
+    from hyperclip_fast.bench.accesses import accesses
     from hyperclip_fast.kernels import linear_launch, linear_op
     from hyperclip_fast.kernels.linear import linear_add, linear_gelu
     from hyperclip_fast.kernels.linear_table import Tiles
