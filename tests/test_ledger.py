@@ -121,6 +121,6 @@ def test_the_command_prints_and_writes_the_tables(monkeypatch, capsys, tmp_path)
     ledger.main()
     report = json.loads(path.read_text())
     assert sum(report["inference"]["stock timm"].values()) == 38
-    assert [row["operation"] for row in report["operations"]][0] == "layer_norm: inference"
+    assert report["operations"][0]["operation"] == "layer_norm: inference"
     printed = capsys.readouterr().out
     assert "add_layer_norm: backward" in printed and "packing dq, dk, dv" in printed
