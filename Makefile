@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/python
 KERNEL_TESTS = PYTHONPATH=$(TOOLS) OMP_NUM_THREADS=1
 KERNEL_FILES = tests/test_layer_norm.py tests/test_linear.py
 
-.PHONY: demo test test-kernels lint clean
+.PHONY: demo test test-kernels mutate lint clean
 
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/hyperclip demo
@@ -19,6 +19,10 @@ test-kernels: $(VENV)/test.stamp
 	$(KERNEL_TESTS) HYPERCLIP_PTXSIM=sm_90 $(RUN) -m pytest -n 2 $(KERNEL_FILES)
 	$(KERNEL_TESTS) HYPERCLIP_PTXSIM=sm_90 $(RUN) -m pytest -n 2 tests/test_hyper_block.py -k autocast
 	$(KERNEL_TESTS) HYPERCLIP_GUARD=1 $(RUN) -m pytest -n 2 $(KERNEL_FILES) tests/test_kernel_bytes.py tests/test_linear_bytes.py
+
+# Small mistakes made in the kernels, one by one, in a copy of the project: the tests must notice each. Not part of test.
+mutate: $(VENV)/test.stamp
+	OMP_NUM_THREADS=1 $(RUN) tests/mutations.py
 
 lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .
