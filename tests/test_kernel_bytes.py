@@ -61,6 +61,15 @@ def test_forward_moves_each_element_once(tensors, dtype, triton_backend):
     assert log.total("store") == x.numel()
 
 
+def test_task_id_out_of_range_reads_no_row(tensors, triton_backend):
+    x, _, weight, bias = (leaf.detach() for leaf in tensors[0].values())
+    with accesses() as log:  # which raises for an access outside the tensors
+        layer_norm(x, weight, bias, torch.tensor([0, T, -1]))
+    tiles = -(-N // layer_norm_launch.tile_config(D)[1][0])
+    for rows in (weight, bias):
+        assert np.array_equal(log.of("load", rows), np.repeat(np.arange(D), tiles))
+
+
 def test_backward_moves_each_element_once(tensors, triton_backend):
     leaves, task_ids = tensors
     allocated = []

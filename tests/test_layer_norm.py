@@ -54,8 +54,11 @@ class Case:
     delta_dtype: torch.dtype | None = F32  # None: layer_norm, without delta
     out_dtype: torch.dtype | None = None
     layout: str = "plain"  # of x and delta: plain, transposed, sliced, expanded
-    rows: str = "views"  # of weight and bias: views of a wider table, plain, columns (inner stride 2)
+    rows: str = (
+        "views"  # of weight and bias: views of a wider table, plain, apart (one of each), columns (inner stride 2)
+    )
     ids_dtype: torch.dtype = torch.int64
+    eps: float = 1e-6
     programs: int = 1024  # backward programs wanted: how finely samples are sliced
     seed: int = 0
 
@@ -90,7 +93,8 @@ class Case:
         if self.rows == "columns":
             return table[:, : 2 * self.D : 2], table[:, 2 * self.D : 4 * self.D : 2]
         weight, bias = table[:, : self.D], table[:, self.D + 5 :]
-        return (weight, bias) if self.rows == "views" else (weight.contiguous(), bias.contiguous())
+        weight = weight.contiguous() if self.rows == "plain" else weight
+        return weight, bias if self.rows == "views" else bias.contiguous()
 
     def _task_ids(self, generator):
         if self.mix == "none":
@@ -123,8 +127,9 @@ def cases(draw, dtypes=KERNEL_DTYPES, widths=WIDTHS):
         delta_dtype=draw(st.sampled_from((None, dtype, dtype, dtypes[-1]))),
         out_dtype=draw(st.sampled_from((None, None, *dtypes))),
         layout=draw(st.sampled_from(("plain", "plain", "transposed", "sliced", "expanded"))),
-        rows=draw(st.sampled_from(("views", "views", "plain", "columns"))),
+        rows=draw(st.sampled_from(("views", "apart", "plain", "columns"))),
         ids_dtype=draw(st.sampled_from((torch.int64, torch.int32))),
+        eps=draw(st.sampled_from((1e-6, 0.3))),
         programs=draw(st.sampled_from((1, 4, 1024))),
         seed=draw(st.integers(0, 2**31)),
     )
@@ -134,8 +139,8 @@ def call(case, leaves, task_ids, norm, add_norm):
     """{name: output} of the case's operation."""
     x, delta, weight, bias = (leaves[name] for name in NAMES)
     if delta is None:
-        return {"out": norm(x, weight, bias, task_ids, out_dtype=case.out_dtype)}
-    return dict(zip(("out", "total"), add_norm(x, delta, weight, bias, task_ids, out_dtype=case.out_dtype)))
+        return {"out": norm(x, weight, bias, task_ids, case.eps, case.out_dtype)}
+    return dict(zip(("out", "total"), add_norm(x, delta, weight, bias, task_ids, case.eps, case.out_dtype)))
 
 
 def require_grads(leaves, frozen=()):
@@ -185,7 +190,7 @@ def run_reference(case):
     return outputs, heads, backward(outputs, heads, leaves)
 
 
-def run_float64(case, heads, used=("out", "total"), eps=1e-6):
+def run_float64(case, heads, used=("out", "total")):
     """The operation from its definition, in float64; `total` is rounded to x's dtype, its gradient passes unrounded."""
     leaves, task_ids = case.tensors()
     wide = {name: None if leaf is None else leaf.double().requires_grad_() for name, leaf in leaves.items()}
@@ -197,7 +202,7 @@ def run_float64(case, heads, used=("out", "total"), eps=1e-6):
         task_ids = torch.zeros(case.B) if case.T == 1 else torch.arange(case.B)
     rows = F.one_hot(task_ids.long(), case.T).double().to(total.device)
     mean = total.mean(2, keepdim=True)
-    normed = (total - mean) / ((total - mean).square().mean(2, keepdim=True) + eps).sqrt()
+    normed = (total - mean) / ((total - mean).square().mean(2, keepdim=True) + case.eps).sqrt()
     out = normed * (rows @ wide["weight"])[:, None] + (rows @ wide["bias"])[:, None]
     outputs = {"out": out} if wide["delta"] is None else {"out": out, "total": total}
     heads = {name: head.double() for name, head in heads.items()}

@@ -1,4 +1,4 @@
-"""The mutations still fit the kernels they change; that the tests notice each is for tests/mutations.py itself to show."""
+"""The mutations fit the kernels that they change; that the tests notice each is for tests/mutations.py to show."""
 
 import ast
 
