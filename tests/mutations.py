@@ -394,7 +394,7 @@ def main() -> int:
     chosen = [mutation for mutation in mutations() if only in str(mutation)]
     survived = []
     os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for name in ("timm", "triton", "torch._dynamo", "torch._inductor"):  # once, not in every child
+    for name in ("timm", "triton", "hypothesis", "torch._dynamo", "torch._inductor"):  # once, not in every child
         importlib.import_module(name)
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder) / "project"
