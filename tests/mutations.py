@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -382,6 +383,9 @@ def _run_tests(project: Path, tests: tuple[str, ...], log: Path) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.chdir(project)
+    phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]  # a failure is enough: shrinking it takes minutes
+    hypothesis.settings.register_profile("mutations", deadline=None, derandomize=True, phases=phases)
+    os.environ["HYPERCLIP_HYPOTHESIS"] = "mutations"
     sys.path[0] = str(project)  # in the place of this script's folder
     options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-p", "no:warnings"]
     os._exit(pytest.main([*options, *tests]))
@@ -394,7 +398,7 @@ def main() -> int:
     chosen = [mutation for mutation in mutations() if only in str(mutation)]
     survived = []
     os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for name in ("timm", "triton", "hypothesis", "torch._dynamo", "torch._inductor"):  # once, not in every child
+    for name in ("timm", "triton", "torch._dynamo", "torch._inductor"):  # once, not in every child
         importlib.import_module(name)
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder) / "project"
