@@ -210,7 +210,8 @@ def block_steps(level: str, shape: Shape) -> tuple[list[Step], list[Step], list[
     function, chosen, recompute = LEVELS[level]
     kind = hyper_block.HyperBlock if function is _hyper else Block
     block = kind(shape.D, shape.heads, qkv_bias=True).half()
-    inputs = [shape.tensor().requires_grad_() for _ in range(1 if function is not _hyper else 2)]
+    left = function is _hyper and "linear_add" not in chosen  # the block before has left its last add to this one
+    inputs = [shape.tensor().requires_grad_() for _ in range(1 + left)]
     x, delta = (*inputs, None)[:2]
     rows = [shape.tensor(shape.B, shape.D).requires_grad_() for _ in range(4)]
     task_ids = torch.arange(shape.B).flip(0)
