@@ -129,10 +129,7 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
             ("eps=eps", "eps=1e-6"),
         ),
         "launch_backward": (
-            (
-                "min(_blocks(N, block_n), _blocks(BACKWARD_PROGRAMS, max(B, 1)))",
-                "_blocks(BACKWARD_PROGRAMS, max(B, 1))",
-            ),
+            ("min(_blocks(N, block_n),", "min(_blocks(N, block_n) + 1,"),
             ("dtype=delta_dtype", "dtype=total.dtype"),
             ("kinds = need_weight + need_bias", "kinds = 2"),
             ("partials[0] if need_weight", "partials[-1] if need_weight"),
@@ -291,7 +288,7 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
         ),
         "_gelu_backward_pass": (("if need_bias else None", "if True else None"),),
         "_pass_options": (
-            ("min(_blocks(rows, block_m), _blocks(PASS_PROGRAMS, columns))", "_blocks(PASS_PROGRAMS, columns)"),
+            ("min(_blocks(rows, block_m),", "min(_blocks(rows, block_m) + 1,"),
             ("columns = _blocks(F, block_n)", "columns = F // block_n + 1"),
             ("columns * slices", "slices"),
         ),
