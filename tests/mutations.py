@@ -175,7 +175,6 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
         "_columns": (
             ("n + tl.arange", "tl.arange"),
             ("o_n < F", "o_n <= F"),
-            ("other=0.0", "other=1.0"),
         ),
         "_linear": (
             ("m + o_m < M", "m + o_m <= M"),

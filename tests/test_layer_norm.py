@@ -336,12 +336,22 @@ def test_frozen_rows_cost_nothing(frozen, kinds, triton_backend):
 @pytest.mark.parametrize("frozen", [("x",), ("delta",), ("x", "delta")], ids=str)
 def test_frozen_activations(frozen, triton_backend):
     for delta_dtype in (F32, F16):
-        case = Case(delta_dtype=delta_dtype)
-        _, heads, grads = run_kernels(case, frozen=frozen)
+        case, allocations = Case(delta_dtype=delta_dtype), Allocations()
+        leaves, task_ids = case.tensors()
+        leaves = require_grads(leaves, frozen)
+        with kernel_run():
+            outputs = call(case, leaves, task_ids, layer_norm, add_layer_norm)
+            heads = head_gradients(outputs)
+            with allocating(allocations):
+                grads = backward(outputs, heads, leaves)
         _, expected, _ = run_float64(case, heads)
         assert sorted(grads) == sorted(set(NAMES) - set(frozen))
         for name, grad in grads.items():
             assert_close(grad, expected[name], name)
+        dtypes = {
+            leaves[name].dtype for name in ("x", "delta") if name not in frozen
+        }  # one tensor serves both if it can
+        assert allocations.shapes.count((case.B, case.N, case.D)) == len(dtypes)
 
 
 def test_inference_keeps_nothing_for_backward(triton_backend):
