@@ -48,11 +48,19 @@ class Accesses:
     def __init__(self):
         self.addresses: dict[str, list[np.ndarray]] = defaultdict(list)
         self.steps: list[Step] = []
-        self.is_launching = False
+        self.launched: dict[str, torch.Tensor] = {}  # the tensors of the launch that is running
 
     def record(self, kind: str, pointers, mask) -> None:
         lanes = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
         self.addresses[kind].append(pointers.data[lanes].astype(np.int64).reshape(-1))
+
+    def is_wild(self, kind: str) -> bool:
+        """Whether some lane of the last access is in no tensor of its launch: it must not happen, the launch will fail."""
+        addresses = self.addresses[kind][-1]
+        inside = np.zeros(len(addresses), bool)
+        for tensor in self.launched.values():
+            inside |= (addresses >= tensor.data_ptr()) & (addresses < tensor.data_ptr() + _extent(tensor))
+        return not inside.all()
 
     def of(self, kind: str, tensor: torch.Tensor) -> np.ndarray:
         """Sorted offsets, in elements, of the accesses inside `tensor`, which is contiguous."""
@@ -103,13 +111,14 @@ def accesses(execute: bool = True, first_program: int = 0) -> Iterator[Accesses]
 
     def recording_load(self, ptrs, mask, *rest):
         log.record("load", ptrs, mask)
-        if not execute:
+        if not execute or log.is_wild("load"):
             mask = TensorHandle(np.zeros_like(mask.data), mask.dtype)
         return load(self, ptrs, mask, *rest)
 
     def recording_store(self, ptrs, value, mask, *rest):
         log.record("store", ptrs, mask)
-        return store(self, ptrs, value, mask, *rest) if execute else None
+        if execute and not log.is_wild("store"):
+            store(self, ptrs, value, mask, *rest)
 
     def shifted_place(self, x, y, z):
         place(self, x, y, z)
@@ -117,16 +126,15 @@ def accesses(execute: bool = True, first_program: int = 0) -> Iterator[Accesses]
 
     def recording_launch(self, *arguments, **keywords):
         before = {kind: len(log.addresses[kind]) for kind in ("load", "store")}
-        log.is_launching = True
+        named = {**dict(zip(self.arg_names, arguments)), **keywords}
+        tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+        log.launched = tensors
         try:
             launch(self, *arguments, **keywords)
         finally:
-            log.is_launching = False
-        if not execute:
-            return
-        named = {**dict(zip(self.arg_names, arguments)), **keywords}
-        tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
-        log.end_launch(self.fn.__name__, tensors, before)
+            log.launched = {}
+        if execute:
+            log.end_launch(self.fn.__name__, tensors, before)
 
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in (
@@ -149,7 +157,7 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if not self.log.is_launching and name not in ALLOCATIONS:
+        if not self.log.launched and name not in ALLOCATIONS:
             inputs, outputs = _tensors((args, kwargs)), _tensors(result)
             written = _tensors(
                 [a for a, s in zip(args, func._schema.arguments) if s.alias_info and s.alias_info.is_write]

@@ -1,6 +1,6 @@
 """Sensitivity of the kernels' tests: each mutation is one small mistake in a kernel, and some test must notice it.
 
-    python tests/mutations.py [--only TEXT]         # all of them take about half an hour on one core
+    python tests/mutations.py [--only PATTERN]      # all of them take about half an hour on one core
 
 A mutation replaces a text that occurs once in a function, in a copy of the project, never in the checkout; the tests of
 that kernel then run in Triton's interpreter, in a child process that finds torch and timm already imported. The exit
@@ -12,6 +12,7 @@ import ast
 import importlib
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -389,9 +390,9 @@ def _run_tests(project: Path, tests: tuple[str, ...], log: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="a part of the mutations' names: a module, a function, a text")
+    parser.add_argument("--only", default="", help="a regular expression, searched in 'module.function: old -> new'")
     only = parser.parse_args().only
-    chosen = [mutation for mutation in mutations() if only in str(mutation)]
+    chosen = [mutation for mutation in mutations() if re.search(only, str(mutation))]
     survived = []
     os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for name in ("timm", "triton", "torch._dynamo", "torch._inductor"):  # once, not in every child
