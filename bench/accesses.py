@@ -55,7 +55,7 @@ class Accesses:
         self.addresses[kind].append(pointers.data[lanes].astype(np.int64).reshape(-1))
 
     def is_wild(self, kind: str) -> bool:
-        """Whether some lane of the last access is in no tensor of its launch: it must not happen, the launch will fail."""
+        """Whether a lane of the last access is in no tensor of its launch: it must not happen, the launch will fail."""
         addresses = self.addresses[kind][-1]
         inside = np.zeros(len(addresses), bool)
         for tensor in self.launched.values():
