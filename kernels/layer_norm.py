@@ -107,16 +107,16 @@ def add_layer_norm_reference(
     return layer_norm_reference(total, weight, bias, task_ids, eps, out_dtype), total
 
 
-def _check(x, weight, bias, task_ids, delta=None) -> None:
+def _check(x, weight, bias, task_ids, delta=None, prefix="") -> None:
     if x.dim() != 3:
         raise ValueError(f"x must be (B, N, D), got shape {tuple(x.shape)}")
     if delta is not None and delta.shape != x.shape:
         raise ValueError(f"delta must have x's shape {tuple(x.shape)}, got {tuple(delta.shape)}")
     if weight.dim() != 2 or weight.shape[1] != x.shape[2]:
-        raise ValueError(f"weight must be (T, D) with D = {x.shape[2]}, got shape {tuple(weight.shape)}")
+        raise ValueError(f"{prefix}weight must be (T, D) with D = {x.shape[2]}, got shape {tuple(weight.shape)}")
     if bias.shape != weight.shape or bias.dtype != weight.dtype:
         raise ValueError(
-            f"bias must have weight's shape and dtype {tuple(weight.shape)}, {weight.dtype}, "
+            f"{prefix}bias must have {prefix}weight's shape and dtype {tuple(weight.shape)}, {weight.dtype}, "
             f"got {tuple(bias.shape)}, {bias.dtype}"
         )
     if task_ids is None:

@@ -136,15 +136,16 @@ def _is_eager(x: torch.Tensor) -> bool:
     return type(x) is torch.Tensor and not torch.compiler.is_compiling()
 
 
-def _check_fused(x, delta, weight, bias, task_ids, out_dtype) -> None:
+def _check_fused(x, delta, weight, bias, task_ids, out_dtype, prefix="") -> None:
     for name, dtype in (("x", x.dtype), ("delta", x.dtype if delta is None else delta.dtype), ("out_dtype", out_dtype)):
         if dtype not in TRITON_DTYPES:
             raise ValueError(f"{name} must be one of {TRITON_DTYPES} for the Triton kernel, got {dtype}")
     if not 1 <= x.shape[2] <= MAX_WIDTH:
         raise ValueError(f"x must be (B, N, D) with D in 1..{MAX_WIDTH} for the Triton kernel, got D = {x.shape[2]}")
     if weight.dtype not in (x.dtype, torch.float32):
-        raise ValueError(f"weight must be torch.float32 or x's {x.dtype}, got {weight.dtype}")
-    for name, tensor in (("delta", delta), ("weight", weight), ("bias", bias), ("task_ids", task_ids)):
+        raise ValueError(f"{prefix}weight must be torch.float32 or x's {x.dtype}, got {weight.dtype}")
+    rows = ((f"{prefix}weight", weight), (f"{prefix}bias", bias))
+    for name, tensor in (("delta", delta), *rows, ("task_ids", task_ids)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
 

@@ -58,15 +58,16 @@ def _check_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...])
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
-def takes(operation: str, x: torch.Tensor, width: int) -> bool:
+def takes(operation: str, x: torch.Tensor, width: int, dtype: torch.dtype | None = None) -> bool:
     """Whether Triton computes an operation: because it was asked for, or because the table expects it to be faster.
 
     Args:
-        operation: "linear_gelu" or "linear_add".
-        x: (B, N, K), the product's input.
+        operation: a key of linear_table.WIDEST.
+        x: (B, N, K), the operation's input.
         width: D, the narrower side of the product.
+        dtype: what the product computes in, x's by default.
     """
-    return use_triton(x) and (get_backend() == "triton" or is_chosen(operation, x, width))
+    return use_triton(x) and (get_backend() == "triton" or is_chosen(operation, x, width, dtype))
 
 
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -54,10 +54,19 @@ TILES = {
     },
 }
 FEW_PROGRAMS = 128
+# Kind of device: {widest D: tiles of `norm_linear`}, which takes no wider rows; a program's columns share its rows, so
+# group_m does not count. 16 bits only.
+NORM_TILES = {
+    "large": {192: Tiles(128, 64, 64, 1, 8, 2), 384: Tiles(128, 64, 64, 1, 8, 2)},
+    "small": {192: Tiles(64, 64, 64, 1, 4, 2), 384: Tiles(64, 32, 64, 1, 4, 2)},
+    "amd": {192: Tiles(128, 64, 64, 1, 8, 2), 384: Tiles(128, 64, 64, 1, 8, 2)},
+}
 # Widest D at which Triton takes the operation in 16 bits under set_backend("auto"); 0: never. Wider goes to cuBLAS.
 WIDEST = {
     "linear_gelu": {"large": 768, "small": 768, "amd": 384},
     "linear_add": {"large": 0, "small": 0, "amd": 0},
+    "norm_linear": {"large": 0, "small": 0, "amd": 0},
+    "norm_linear_gelu": {"large": 0, "small": 0, "amd": 0},
 }
 WIDEST_RECOMPUTED = 256  # widest x whose pre-activation is computed again in backward, not kept
 TABLES = {"widest": WIDEST, "tiles": TILES, "layer_norm": CONFIGS}  # what a file may hold
@@ -74,15 +83,16 @@ def device_kind(device_type: str, index: int | None) -> str:
     return "small" if torch.cuda.get_device_capability(index) in SMALL_NVIDIA else "large"
 
 
-def is_chosen(operation: str, x: torch.Tensor, width: int) -> bool:
+def is_chosen(operation: str, x: torch.Tensor, width: int, dtype: torch.dtype | None = None) -> bool:
     """Whether the Triton kernel is expected to beat cuBLAS and a pass of its own.
 
     Args:
-        operation: "linear_gelu" or "linear_add".
+        operation: a key of WIDEST.
         x: (B, N, K), the product's input.
         width: D, the narrower side of the product.
+        dtype: the dtype that the product computes in, x's by default.
     """
-    if x.dtype not in (torch.bfloat16, torch.float16):
+    if (dtype or x.dtype) not in (torch.bfloat16, torch.float16):
         return False
     return width <= WIDEST[operation][device_kind(x.device.type, x.device.index)]
 
@@ -93,6 +103,12 @@ def choose_tiles(device: torch.device, itemsize: int, rows: int, columns: int, i
     large = shallow if inner <= 256 else deep
     programs = -(-rows // large.block_m) * -(-columns // large.block_n)
     return few if programs < FEW_PROGRAMS else large
+
+
+def choose_norm_tiles(device: torch.device, width: int) -> Tiles | None:
+    """Tiles of `norm_linear` for rows of D = `width`; None where they are too wide for it."""
+    tiles = NORM_TILES[device_kind(device.type, device.index)]
+    return tiles[min(limit for limit in tiles if width <= limit)] if width <= max(tiles) else None
 
 
 def load(path: str | Path) -> None:

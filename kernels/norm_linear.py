@@ -1,0 +1,129 @@
+"""Layer norm with each sample's own rows as the prologue of a product: QKV, and fc1 with its GELU.
+
+    h = layer_norm(x, norm_weight, norm_bias, task_ids, eps)
+    norm_linear:      out = h weight^T + bias
+    norm_linear_gelu: out = GELU(h weight^T + bias)                                exact GELU (erf), as timm's
+
+Shapes: x (B, N, D), the stream with nothing left to add; norm_weight, norm_bias (T, D); task_ids (B,) or None; weight
+(F, D), bias (F,) as in nn.Linear; out (B, N, F).
+
+In units of B * N * D elements the fusion saves 2: h is neither written nor read. It is for inference. Backward needs h,
+and to compute it again moves the same 2 (3 where the stream is float32 and h is not), so where a gradient is needed
+nothing is saved but memory, and the norm and the product run one after the other.
+"""
+
+import torch
+
+from .dispatch import has_triton
+from .layer_norm import _check as _check_norm
+from .layer_norm import layer_norm, layer_norm_reference
+from .linear import _check, _linear, _takes, linear_gelu, linear_gelu_reference
+from .linear_table import choose_norm_tiles
+
+if has_triton():
+    from .norm_linear_op import fused_norm_linear
+
+
+def norm_linear_reference(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    task_ids: torch.Tensor | None,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The specification of `norm_linear` in plain PyTorch: the norm rounded to `out_dtype`, then the product."""
+    return _linear(layer_norm_reference(x, norm_weight, norm_bias, task_ids, eps, out_dtype), weight, bias)
+
+
+def norm_linear_gelu_reference(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    task_ids: torch.Tensor | None,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The specification of `norm_linear_gelu` in plain PyTorch."""
+    return linear_gelu_reference(layer_norm_reference(x, norm_weight, norm_bias, task_ids, eps, out_dtype), weight, bias)
+
+
+def norm_linear(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    task_ids: torch.Tensor | None,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Layer norm with each sample's own rows, and the linear layer that reads it, in one pass.
+
+    Args:
+        x: (B, N, D), float32, bfloat16 or float16.
+        norm_weight: (T, D), x's dtype or float32; see `layer_norm`.
+        norm_bias: (T, D), norm_weight's dtype.
+        task_ids: (B,) int64 or int32, row of each sample; None where T is 1 or B.
+        eps: added to the variance.
+        weight: (F, D), cast to `out_dtype` where it has another, as under autocast.
+        bias: (F,) or None, likewise; added in float32.
+        out_dtype: dtype of the normalised x, of the product and of the output, x's by default.
+
+    Returns:
+        (B, N, F) of `out_dtype`.
+
+    Raises:
+        ValueError: for shapes and dtypes other than these.
+    """
+    if _is_fused("norm_linear", x, norm_weight, norm_bias, task_ids, weight, bias, out_dtype):
+        return fused_norm_linear(x, norm_weight, norm_bias, task_ids, eps, weight, bias, out_dtype or x.dtype, False)
+    return _linear(layer_norm(x, norm_weight, norm_bias, task_ids, eps, out_dtype), weight, bias)
+
+
+def norm_linear_gelu(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    task_ids: torch.Tensor | None,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """`norm_linear` and the exact GELU of its result, in one pass. Where it is not chosen, `linear_gelu` may be.
+
+    Args:
+        x: (B, N, D); all arguments as `norm_linear`'s.
+        norm_weight: (T, D).
+        norm_bias: (T, D).
+        task_ids: (B,) or None.
+        eps: added to the variance.
+        weight: (F, D).
+        bias: (F,) or None.
+        out_dtype: dtype of the normalised x, of the product and of the output, x's by default.
+
+    Returns:
+        (B, N, F) of `out_dtype`.
+
+    Raises:
+        ValueError: for shapes and dtypes other than these.
+    """
+    if _is_fused("norm_linear_gelu", x, norm_weight, norm_bias, task_ids, weight, bias, out_dtype):
+        return fused_norm_linear(x, norm_weight, norm_bias, task_ids, eps, weight, bias, out_dtype or x.dtype, True)
+    return linear_gelu(layer_norm(x, norm_weight, norm_bias, task_ids, eps, out_dtype), weight, bias)
+
+
+def _is_fused(operation, x, norm_weight, norm_bias, task_ids, weight, bias, out_dtype) -> bool:
+    """Checks the arguments: whether one kernel computes the norm and the product."""
+    _check_norm(x, norm_weight, norm_bias, task_ids, prefix="norm_")
+    _check(x, weight, bias)
+    leaves = (x, norm_weight, norm_bias, weight, bias)
+    if torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves):
+        return False
+    dtype, width = out_dtype or x.dtype, x.shape[2]
+    return _takes(operation, x, width, dtype) and dtype.itemsize == 2 and choose_norm_tiles(x.device, width) is not None

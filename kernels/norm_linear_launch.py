@@ -1,0 +1,53 @@
+"""Launch of the norm and product in one: what is allocated, which tiles, which grid."""
+
+import torch
+
+from .layer_norm_launch import _blocks, _row_stride
+from .linear_table import choose_norm_tiles
+from .norm_linear_triton import _norm_linear_kernel
+
+PROGRAMS = 512  # enough to fill a large GPU; the columns are cut into slices until there are as many
+
+
+def launch_norm_linear(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    task_ids: torch.Tensor | None,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gelu: bool,
+) -> torch.Tensor:
+    """out (B, N, F) of weight's dtype. x, weight and bias are contiguous, the rows in their columns only."""
+    (B, N, K), F = x.shape, weight.shape[0]
+    out = torch.empty(B, N, F, dtype=weight.dtype, device=x.device)
+    tiles = choose_norm_tiles(x.device, K)
+    row_tiles, column_tiles = _blocks(B * N, tiles.block_m), _blocks(F, tiles.block_n)
+    if x.numel():
+        slices = min(column_tiles, _blocks(PROGRAMS, row_tiles))
+        _norm_linear_kernel[(row_tiles * slices,)](
+            x=x,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            task_ids=task_ids,
+            weight=weight,
+            bias=bias,
+            out=out,
+            M=B * N,
+            N=N,
+            T=norm_weight.shape[0],
+            F=F,
+            slices=slices,
+            norm_weight_stride=_row_stride(norm_weight),
+            norm_bias_stride=_row_stride(norm_bias),
+            eps=eps,
+            GELU=gelu,
+            K=K,
+            BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n,
+            BLOCK_K=tiles.block_k,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+    return out

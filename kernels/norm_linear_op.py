@@ -1,0 +1,59 @@
+"""The operator behind `norm_linear` and `norm_linear_gelu`: checks and torch.compile; it has no gradient.
+
+Eager calls go straight to the launch; what traces (torch.compile, export, fake tensors) sees the operator
+`hyperclip_fast::norm_linear`.
+"""
+
+import torch
+
+from .layer_norm_op import _check_fused as _check_norm_fused
+from .layer_norm_op import _contiguous, _dense_columns, _is_eager
+from .linear_op import _check_fused
+from .norm_linear_launch import launch_norm_linear
+
+
+def _forward(x, norm_weight, norm_bias, task_ids, eps, weight, bias, gelu):
+    rows = _dense_columns(norm_weight), _dense_columns(norm_bias)
+    with torch.cuda.device_of(x):
+        product = weight.contiguous(), _contiguous(bias)
+        return launch_norm_linear(x.contiguous(), *rows, _contiguous(task_ids), eps, *product, gelu)
+
+
+torch.library.define(
+    "hyperclip_fast::norm_linear",
+    "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor? task_ids, float eps, Tensor weight, Tensor? bias, "
+    "bool gelu) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.impl("hyperclip_fast::norm_linear", "default")(_forward)
+
+
+@torch.library.register_fake("hyperclip_fast::norm_linear")
+def _forward_fake(x, norm_weight, norm_bias, task_ids, eps, weight, bias, gelu):
+    return weight.new_empty(*x.shape[:2], weight.shape[0])
+
+
+def fused_norm_linear(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    task_ids: torch.Tensor | None,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    gelu: bool,
+) -> torch.Tensor:
+    """`norm_linear`, or `norm_linear_gelu`, by the Triton kernel; the caller has checked the shapes, width and out_dtype.
+
+    A task id outside [0, T) makes its sample's output NaN, as `layer_norm` does.
+
+    Raises:
+        ValueError: for dtypes and devices that the kernel does not take.
+    """
+    _check_norm_fused(x, None, norm_weight, norm_bias, task_ids, out_dtype, prefix="norm_")
+    _check_fused(x, weight=weight, bias=bias)
+    if norm_weight.shape[0] == 1:
+        task_ids = None
+    forward = _forward if _is_eager(x) else torch.ops.hyperclip_fast.norm_linear
+    return forward(x, norm_weight, norm_bias, task_ids, eps, weight.to(out_dtype), bias, gelu)
