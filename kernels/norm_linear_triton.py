@@ -61,29 +61,32 @@ def _norm_linear_kernel(
 ):
     m = (tl.program_id(0) // slices).to(tl.int64) * BLOCK_M
     o_m, o_n, o_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    m_m = (m + o_m < M)[:, None]
+    rows = tl.minimum(M - m, BLOCK_M).to(tl.int32)
+    m_m = (o_m < rows)[:, None]
     o_x = o_m[:, None] * K + o_k[None, :]
-    b_mean, b_rstd = _statistics(x + m * K, o_x, m_m, eps, K, BLOCK_M, BLOCK_K)
+    x += m * K
+    b_mean, b_rstd = _statistics(x, o_x, m_m, eps, K, BLOCK_M, BLOCK_K)
 
     first = m // N
-    last = (tl.minimum(m + BLOCK_M, M) - 1) // N
-    o_sample = (((m - first * N).to(tl.int32) + o_m) // N)[:, None]
+    token = (m - first * N).to(tl.int32)
+    samples = (token + rows - 1) // N + 1
     chunks = ()  # h, in out's dtype
     for k in tl.static_range(0, K, BLOCK_K):
-        b_h = tl.load(x + m * K + (o_x + k), mask=m_m & (k + o_k < K)[None, :], other=0.0).to(tl.float32)
+        b_h = tl.load(x + (o_x + k), mask=m_m & (k + o_k < K)[None, :], other=0.0).to(tl.float32)
         b_h = (b_h - b_mean[:, None]) * b_rstd[:, None]
-        for sample in range(first, last + 1):
-            row = _row_of_sample(task_ids, sample, T)
+        for sample in range(0, samples):
+            row = _row_of_sample(task_ids, first + sample, T)
             b_weight = _load_row(norm_weight, row, norm_weight_stride, k + o_k, K)[None, :]  # 0 beyond K
             b_bias = _load_row(norm_bias, row, norm_bias_stride, k + o_k, K)[None, :]
-            b_h = tl.where(o_sample == sample - first, b_h * b_weight + b_bias, b_h)
+            o_token = token + o_m - sample * N
+            b_h = tl.where(((o_token >= 0) & (o_token < N))[:, None], b_h * b_weight + b_bias, b_h)
         chunks = chunks + (b_h.to(out.dtype.element_ty),)
 
     o_weight = o_n[None, :] * K + o_k[:, None]
     o_out = o_m[:, None] * F + o_n[None, :]
-    for tile in range((tl.program_id(0) % slices).to(tl.int64), tl.cdiv(F, BLOCK_N), slices):
-        n = tile * BLOCK_N
-        m_n = (n + o_n < F)[None, :]
+    for tile in range(tl.program_id(0) % slices, tl.cdiv(F, BLOCK_N), slices):
+        n = tl.cast(tile, tl.int64) * BLOCK_N
+        m_n = (tile * BLOCK_N + o_n < F)[None, :]
         b_out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.static_range(0, K, BLOCK_K):
             b_w = tl.load(weight + n * K + (o_weight + k), mask=m_n & (k + o_k < K)[:, None], other=0.0)
