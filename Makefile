@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 KERNEL_TESTS = PYTHONPATH=$(TOOLS) OMP_NUM_THREADS=1
-KERNEL_FILES = tests/test_layer_norm.py tests/test_linear.py
+KERNEL_FILES = tests/test_layer_norm.py tests/test_linear.py tests/test_norm_linear.py
+BYTE_FILES = tests/test_kernel_bytes.py tests/test_linear_bytes.py tests/test_norm_linear_bytes.py
 
 .PHONY: demo test test-kernels mutate lint clean
 
@@ -18,7 +19,7 @@ test-kernels: $(VENV)/test.stamp
 	$(KERNEL_TESTS) HYPERCLIP_PTXSIM=sm_80 $(RUN) -m pytest -n 2 $(KERNEL_FILES)
 	$(KERNEL_TESTS) HYPERCLIP_PTXSIM=sm_90 $(RUN) -m pytest -n 2 $(KERNEL_FILES)
 	$(KERNEL_TESTS) HYPERCLIP_PTXSIM=sm_90 $(RUN) -m pytest -n 2 tests/test_hyper_block.py -k autocast
-	$(KERNEL_TESTS) HYPERCLIP_GUARD=1 $(RUN) -m pytest -n 2 $(KERNEL_FILES) tests/test_kernel_bytes.py tests/test_linear_bytes.py
+	$(KERNEL_TESTS) HYPERCLIP_GUARD=1 $(RUN) -m pytest -n 2 $(KERNEL_FILES) $(BYTE_FILES)
 
 # Small mistakes made in the kernels, one by one, in a copy of the project: the tests must notice each. Not part of test.
 mutate: $(VENV)/test.stamp

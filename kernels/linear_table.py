@@ -7,6 +7,9 @@ Roofline arithmetic, not timed: per token, in units of D, with MD = tokens x wid
   1024; at 1.75 TB/s and 250 TFLOP/s (A100) 40, 57, 73 and 78 %. Without TMA and warp specialisation expect about 70 %
   on sm_90, 85 % on sm_80. In float32 the product is all that counts, and cuBLAS has it.
 - `linear_add` saves 1 MD against the add in `add_layer_norm`: break-even 83 to 93 % for fc2, so it is off by default.
+- `norm_linear` saves 2 MD where the stream has nothing left to add, so after `linear_add`; else 1, for the add is then
+  a pass of its own. At D = 192 and 384 QKV breaks even with 2 MD at 67 and 74 % (H100), 67 and 80 % (A100), fc1 at 71
+  and 79 %, 73 and 84 %; with 1 MD all at 80 % or more. As `linear_add` is off by default, so are both.
 - Backward of `linear_gelu`: recomputing the pre-activation reads x again (1 MD) where keeping it writes and reads 4 MD
   each: 7 MD and 4 MD of memory less, against one more product of 8 M D^2 FLOP. Even at D = 350 (H100) or 250 (A100).
 
@@ -54,8 +57,8 @@ TILES = {
     },
 }
 FEW_PROGRAMS = 128
-# Kind of device: {widest D: tiles of `norm_linear`}, which takes no wider rows; a program's columns share its rows, so
-# group_m does not count. 16 bits only.
+# Kind of device: {widest D: tiles of `norm_linear`}, in 16 bits. Its rows stay on the chip: wider ones do not fit. It
+# walks along the columns, so group_m does not count.
 NORM_TILES = {
     "large": {192: Tiles(128, 64, 64, 1, 8, 2), 384: Tiles(128, 64, 64, 1, 8, 2)},
     "small": {192: Tiles(64, 64, 64, 1, 4, 2), 384: Tiles(64, 32, 64, 1, 4, 2)},

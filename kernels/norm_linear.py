@@ -17,7 +17,7 @@ import torch
 from .dispatch import has_triton
 from .layer_norm import _check as _check_norm
 from .layer_norm import layer_norm, layer_norm_reference
-from .linear import _check, _linear, _takes, linear_gelu, linear_gelu_reference
+from .linear import _check, _linear, linear_gelu, linear_gelu_reference, takes
 from .linear_table import choose_norm_tiles
 
 if has_triton():
@@ -35,7 +35,8 @@ def norm_linear_reference(
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """The specification of `norm_linear` in plain PyTorch: the norm rounded to `out_dtype`, then the product."""
-    return _linear(layer_norm_reference(x, norm_weight, norm_bias, task_ids, eps, out_dtype), weight, bias)
+    h = layer_norm_reference(x, norm_weight, norm_bias, task_ids, eps, out_dtype)
+    return _linear(h, weight, bias)
 
 
 def norm_linear_gelu_reference(
@@ -49,7 +50,8 @@ def norm_linear_gelu_reference(
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """The specification of `norm_linear_gelu` in plain PyTorch."""
-    return linear_gelu_reference(layer_norm_reference(x, norm_weight, norm_bias, task_ids, eps, out_dtype), weight, bias)
+    h = layer_norm_reference(x, norm_weight, norm_bias, task_ids, eps, out_dtype)
+    return linear_gelu_reference(h, weight, bias)
 
 
 def norm_linear(
@@ -126,4 +128,4 @@ def _is_fused(operation, x, norm_weight, norm_bias, task_ids, weight, bias, out_
     if torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves):
         return False
     dtype, width = out_dtype or x.dtype, x.shape[2]
-    return _takes(operation, x, width, dtype) and dtype.itemsize == 2 and choose_norm_tiles(x.device, width) is not None
+    return takes(operation, x, width, dtype) and dtype.itemsize == 2 and choose_norm_tiles(x.device, width) is not None

@@ -6,7 +6,8 @@ from .layer_norm_launch import _blocks, _row_stride
 from .linear_table import choose_norm_tiles
 from .norm_linear_triton import _norm_linear_kernel
 
-PROGRAMS = 512  # enough to fill a large GPU; the columns are cut into slices until there are as many
+# Two for each SM of a large GPU. Fewer row tiles have their columns cut into slices, each with the whole norm to do.
+PROGRAMS = 256
 
 
 def launch_norm_linear(

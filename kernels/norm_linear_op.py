@@ -44,7 +44,7 @@ def fused_norm_linear(
     out_dtype: torch.dtype,
     gelu: bool,
 ) -> torch.Tensor:
-    """`norm_linear`, or `norm_linear_gelu`, by the Triton kernel; the caller has checked the shapes, width and out_dtype.
+    """`norm_linear`, or `norm_linear_gelu`, by the Triton kernel; the caller has checked the shapes and the width.
 
     A task id outside [0, T) makes its sample's output NaN, as `layer_norm` does.
 

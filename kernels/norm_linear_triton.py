@@ -2,13 +2,15 @@
 
     h = (x - mean) * rstd * norm_weight[t_b] + norm_bias[t_b], rounded to out's dtype;  out = h w^T + b, or its GELU
 
-Rows are tokens of the whole batch, M = B * N, so a tile may hold several samples; how many is known from its first and
-last row. A program keeps the h of its BLOCK_M rows in shared memory, as chunks of BLOCK_K columns, and walks over the
-column tiles of its slice. Normalising inside the usual product instead, at every step along K, would repeat the norm for
-each of the 5 (QKV, D = 192) to 24 column tiles, and read x twice for each of them from L2.
+Rows are tokens of the whole batch, M = B * N. A program keeps the h of its BLOCK_M rows on the chip, as chunks of
+BLOCK_K columns, and walks over the column tiles of its slice. To normalise inside the usual product, at every step
+along K, would repeat the norm for each column tile: 3.6 times the instructions and 3.8 times the loads for QKV at
+D = 192. A tile may hold rows of several samples: each sample's row of the table is applied to all and kept where it
+belongs. For N = 197 that takes 9 % fewer instructions and 23 % fewer FLOP than tiles that end with their sample, and,
+unlike gathering a row of the table for each row of the tile, it leaves registers for a second program on an SM.
 
-Bytes: x is read in two sweeps, of which the second meets L2: once for mean and rstd, once for h; in units of B * N * D
-elements 1 from memory, and F / D written. weight comes from L2 once for each row tile.
+Bytes: x is read in two sweeps, one for mean and rstd and one for h, of which the second finds it in L2: in units of
+B * N * D elements 1 from memory, and F / D written. weight comes from L2 once for each row tile.
 """
 
 import triton
@@ -80,7 +82,7 @@ def _norm_linear_kernel(
             b_bias = _load_row(norm_bias, row, norm_bias_stride, k + o_k, K)[None, :]
             o_token = token + o_m - sample * N
             b_h = tl.where(((o_token >= 0) & (o_token < N))[:, None], b_h * b_weight + b_bias, b_h)
-        chunks = chunks + (b_h.to(out.dtype.element_ty),)
+        chunks += (b_h.to(out.dtype.element_ty),)
 
     o_weight = o_n[None, :] * K + o_k[:, None]
     o_out = o_m[:, None] * F + o_n[None, :]

@@ -1,7 +1,7 @@
 """Every configuration of the kernels' tables, compiled ahead of time for every supported GPU; none is needed.
 
-Held to bars: no spilled register, at most 144 registers a thread in streaming kernels, 128-bit loads and stores of the
-activations, int64 offsets, tensor cores for products in 16 bits and TF32. Run as a script, `python -m
+Held to bars: no spilled register, at most 144 registers a thread in streaming kernels, the target's shared memory,
+128-bit loads and stores of the activations, int64 offsets, tensor cores for products in 16 bits and TF32. Run as a script, `python -m
 tests.test_kernel_targets sm_90`, it prints what it found as JSON.
 """
 
@@ -18,6 +18,7 @@ import pytest
 
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx942", "gfx950")
+SHARED = dict(zip((*NVIDIA, *AMD), (163, 99, 99, 227, 227, 99, 64, 160)))  # KiB that one block may have
 # {activations: widths}; mixed is autocast: float32 residual stream and rows, bfloat16 for what products read and write
 WIDTHS = {"bf16": (64, 128, 192, 384, 768, 2048, 4096, 8192), "fp32": (192, 1024, 4096), "mixed": (192, 384, 768)}
 BYTES = {"*bf16": 2, "*fp32": 4}
@@ -55,12 +56,17 @@ def specs(width: int, dtype: str) -> dict[str, dict]:
     return {name: dict(zip(("fn", "arguments", "warps", "loads", "stores"), spec)) for name, spec in found.items()}
 
 
+def kind(target: str) -> str:
+    """The table's word for a target."""
+    return "amd" if target in AMD else "small" if target in ("sm_86", "sm_89", "sm_120") else "large"
+
+
 def product_specs(target: str) -> dict[str, dict]:
     """{kernel and tiles: as `specs`} of the products with epilogues, each with every tile of the target's table."""
     from hyperclip_fast.kernels import linear_launch as launch
     from hyperclip_fast.kernels.linear_table import TILES
 
-    table = TILES["amd" if target in AMD else "small" if target in ("sm_86", "sm_89", "sm_120") else "large"]
+    table = TILES[kind(target)]
     kernels = {  # loads and stores beside the product's operands
         launch._linear_gelu_kernel: ((), ("out", "pre")),
         launch._linear_gelu_bwd_kernel: (("grad_out",), ("grad_pre",)),
@@ -80,7 +86,7 @@ def product_specs(target: str) -> dict[str, dict]:
                 spec |= {"loads": loads, "stores": stores, "elements": tiles.block_m * tiles.block_n}
                 spec["tensor_cores"] = dtype == "*bf16" or precision == "tf32"
                 found[f"{fn.__name__} {dtype} {precision} {tuple(tiles)}"] = spec
-    return found | pass_specs(launch)
+    return found | pass_specs(launch) | norm_product_specs(target)
 
 
 def product_arguments(dtype: str, tiles) -> dict:
@@ -89,6 +95,24 @@ def product_arguments(dtype: str, tiles) -> dict:
     arguments = dict.fromkeys(names, dtype) | {"partial_bias": "*fp32", "keep": "*fp32", "M": "i32", "N": "i32"}
     blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "GROUP_M": tiles.group_m}
     return arguments | {"F": "i32", "K": 192} | blocks
+
+
+def norm_product_specs(target: str) -> dict[str, dict]:
+    """As `specs`, of the norm and product in one: every width and tile of the target's table, both epilogues."""
+    from hyperclip_fast.kernels import norm_linear_launch as launch
+    from hyperclip_fast.kernels.linear_table import NORM_TILES
+
+    found = {}
+    for width, tiles in NORM_TILES[kind(target)].items():
+        for stream, rows, gelu in (("*bf16", "*bf16", False), ("*bf16", "*fp32", True), ("*fp32", "*fp32", True)):
+            arguments = product_arguments("*bf16", tiles) | {"x": stream, "norm_weight": rows, "norm_bias": rows}
+            arguments |= {"task_ids": "*i64", "T": "i32", "slices": "i32", "eps": "fp32", "GELU": gelu, "K": width}
+            arguments |= {"norm_weight_stride": "i32", "norm_bias_stride": "i32"}
+            spec = {"fn": launch._norm_linear_kernel, "arguments": arguments, "tensor_cores": True}
+            spec |= {"warps": tiles.warps, "stages": tiles.stages, "elements": tiles.block_m * tiles.block_n}
+            spec |= {"loads": ("x",), "stores": () if target in AMD else ("out",)}
+            found[f"{spec['fn'].__name__} D{width} {stream} {rows}"] = spec
+    return found
 
 
 def pass_specs(launch) -> dict[str, dict]:
@@ -197,6 +221,8 @@ def inspect_kernel(spec: dict, target: str) -> dict:
     return {
         **report,
         "most_registers": 256 if product else 144,
+        "shared": kernel.metadata.shared,
+        "most_shared": SHARED[target] * 1024,
         "least_loads": tile_bytes(spec, spec["loads"], threads),
         "least_stores": tile_bytes(spec, spec["stores"], threads),
         "narrow_offsets": narrow_offsets(kernel),
@@ -220,10 +246,11 @@ def reports(target: str) -> list[dict]:
 def test_compiles_within_the_bars(target):
     pytest.importorskip("triton")
     found = reports(target)
-    assert len(found) == 2 * sum(map(len, WIDTHS.values())) + 4 + (14 if target in AMD else 15)
+    assert len(found) == 2 * sum(map(len, WIDTHS.values())) + 4 + (14 if target in AMD else 15) + 6
     for report in found:
         assert report["spilled"] == 0, report
         assert report["registers"] <= report["most_registers"], report
+        assert report["shared"] <= report["most_shared"], report
         assert report["wide_loads"] >= report["least_loads"], report
         assert report["wide_stores"] >= report["least_stores"], report
         assert report["narrow_offsets"] == [], report
