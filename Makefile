@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+MINUTES ?= 9
 KERNEL_TESTS = PYTHONPATH=$(TOOLS) OMP_NUM_THREADS=1
 KERNEL_FILES = tests/test_layer_norm.py tests/test_linear.py tests/test_norm_linear.py
 BYTE_FILES = tests/test_kernel_bytes.py tests/test_linear_bytes.py tests/test_norm_linear_bytes.py
 
-.PHONY: demo test test-kernels mutate lint clean
+.PHONY: demo test test-kernels mutate gpu-report lint clean
 
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/hyperclip demo
@@ -25,13 +26,19 @@ test-kernels: $(VENV)/test.stamp
 mutate: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(RUN) tests/mutations.py
 
+# Tests and the whole benchmark on a machine with a GPU, into bench/results/. A .venv made here sees the packages that
+# PYTHON already has, so that a host's own PyTorch is kept.
+gpu-report: VENV_OPTIONS = --system-site-packages
+gpu-report: $(VENV)/report.stamp
+	$(RUN) -m hyperclip_fast.bench.gpu_report --minutes $(MINUTES) --tests $(KERNEL_FILES)
+
 lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hyperclip_fast needs Python 3.10 or newer")'
-	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	$(PYTHON) -m venv $(VENV_OPTIONS) $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/%.stamp: setup.py pyproject.toml | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --editable '.[$*]'

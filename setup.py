@@ -1,4 +1,4 @@
-"""Packaging. `kernels/` lies at the top of the checkout and installs as `hyperclip_fast.kernels`."""
+"""Packaging. `kernels/` and `bench/` lie at the top of the checkout and install as parts of `hyperclip_fast`."""
 
 from pathlib import Path
 
@@ -17,7 +17,9 @@ TRAIN = [
     "numpy",
 ]
 DEMO = [*TRAIN, "matplotlib"]
-TEST = [*DEMO, "pytest>=8", "pytest-xdist", "hypothesis>=6.80", "ruff>=0.6"]
+BENCH = ["matplotlib", "onnx", "onnxruntime", "onnxscript"]  # plots, and a rival on the CPU
+REPORT = ["matplotlib", "pytest>=8", "hypothesis>=6.80"]  # what make gpu-report needs
+TEST = [*DEMO, *BENCH, "pytest>=8", "pytest-xdist", "hypothesis>=6.80", "ruff>=0.6"]
 
 setup(
     name="hyperclip_fast",
@@ -28,8 +30,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["hyperclip_fast*"]), "hyperclip_fast.kernels"],
-    package_dir={"hyperclip_fast.kernels": "kernels"},
+    packages=[*find_packages(include=["hyperclip_fast*"]), "hyperclip_fast.kernels", "hyperclip_fast.bench"],
+    package_dir={"hyperclip_fast.kernels": "kernels", "hyperclip_fast.bench": "bench"},
     package_data={"hyperclip_fast": ["assets/**/*"]},
     install_requires=[
         "torch>=2.8",
@@ -39,7 +41,7 @@ setup(
         "huggingface_hub>=0.24",
         "triton>=3.4; platform_system == 'Linux'",
     ],
-    extras_require={"clip": CLIP, "train": TRAIN, "demo": DEMO, "test": TEST},
+    extras_require={"clip": CLIP, "train": TRAIN, "demo": DEMO, "bench": BENCH, "report": REPORT, "test": TEST},
     entry_points={"console_scripts": ["hyperclip = hyperclip_fast.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",

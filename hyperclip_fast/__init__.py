@@ -4,7 +4,7 @@ from pathlib import Path
 
 _root = Path(__file__).resolve().parent.parent
 if (_root / "setup.py").is_file() and (_root / "kernels" / "layer_norm.py").is_file():  # a source checkout
-    __path__.append(str(_root))  # so that hyperclip_fast.kernels is the checkout's kernels/
+    __path__.append(str(_root))  # so that hyperclip_fast.kernels and .bench are the checkout's kernels/ and bench/
 
 from hyperclip_fast.hyper_vit import HyperViT  # noqa: E402
 from hyperclip_fast.hyperclip import HyperCLIP, HyperCLIPConfig  # noqa: E402

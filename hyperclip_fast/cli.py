@@ -1,4 +1,4 @@
-"""The command line: hyperclip demo | classify | train | evaluate | specialize."""
+"""The command line: hyperclip demo | classify | train | evaluate | specialize | bench."""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ EPILOG = """examples:
   hyperclip train --config configs/demo.yaml --out runs/demo
   hyperclip evaluate --model runs/demo/model
   hyperclip specialize --labels "cat,dog" --out cat_or_dog/
+  hyperclip bench model --models vit_tiny_patch16_224 --batches 16
 
 A task is a list of class names. A tasks file maps names of tasks to lists of class names, in YAML or JSON:
   {"pets": ["cat", "dog"], "food": ["pizza", "sushi", "salad"]}
@@ -20,21 +21,23 @@ A task is a list of class names. A tasks file maps names of tasks to lists of cl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; bad input ends with a message and exit status 2, not with a traceback."""
+    """Run one command: exit status 0, or 1 where what it found is bad; bad input ends with a message and status 2."""
     args = _parser().parse_args(argv)
     try:
         _check_device(args.device)
-        args.run(args)
+        status = args.run(args)
     except (ValueError, ImportError, OSError) as error:
         print(f"hyperclip {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
+    from hyperclip_fast.bench.command import add_bench
+
     parser = argparse.ArgumentParser(
         prog="hyperclip",
         description="One small image encoder, adapted to any task by its class names; any mix of tasks in one batch.",
@@ -47,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_evaluate(commands)
     _add_specialize(commands)
+    add_bench(commands)
     return parser
 
 

@@ -45,6 +45,8 @@ class NormSpec:
             raise ValueError(f"names must be unique, got {self.names}")
         if any(width < 1 for width in self.widths):
             raise ValueError(f"widths must be positive, got {self.widths}")
+        for name in ("sizes", "offsets", "num_params"):  # now: up to Python 3.11 cached_property takes a lock, which
+            getattr(self, name)  # torch.compile cannot trace
 
     @classmethod
     def from_model(cls, model: torch.nn.Module, modulate: Iterable[str] = DEFAULT_MODULATE) -> "NormSpec":

@@ -1,0 +1,106 @@
+"""What runs a tower: PyTorch eager or compiled, a CUDA graph, Inductor with frozen weights, ONNX Runtime.
+
+An engine is a function (tower, inputs, training) that returns a function which runs the tower on these inputs, or
+raises Unavailable.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .runner import Unavailable
+
+Forward = Callable[[], Tensor]
+
+
+def _eager(tower: nn.Module, inputs: tuple[Tensor, ...], training: bool) -> Forward:
+    return lambda: tower(*inputs)
+
+
+def _compiled(tower: nn.Module, inputs: tuple[Tensor, ...], training: bool) -> Forward:
+    compiled = torch.compile(tower, fullgraph=True)
+    return lambda: compiled(*inputs)
+
+
+def _frozen(tower: nn.Module, inputs: tuple[Tensor, ...], training: bool) -> Forward:
+    """Inductor with the weights as constants, which on a CPU it packs for oneDNN beforehand."""
+    if training:
+        raise Unavailable("frozen weights are for inference")
+    if inputs[0].device.type != "cpu":
+        raise Unavailable("packed weights are for a CPU")
+    from torch._inductor import config
+
+    # The options keep it apart from code that is not frozen; tracing looks at the configuration.
+    compiled = torch.compile(tower, fullgraph=True, options={"freezing": True})
+    with config.patch(freezing=True), torch.inference_mode():
+        compiled(*inputs)
+    return lambda: compiled(*inputs)
+
+
+def _onnxruntime(tower: nn.Module, inputs: tuple[Tensor, ...], training: bool) -> Forward:
+    """The tower exported to ONNX, run by ONNX Runtime on as many threads as PyTorch uses."""
+    if training:
+        raise Unavailable("ONNX Runtime is for inference")
+    if inputs[0].device.type != "cpu" or inputs[0].dtype != torch.float32:
+        raise Unavailable("measured on a CPU in float32 only")
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise Unavailable(f"{package} is not installed: pip install hyperclip_fast[bench]")
+    onnxruntime = importlib.import_module("onnxruntime")
+    names = ("images", "table", "task_ids")[: len(inputs)]
+    with _quiet():
+        program = torch.onnx.export(tower, inputs, input_names=names, output_names=["out"], dynamo=True, verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    model = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    feeds = {name: value.numpy() for name, value in zip(names, inputs)}
+    return lambda: torch.from_numpy(session.run(None, feeds)[0])
+
+
+@contextlib.contextmanager
+def _quiet():
+    """The exporter narrates on stdout and in the log."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+ENGINES: dict[str, Callable[[nn.Module, tuple[Tensor, ...], bool], Forward]] = {
+    "eager": _eager,
+    "compiled": _compiled,
+    "graph": _eager,  # what `captured` records
+    "frozen": _frozen,
+    "onnxruntime": _onnxruntime,
+}
+
+
+def captured(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """A step recorded as a CUDA graph; each replay fills the same results."""
+    if device.type != "cuda":
+        raise Unavailable("CUDA graphs need a GPU")
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):  # libraries choose and allocate on the first calls, which cannot be recorded
+            step()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+
+    def replay():
+        graph.replay()
+        return results
+
+    return replay

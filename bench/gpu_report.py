@@ -1,0 +1,214 @@
+"""`make gpu-report`: the GPU's tests, then the benchmark, in a given number of minutes, written as it goes.
+
+Into the folder `--out`, named after the device: <device>.json, <device>.md, <device>-roofline.png, <device>-tasks.png,
+and on a GPU <device>-table.json, the products' table as measured here. What matters most is measured first; what no
+time is left for is listed. On a CPU it measures less, by the same path.
+"""
+
+import argparse
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hyperclip_fast.kernels import linear_table
+
+from . import plots
+from .kernel_cases import kernel_cases
+from .machine import default_device, describe, device_name
+from .mixes import MIXES
+from .model_cases import model_cases
+from .operations import OPERATIONS
+from .report import Report, header, markdown
+from .runner import Case, Provider, run_case
+
+TI, S, B = "vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224"
+NORMS, PRODUCTS = ["layer_norm", "add_layer_norm"], ["linear_gelu", "linear_add"]
+Plan = list[dict[str, Any]]
+
+
+def kernel_plan(is_gpu: bool) -> Plan:
+    """Arguments of kernel_cases, the most telling first."""
+    if not is_gpu:
+        small = {"widths": [192], "batches": [4], "steps": ["forward", "training"], "mixes": ["distinct"]}
+        return [
+            {"operations": NORMS, **small, "tasks": [1, 16, 4096], "engines": ["eager"]},
+            {"operations": PRODUCTS, **small, "tasks": [1], "engines": ["eager"]},
+            {"operations": ["add_layer_norm"], **small, "tasks": [16], "engines": ["compiled"]},
+        ]
+    both, widths, steps = ["eager", "compiled"], [192, 384, 768], ["forward", "training"]
+    full = {"widths": widths, "batches": [256], "tasks": [256], "mixes": ["distinct"]}
+    return [
+        {"operations": PRODUCTS, **full, "steps": steps, "engines": ["eager"]},
+        {"operations": ["add_layer_norm"], **full, "steps": steps, "engines": both},
+        {"operations": ["add_layer_norm"], **full, "steps": ["forward"], "engines": ["eager"], "mixes": list(MIXES)},
+        {"operations": ["add_layer_norm"], **full, "steps": steps, "engines": ["eager"], "tasks": [1, 16, 256, 4096]},
+        {"operations": NORMS, **full, "steps": steps, "engines": ["eager"], "batches": [1, 8, 64, 256]},
+        {"operations": PRODUCTS, **full, "steps": steps, "engines": ["eager"], "batches": [1, 8, 64]},
+        {"operations": [*PRODUCTS, "layer_norm"], **full, "steps": steps, "engines": both},
+    ]
+
+
+def model_plan(is_gpu: bool) -> Plan:
+    """Arguments of model_cases, the most telling first."""
+    mix = {"mixes": ["distinct"]}
+    if not is_gpu:
+        return [
+            {"models": [TI], "batches": [2], "steps": ["forward"], "tasks": [1, 16, 4096], "engines": ["eager"], **mix},
+            {"models": [TI], "batches": [2], "steps": ["training"], "tasks": [16], "engines": ["eager"], **mix},
+            {"models": [TI], "batches": [2], "steps": ["forward"], "tasks": [16], "engines": ["compiled"], **mix},
+        ]
+    quick, every, steps = ["eager", "graph"], ["eager", "compiled", "graph"], ["forward", "training"]
+    mixes = list(MIXES)
+    return [
+        {"models": [TI, S, B], "batches": [256], "steps": steps, "tasks": [256], "engines": quick, **mix},
+        {"models": [S], "batches": [64], "steps": ["forward"], "tasks": [1, 16, 256, 4096], "engines": every, **mix},
+        {"models": [TI], "batches": [256], "steps": ["forward"], "tasks": [256], "engines": every, **mix},
+        {"models": [TI, S, B], "batches": [1, 8, 64], "steps": ["forward"], "tasks": [256], "engines": quick, **mix},
+        {"models": [S], "batches": [64], "steps": ["forward"], "tasks": [256], "engines": ["eager"], "mixes": mixes},
+        {"models": [S], "batches": [256], "steps": ["training"], "tasks": [256], "engines": ["compiled"], **mix},
+        {"models": [TI, S, B], "batches": [1, 8, 64], "steps": ["training"], "tasks": [256], "engines": quick, **mix},
+    ]
+
+
+class OutOfTime(BaseException):
+    """A part's time is over; no Exception, so that nothing takes it for a provider's failure."""
+
+
+class _Deadline:
+    """Interrupts what runs when the time, in seconds of time.monotonic, has come."""
+
+    def __init__(self, when: float):
+        self.left = max(0.01, when - time.monotonic())
+
+    def __enter__(self):
+        self.before = signal.signal(signal.SIGALRM, self._stop)
+        signal.setitimer(signal.ITIMER_REAL, self.left)
+
+    def __exit__(self, *_):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self.before)
+
+    @staticmethod
+    def _stop(*_):
+        raise OutOfTime
+
+
+def run_part(make, plan: Plan, report: Report, when: float, seconds: float, **common) -> None:
+    """Measure a plan until it is done or the time has come; what was not begun or not finished goes to `skipped`."""
+    seen: set[str] = set()
+    for i, entry in enumerate(plan):
+        try:
+            with _Deadline(when):
+                for case in make(**entry, **common):
+                    case.providers = [provider for provider in case.providers if _identity(case, provider) not in seen]
+                    if case.providers:
+                        report.add(run_case(case, seconds))
+                        seen |= {_identity(case, provider) for provider in case.providers}
+        except OutOfTime:
+            report.skipped.extend(plan[i:])
+            report.write()
+            return
+
+
+def _identity(case: Case, provider: Provider) -> str:
+    return f"{case.labels} {provider.key}"
+
+
+def run_tests(files: Sequence[str], seconds: float) -> dict[str, Any]:
+    """Run test files; asked to stop after `seconds`, they still say what failed until then."""
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-rfE", "-p", "no:cacheprovider", *files]
+    start, stopped = time.monotonic(), False
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            stopped = True
+            process.send_signal(signal.SIGINT)
+            try:
+                output, _ = process.communicate(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                output, _ = process.communicate()
+    failures = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    summary = (output.strip().splitlines() or ["no output"])[-1].strip("= ")
+    status = "failed" if failures or process.returncode not in (0, 2) else "stopped" if stopped else "passed"
+    spent = round(time.monotonic() - start)
+    return {"files": list(files), "status": status, "seconds": spent, "summary": summary, "failures": failures}
+
+
+def widest(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """For each product the widest D up to which Triton beat the stock layer at every width, forward and in training."""
+    result = {}
+    for name in dict.fromkeys(row.get("operation") for row in rows):
+        mine = [row for row in rows if row.get("operation") == name and row["provider"] == "triton"]
+        timed = [row for row in mine if row.get("ratio")]
+        large = [row for row in timed if row["batch"] == max(row["batch"] for row in timed)]
+        losing = [row["width"] for row in large if row["ratio"][1] <= 1]
+        won = [row["width"] for row in large if row["width"] < min(losing, default=float("inf"))]
+        if large:
+            result[name] = max(won, default=0)
+    return result
+
+
+def save_table(found: dict[str, int], device: torch.device, path: Path) -> None:
+    """Write the products' table with what was measured in place of what was expected."""
+    kind = linear_table.device_kind(device.type, device.index)
+    for name, width in found.items():
+        linear_table.WIDEST[name][kind] = width
+    linear_table.save(path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run it; 1 if a test failed, or a provider computed wrongly or raised."""
+    parser = argparse.ArgumentParser(prog="gpu-report", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all of it; default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="default: %(default)s")
+    parser.add_argument("--device", default=default_device(), help="default: %(default)s")
+    parser.add_argument("--tests", nargs="*", default=[], metavar="FILE", help="run these first; a quarter of the time")
+    args = parser.parse_args(argv)
+    if args.minutes <= 0:
+        parser.error(f"--minutes must be positive, got {args.minutes}")
+    start, total, device = time.monotonic(), 60 * args.minutes, torch.device(args.device)
+    is_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if is_gpu else torch.float32
+    label = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    report = Report(describe(device, dtype), args.out / f"{label}.json")
+    print(header(report.machine), flush=True)
+    red: set[str] = set()
+    if args.tests:
+        report.more["tests"] = tests = run_tests(args.tests, 0.25 * total)
+        print(f"\ntests {tests['status']} in {tests['seconds']} s: {tests['summary']}", *tests["failures"], sep="\n")
+        red = {name for name, operation in OPERATIONS.items() if any(operation.tests in f for f in tests["failures"])}
+    common = {"dtype": dtype, "device": device}
+    kernels = list(_without(kernel_plan(is_gpu), red))
+    run_part(kernel_cases, kernels, report, start + 0.55 * total, 1.0, **common)
+    run_part(model_cases, model_plan(is_gpu), report, start + 0.95 * total, 2.0, **common)
+    report.more["not measured: their tests failed"] = sorted(red)
+    report.more["widest"] = widest(report.rows)
+    report.write()
+    record = report.record()
+    (args.out / f"{label}.md").write_text(markdown(record), encoding="utf-8")
+    paths = plots.draw(record, args.out, f"{label}-")
+    if report.more["widest"]:
+        save_table(report.more["widest"], device, args.out / f"{label}-table.json")
+    minutes = (time.monotonic() - start) / 60
+    print(f"\n{len(report.rows)} rows in {minutes:.1f} minutes: {report.path}", *paths, sep="\n")
+    return 1 if report.problems or red or report.more.get("tests", {}).get("status") == "failed" else 0
+
+
+def _without(plan: Plan, red: set[str]) -> Iterator[dict[str, Any]]:
+    """A plan without some operations."""
+    for entry in plan:
+        left = [operation for operation in entry["operations"] if operation not in red]
+        if left:
+            yield {**entry, "operations": left}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

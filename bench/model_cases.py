@@ -1,0 +1,179 @@
+"""Cases of `hyperclip bench model`: towers on engines, one model, batch, T, mix and step at a time.
+
+A training step is forward, backward, and the gradients of all weights and of the table; no optimizer.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import timm
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from hyperclip_fast import HyperViT
+
+from .engines import ENGINES, captured
+from .mixes import make_task_ids
+from .runner import Case, Provider, Run, Unavailable, relative_error
+from .towers import LoopTower, NaiveTower, OurTower, StockTower
+
+STEPS = ("forward", "training")
+PROBES = 4  # images of a batch whose outputs and gradients are compared with float64
+SERVED = {"graph": ("stock", "ours"), "frozen": ("stock", "ours"), "onnxruntime": ("stock", "ours")}
+COMPILED = ("stock", "naive", "ours")
+
+
+def model_cases(
+    models: Sequence[str],
+    batches: Sequence[int],
+    tasks: Sequence[int],
+    mixes: Sequence[str],
+    steps: Sequence[str],
+    engines: Sequence[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    **timm_options: Any,
+) -> Iterator[Case]:
+    """One case for each model, batch, step, T and mix; compilations are shared by all T and mixes."""
+    for name in models:
+        for step in steps:
+            for batch in batches:
+                torch.compiler.reset()  # compiled for this batch, not for whatever came before
+                group = _Group(name, batch, step == "training", dtype, device, timm_options)
+                for count in tasks:
+                    for mix in mixes if count > 1 else mixes[:1]:
+                        labels = {"model": name, "step": step, "batch": batch, "tasks": count, "mix": mix}
+                        yield _Mixture(group, count, mix).case(labels, engines)
+
+
+class _Group:
+    """A model's towers and a batch of images, shared by all cases of it."""
+
+    def __init__(
+        self, name: str, batch: int, training: bool, dtype: torch.dtype, device: torch.device, options: dict[str, Any]
+    ):
+        torch.manual_seed(0)
+        self.training, self.dtype, self.device = training, dtype, device
+        stock = timm.create_model(name, num_classes=0, **options)
+        size = stock.pretrained_cfg["input_size"] if "img_size" not in options else (3, *[options["img_size"]] * 2)
+        self.stock = stock.to(device, dtype).train(training)
+        self.hyper = HyperViT.from_timm(self.stock)
+        self.spec = self.hyper.norm_spec
+        self.images = torch.randn(batch, *size, dtype=dtype, device=device)
+        self.base = self.hyper.base_params.table.detach()
+
+    @cached_property
+    def exact(self) -> nn.Module:
+        """The stock model in float64."""
+        return copy.deepcopy(self.stock).double()
+
+    @cached_property
+    def towers(self) -> dict[str, nn.Module]:
+        towers = {"stock": StockTower(self.stock), "ours": OurTower(self.hyper)}
+        if isinstance(self.stock, VisionTransformer):
+            towers["naive"] = NaiveTower(self.stock, self.spec)
+        return {name: tower.train(self.training) for name, tower in towers.items()}
+
+
+class _Mixture:
+    """One T and mix on a group's images."""
+
+    def __init__(self, group: _Group, tasks: int, mix: str):
+        self.group, batch = group, len(group.images)
+        noise = torch.randn(tasks, group.spec.num_params, generator=torch.Generator().manual_seed(1))
+        self.table = (group.base + 0.1 * noise.to(group.base)).requires_grad_(group.training)
+        self.task_ids = make_task_ids(mix, batch, tasks).to(group.device)
+        if tasks > 1:
+            torch._dynamo.maybe_mark_dynamic(self.table, 0)  # one compilation for every T
+        self.probes = torch.linspace(0, batch - 1, min(PROBES, batch)).round().long().to(group.device)
+        width = group.stock.num_features
+        generator = torch.Generator().manual_seed(2)
+        self.incoming = torch.randn(batch, width, generator=generator).to(group.device, group.dtype)
+        self.expected: dict[bool, list[Tensor]] = {}
+
+    def case(self, labels: dict[str, Any], engines: Sequence[str]) -> Case:
+        providers = []
+        for engine in engines:
+            names = SERVED.get(engine, COMPILED) + (("loop",) if engine == "eager" else ())
+            for name in names:
+                providers.append(Provider(name, engine, lambda name=name, engine=engine: self._build(name, engine)))
+        return Case(labels, providers, self._check, self.group.dtype, self.group.device)
+
+    def _build(self, name: str, engine: str) -> Run:
+        group = self.group
+        if name == "loop":
+            tower = LoopTower(group.stock, group.spec, self.table, self.task_ids)
+        elif name in group.towers:
+            tower = group.towers[name]
+        else:
+            raise Unavailable(f"written for VisionTransformer, not for {type(group.stock).__name__}")
+        inputs = (group.images,) if name == "stock" else (group.images, self.table, self.task_ids)
+        forward = ENGINES[engine](tower, inputs, group.training)
+        step = self._training_step(forward, name) if group.training else _inference(forward)
+        return captured(step, group.device) if engine == "graph" else step
+
+    def _training_step(self, forward: Callable[[], Tensor], name: str) -> Run:
+        """Output, gradient of the rows, gradient of the first weight that images meet."""
+        group = self.group
+        model = group.hyper if name == "ours" else group.stock
+        weights = dict(model.named_parameters())
+        own = [weights[f"{layer}.{kind}"] for layer in group.spec.names for kind in ("weight", "bias")]
+        others = [weight for weight in weights.values() if all(weight is not mine for mine in own)]
+        leaves = [*others, *(own if name == "stock" else [self.table])]
+
+        def step():
+            out = forward()
+            gradients = torch.autograd.grad(out, leaves, self.incoming, allow_unused=True)
+            return out, gradients, len(others)
+
+        return step
+
+    def _check(self, provider: Provider, run: Run) -> float:
+        """Against the float64 model, on a few images; in training, no gradient comes in from the others."""
+        is_stock = provider.name == "stock"
+        if not self.group.training:
+            return relative_error(run()[self.probes], self._exact(is_stock)[0])
+        whole = self.incoming.clone()
+        try:
+            self.incoming.zero_()[self.probes] = whole[self.probes]
+            out, gradients, count = run()
+            rows = torch.cat(gradients[count:]).unsqueeze(0) if is_stock else gradients[-1]
+            ours = [out[self.probes], rows, gradients[0].unsqueeze(0)]
+            return max(relative_error(mine, exact) for mine, exact in zip(ours, self._exact(is_stock), strict=True))
+        finally:
+            self.incoming.copy_(whole)
+
+    def _exact(self, is_stock: bool) -> list[Tensor]:
+        """Output (probes, D); in training also the gradients of the rows (T, P) and of the first weight (1, ...)."""
+        if is_stock not in self.expected:
+            self.expected[is_stock] = self._compute_exact(is_stock)
+        return self.expected[is_stock]
+
+    def _compute_exact(self, is_stock: bool) -> list[Tensor]:
+        group = self.group
+        table = (group.base if is_stock else self.table).detach().double().requires_grad_(group.training)
+        keys = [f"{layer}.{kind}" for layer in group.spec.names for kind in ("weight", "bias")]
+        outputs = []
+        for probe in self.probes.tolist():
+            row = table[0 if is_stock else int(self.task_ids[probe])]
+            image = group.images[probe : probe + 1].double()
+            values = dict(zip(keys, row.split(group.spec.sizes)))
+            outputs.append(torch.func.functional_call(group.exact, values, (image,)))
+        out = torch.cat(outputs)
+        if not group.training:
+            return [out.detach()]
+        first = next(weight for key, weight in group.exact.named_parameters() if key not in keys)
+        incoming = self.incoming[self.probes].double()
+        rows, weight = torch.autograd.grad(out, [table, first], incoming)
+        return [out.detach(), rows, weight.unsqueeze(0)]
+
+
+def _inference(forward: Callable[[], Tensor]) -> Run:
+    def infer():
+        with torch.inference_mode():
+            return forward()
+
+    return infer

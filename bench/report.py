@@ -1,0 +1,152 @@
+"""A run's record: printed as it grows, and kept as JSON (whole after every case), as a Markdown table, as plots.
+
+The JSON: {"machine": what bench.machine.describe returns, "rows": what bench.runner.run_case returns, for all cases,
+"skipped": arguments of the cases for which no time was left}; a device report adds "tests" and "widest".
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .runner import BASELINE
+
+Row = dict[str, Any]
+LABELS = ("operation", "model", "step", "width", "batch", "tokens", "tasks", "mix")
+LETTERS = {"width": "D", "batch": "B", "tokens": "N", "tasks": "T"}
+
+
+class Report:
+    """Rows of a run, printed and written as they come.
+
+    Args:
+        machine: what bench.machine.describe returned.
+        path: a JSON file, replaced after each case; None: none.
+    """
+
+    def __init__(self, machine: dict[str, Any], path: str | Path | None = None):
+        self.machine, self.path = machine, None if path is None else Path(path)
+        self.rows: list[Row] = []
+        self.skipped: list[Row] = []
+        self.more: dict[str, Any] = {}
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Print one case's rows and write all rows so far."""
+        self.rows.extend(rows)
+        print(case_table(rows, self.machine), flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """Write the JSON beside its place, then rename: a run that is stopped leaves what it measured."""
+        if self.path is None:
+            return
+        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        beside.write_text(json.dumps(self.record(), indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, self.path)
+
+    def record(self) -> dict[str, Any]:
+        """What the JSON file holds."""
+        return {"machine": self.machine, **self.more, "rows": self.rows, "skipped": self.skipped}
+
+    @property
+    def problems(self) -> int:
+        """Providers that computed wrongly or raised."""
+        return sum(row["status"] in ("wrong", "failed") for row in self.rows)
+
+
+def header(machine: dict[str, Any]) -> str:
+    """What was measured on, in four lines or five."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    commit = f", commit {machine['commit']}" if machine["commit"] else ""
+    allocator = " ".join(f"{key}={value}" for key, value in machine["allocator"].items())
+    lines = [
+        f"{machine['device']}, {machine['threads']} threads of {machine['cores']} cores, {machine['dtype']}",
+        f"{versions}{commit}",
+        f"a large copy moves {machine['copy_bytes_per_second'] / 1e9:.0f} GB/s, "
+        f"a large product makes {machine['product_flops_per_second'] / 1e12:.2f} TFLOP/s",
+        "seconds and ratios are medians of interleaved rounds, with their quartiles; "
+        f"a ratio is to {BASELINE} on the same engine, above 1 is faster",
+    ]
+    return "\n".join(lines + ([f"allocator: {allocator}"] if allocator else []))
+
+
+def title(row: Row) -> str:
+    """What a case measures, in one line."""
+    words = [f"{LETTERS[key]} {row[key]}" if key in LETTERS else str(row[key]) for key in LABELS if key in row]
+    return "  ".join(words)
+
+
+def cells(row: Row, machine: dict[str, Any]) -> list[str]:
+    """Time, its spread, ratio, its spread, rates and memory of a row; empty where unknown, or why there are none."""
+    if row["status"] != "ok":
+        return [f"{row['status']}: {row['reason']}"]
+    low, middle, high = row["seconds"]
+    spread = f"{100 * (low / middle - 1):+.0f}/{100 * (high / middle - 1):+.0f} %"
+    ratio = ["", ""] if row["ratio"] is None else [f"{row['ratio'][1]:.3f}", "{0:.2f}-{2:.2f}".format(*row["ratio"])]
+    if "bytes" in row:
+        rate = row["bytes"] / middle
+        rates = [f"{rate / 1e9:.1f}", f"{100 * rate / machine['copy_bytes_per_second']:.0f} %"]
+    else:
+        rates = [f"{row['batch'] / middle:.1f}"]
+    return [duration(middle), spread, *ratio, *rates, _megabytes(row["peak_bytes"])]
+
+
+def _megabytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 1e6:.1f}"
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+    """Names of the cells."""
+    rates = ["GB/s", "of copy"] if "operation" in rows[0] else ["images/s"]
+    return ["time", "spread", "ratio", "quartiles", *rates, "peak MB"]
+
+
+def duration(seconds: float) -> str:
+    """Seconds, in a unit that suits them."""
+    for unit, size in (("s", 1), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}" if seconds < 1000 * size else f"{seconds / size:.0f} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def case_table(rows: Sequence[Row], machine: dict[str, Any]) -> str:
+    """A case for the terminal: its title and a line a provider."""
+    repeats = max((row.get("repeats", 0) for row in rows), default=0)
+    widths = (11, 12, 9, 13, 11, 9, 9) if "operation" in rows[0] else (11, 12, 9, 13, 11, 9)
+    lines = [f"\n{title(rows[0])}   ({repeats} rounds)"]
+    lines.append(f"  {'provider':<20}" + "".join(f"{name:>{width}}" for name, width in zip(columns(rows), widths)))
+    for row in rows:
+        values = cells(row, machine)
+        text = "  " + values[0] if len(values) == 1 else "".join(f"{v:>{w}}" for v, w in zip(values, widths))
+        lines.append(f"  {row['provider'] + ' ' + row['engine']:<20}{text}")
+    return "\n".join(lines)
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """All rows of a record, as Markdown tables by operation or model and step."""
+    machine = record["machine"]
+    parts = [f"# {machine['device']}", header(machine).replace("\n", "  \n")]
+    if "tests" in record:
+        parts.append(f"Tests {record['tests']['status']}: {record['tests']['summary']}")
+        parts += record["tests"]["failures"]
+    groups: dict[str, list[Row]] = {}
+    for row in record["rows"]:
+        groups.setdefault(f"{row.get('operation') or row['model']}, {row['step']}", []).append(row)
+    for name, rows in groups.items():
+        keys = [key for key in LABELS[3:] if any(key in row for row in rows)]
+        names = [*(LETTERS.get(key, key) for key in keys), "provider", *columns(rows)]
+        parts.append(f"## {name}")
+        lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+        for row in rows:
+            values = cells(row, machine)
+            values += [""] * (len(columns(rows)) - len(values))
+            labels = [str(row.get(key, "")) for key in keys]
+            lines.append("| " + " | ".join([*labels, f"{row['provider']} {row['engine']}", *values]) + " |")
+        parts.append("\n".join(lines))
+    if record.get("skipped"):
+        lines = (", ".join(f"{key} {value}" for key, value in entry.items()) for entry in record["skipped"])
+        parts += ["## Not measured, or not all of it: no time was left", "\n".join(f"- {line}" for line in lines)]
+    return "\n\n".join(parts) + "\n"
