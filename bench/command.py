@@ -1,7 +1,7 @@
 """`hyperclip bench kernels` and `hyperclip bench model`: arguments, defaults for this device, and the run itself."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -37,19 +37,21 @@ def add_bench(commands) -> None:
     kernels = kinds.add_parser("kernels", help=text, description=text)
     _add_choice(kernels, "--operations", list(OPERATIONS))
     _add_list(kernels, "--widths", int, "D")
-    _add_common(kernels, kernel_cases.ENGINES)
+    _add_common(kernels, kernel_cases.ENGINES, [operation.providers for operation in OPERATIONS.values()])
     text = "time whole image towers, forward and training step"
     model = kinds.add_parser("model", help=text, description=text)
     _add_list(model, "--models", str, "NAME")
-    _add_common(model, tuple(ENGINES))
+    _add_common(model, list(ENGINES), model_cases.TOWERS.values())
 
 
-def _add_common(parser: argparse.ArgumentParser, engines: tuple[str, ...]) -> None:
+def _add_common(parser: argparse.ArgumentParser, engines: Iterable[str], providers: Iterable[Iterable[str]]) -> None:
+    providers = list(dict.fromkeys(name for names in providers for name in names))
     _add_list(parser, "--batches", int, "B")
     _add_list(parser, "--tasks", int, "T")
     parser.add_argument("--mixes", nargs="+", choices=list(MIXES), help="which tasks a batch mixes")
     _add_choice(parser, "--steps", list(kernel_cases.STEPS))
     parser.add_argument("--engines", nargs="+", choices=engines, help="default: eager compiled, and graph on a GPU")
+    parser.add_argument("--providers", nargs="+", choices=providers, help="whom to measure; default: all")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--device", default=default_device(), help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=10.0, help="of timed rounds a case; default: %(default)s")
@@ -76,17 +78,20 @@ def run_command(args: argparse.Namespace) -> int:
     report = Report(describe(device, dtype), args.json)
     print(header(report.machine), flush=True)
     make = kernel_cases.kernel_cases if args.what == "kernels" else model_cases.model_cases
-    measure(make(**options, dtype=dtype, device=device), report, args.seconds)
+    measure(make(**options, dtype=dtype, device=device), report, args.seconds, args.providers)
     if args.plots:
         for path in plots.draw({"machine": report.machine, "rows": report.rows}, args.plots):
             print(f"plot: {path}")
     return 1 if report.problems else 0
 
 
-def measure(cases: Iterable[Case], report: Report, seconds: float) -> None:
-    """Run cases and report each as it is done."""
+def measure(cases: Iterable[Case], report: Report, seconds: float, names: Sequence[str] | None = None) -> None:
+    """Run cases, with the providers of these names or with all, and report each as it is done."""
     for case in cases:
-        report.add(run_case(case, seconds))
+        if names is not None:
+            case.providers = [provider for provider in case.providers if provider.name in names]
+        if case.providers:
+            report.add(run_case(case, seconds))
 
 
 def _options(args: argparse.Namespace, device: torch.device) -> dict[str, list]:

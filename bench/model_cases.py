@@ -22,8 +22,14 @@ from .towers import LoopTower, NaiveTower, OurTower, StockTower
 
 STEPS = ("forward", "training")
 PROBES = 4  # images of a batch whose outputs and gradients are compared with float64
-SERVED = {"graph": ("stock", "ours"), "frozen": ("stock", "ours"), "onnxruntime": ("stock", "ours")}
-COMPILED = ("stock", "naive", "ours")
+# Who is measured on an engine. single: our model, T = 1; loop: one pass of the stock model a task.
+TOWERS = {
+    "eager": ("stock", "naive", "ours", "single", "loop"),
+    "compiled": ("stock", "naive", "ours"),
+    "graph": ("stock", "ours", "single"),
+    "frozen": ("stock", "ours"),
+    "onnxruntime": ("stock", "ours"),
+}
 
 
 def model_cases(
@@ -57,10 +63,12 @@ class _Group:
     ):
         torch.manual_seed(0)
         self.training, self.dtype, self.device = training, dtype, device
+        hyper = HyperViT.from_timm(name, num_classes=0, **options)
         stock = timm.create_model(name, num_classes=0, **options)
+        stock.load_state_dict(hyper.state_dict())
         size = stock.pretrained_cfg["input_size"] if "img_size" not in options else (3, *[options["img_size"]] * 2)
         self.stock = stock.to(device, dtype).train(training)
-        self.hyper = HyperViT.from_timm(self.stock)
+        self.hyper = hyper.to(device, dtype).train(training)
         self.spec = self.hyper.norm_spec
         self.images = torch.randn(batch, *size, dtype=dtype, device=device)
         self.base = self.hyper.base_params.table.detach()
@@ -72,7 +80,8 @@ class _Group:
 
     @cached_property
     def towers(self) -> dict[str, nn.Module]:
-        towers = {"stock": StockTower(self.stock), "ours": OurTower(self.hyper)}
+        ours = OurTower(self.hyper)
+        towers = {"stock": StockTower(self.stock), "ours": ours, "single": ours}
         if isinstance(self.stock, VisionTransformer):
             towers["naive"] = NaiveTower(self.stock, self.spec)
         return {name: tower.train(self.training) for name, tower in towers.items()}
@@ -86,19 +95,20 @@ class _Mixture:
         noise = torch.randn(tasks, group.spec.num_params, generator=torch.Generator().manual_seed(1))
         self.table = (group.base + 0.1 * noise.to(group.base)).requires_grad_(group.training)
         self.task_ids = make_task_ids(mix, batch, tasks).to(group.device)
+        self.single = self.table[:1].detach().clone().requires_grad_(group.training)
+        self.no_ids = torch.zeros_like(self.task_ids)
         if tasks > 1:
             torch._dynamo.maybe_mark_dynamic(self.table, 0)  # one compilation for every T
         self.probes = torch.linspace(0, batch - 1, min(PROBES, batch)).round().long().to(group.device)
         width = group.stock.num_features
         generator = torch.Generator().manual_seed(2)
         self.incoming = torch.randn(batch, width, generator=generator).to(group.device, group.dtype)
-        self.expected: dict[bool, list[Tensor]] = {}
+        self.expected: dict[str, list[Tensor]] = {}
 
     def case(self, labels: dict[str, Any], engines: Sequence[str]) -> Case:
         providers = []
         for engine in engines:
-            names = SERVED.get(engine, COMPILED) + (("loop",) if engine == "eager" else ())
-            for name in names:
+            for name in TOWERS[engine]:
                 providers.append(Provider(name, engine, lambda name=name, engine=engine: self._build(name, engine)))
         return Case(labels, providers, self._check, self.group.dtype, self.group.device)
 
@@ -110,7 +120,8 @@ class _Mixture:
             tower = group.towers[name]
         else:
             raise Unavailable(f"written for VisionTransformer, not for {type(group.stock).__name__}")
-        inputs = (group.images,) if name == "stock" else (group.images, self.table, self.task_ids)
+        rows = {"stock": (), "single": (self.single, self.no_ids)}.get(name, (self.table, self.task_ids))
+        inputs = (group.images, *rows)
         forward = ENGINES[engine](tower, inputs, group.training)
         step = self._training_step(forward, name) if group.training else _inference(forward)
         return captured(step, group.device) if engine == "graph" else step
@@ -118,11 +129,12 @@ class _Mixture:
     def _training_step(self, forward: Callable[[], Tensor], name: str) -> Run:
         """Output, gradient of the rows, gradient of the first weight that images meet."""
         group = self.group
-        model = group.hyper if name == "ours" else group.stock
+        model = group.hyper if name in ("ours", "single") else group.stock
         weights = dict(model.named_parameters())
         own = [weights[f"{layer}.{kind}"] for layer in group.spec.names for kind in ("weight", "bias")]
         others = [weight for weight in weights.values() if all(weight is not mine for mine in own)]
-        leaves = [*others, *(own if name == "stock" else [self.table])]
+        table = self.single if name == "single" else self.table
+        leaves = [*others, *(own if name == "stock" else [table])]
 
         def step():
             out = forward()
@@ -133,34 +145,36 @@ class _Mixture:
 
     def _check(self, provider: Provider, run: Run) -> float:
         """Against the float64 model, on a few images; in training, no gradient comes in from the others."""
-        is_stock = provider.name == "stock"
+        name = provider.name
         if not self.group.training:
-            return relative_error(run()[self.probes], self._exact(is_stock)[0])
+            return relative_error(run()[self.probes], self._exact(name)[0])
         whole = self.incoming.clone()
         try:
             self.incoming.zero_()[self.probes] = whole[self.probes]
             out, gradients, count = run()
-            rows = torch.cat(gradients[count:]).unsqueeze(0) if is_stock else gradients[-1]
+            rows = torch.cat(gradients[count:]).unsqueeze(0) if name == "stock" else gradients[-1]
             ours = [out[self.probes], rows, gradients[0].unsqueeze(0)]
-            return max(relative_error(mine, exact) for mine, exact in zip(ours, self._exact(is_stock), strict=True))
+            return max(relative_error(mine, exact) for mine, exact in zip(ours, self._exact(name), strict=True))
         finally:
             self.incoming.copy_(whole)
 
-    def _exact(self, is_stock: bool) -> list[Tensor]:
+    def _exact(self, name: str) -> list[Tensor]:
         """Output (probes, D); in training also the gradients of the rows (T, P) and of the first weight (1, ...)."""
-        if is_stock not in self.expected:
-            self.expected[is_stock] = self._compute_exact(is_stock)
-        return self.expected[is_stock]
+        one_row = {"stock": self.group.base, "single": self.single}
+        kind = name if name in one_row else "mixed"
+        if kind not in self.expected:
+            ids = torch.zeros_like(self.task_ids) if name in one_row else self.task_ids
+            self.expected[kind] = self._compute_exact(one_row.get(name, self.table), ids)
+        return self.expected[kind]
 
-    def _compute_exact(self, is_stock: bool) -> list[Tensor]:
+    def _compute_exact(self, table: Tensor, task_ids: Tensor) -> list[Tensor]:
         group = self.group
-        table = (group.base if is_stock else self.table).detach().double().requires_grad_(group.training)
+        table = table.detach().double().requires_grad_(group.training)
         keys = [f"{layer}.{kind}" for layer in group.spec.names for kind in ("weight", "bias")]
         outputs = []
         for probe in self.probes.tolist():
-            row = table[0 if is_stock else int(self.task_ids[probe])]
             image = group.images[probe : probe + 1].double()
-            values = dict(zip(keys, row.split(group.spec.sizes)))
+            values = dict(zip(keys, table[int(task_ids[probe])].split(group.spec.sizes)))
             outputs.append(torch.func.functional_call(group.exact, values, (image,)))
         out = torch.cat(outputs)
         if not group.training:

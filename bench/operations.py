@@ -1,8 +1,8 @@
 """The operations that have kernels here, and who else computes them: one registry, `OPERATIONS`.
 
 A provider is a function of the inputs that it names. Those that name `task_ids` compute the per-sample operation; the
-others the plain one, by the first row alone: that is the stock layer. `naive` in float64 is what the former must
-equal, `stock` in float64 the latter.
+others the plain one, by the first row alone: the stock layer, and `single`, our operation on a batch of one task.
+`naive` in float64 is what the former must equal, `stock` in float64 the latter.
 """
 
 import importlib
@@ -110,6 +110,10 @@ def _our_layer_norm(x, weight, bias, task_ids):
     return norms.layer_norm(x, weight, bias, task_ids, EPS)
 
 
+def _single_layer_norm(x, row_weight, row_bias):
+    return norms.layer_norm(x, row_weight.unsqueeze(0), row_bias.unsqueeze(0), None, EPS)
+
+
 def _liger_layer_norm(x, row_weight, row_bias):
     if importlib.util.find_spec("liger_kernel") is None:
         raise Unavailable("not installed: pip install liger-kernel")
@@ -132,6 +136,10 @@ def _naive_add_layer_norm(x, delta, weight, bias, task_ids):
 
 def _our_add_layer_norm(x, delta, weight, bias, task_ids):
     return norms.add_layer_norm(x, delta, weight, bias, task_ids, EPS)
+
+
+def _single_add_layer_norm(x, delta, row_weight, row_bias):
+    return norms.add_layer_norm(x, delta, row_weight.unsqueeze(0), row_bias.unsqueeze(0), None, EPS)
 
 
 def _product_inputs(inner: int, outer: int) -> Callable[[Shape], Inputs]:
@@ -201,17 +209,24 @@ OPERATIONS: dict[str, Operation] = {
             "stock": _stock_layer_norm,
             "naive": _naive_layer_norm,
             "ours": _our_layer_norm,
+            "single": _single_layer_norm,
             "liger": _liger_layer_norm,
         },
         _norm_work,
         "test_layer_norm.py",
-        eager_only=("liger",),
+        eager_only=("liger", "single"),
     ),
     "add_layer_norm": Operation(
         _norm_inputs,
-        {"stock": _stock_add_layer_norm, "naive": _naive_add_layer_norm, "ours": _our_add_layer_norm},
+        {
+            "stock": _stock_add_layer_norm,
+            "naive": _naive_add_layer_norm,
+            "ours": _our_add_layer_norm,
+            "single": _single_add_layer_norm,
+        },
         _norm_work,
         "test_layer_norm.py",
+        eager_only=("single",),
     ),
     "linear_gelu": Operation(
         _product_inputs(1, 4),

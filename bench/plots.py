@@ -9,7 +9,7 @@ from hyperclip_fast.extras import require
 from .report import title
 
 COLOURS = {"stock": "#57606a", "naive": "#cf222e", "ours": "#0969da", "loop": "#bc4c00", "liger": "#8250df"}
-COLOURS |= {"triton": "#1a7f37"}
+COLOURS |= {"triton": "#1a7f37", "single": "#54aeff"}
 MARKERS = {"layer_norm": "o", "add_layer_norm": "s", "linear_gelu": "^", "linear_add": "D"}
 DASHES = {"eager": "-", "compiled": "--", "graph": ":", "frozen": "-.", "onnxruntime": (0, (1, 3))}
 Row = dict[str, Any]
@@ -37,43 +37,51 @@ def draw(record: dict[str, Any], folder: str | Path, prefix: str = "") -> list[P
 
 
 def _roofline(rows: list[Row], machine: dict[str, Any]):
-    """FLOP/s against FLOP per byte, both axes logarithmic, under the copy's slope and the product's ceiling."""
+    """FLOP/s against FLOP per byte, both axes logarithmic, under the copy's slope and the product's ceiling.
+
+    All providers of a case have the same intensity: they are drawn side by side.
+    """
     plt = require("matplotlib.pyplot", "bench")
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
     copy, product = machine["copy_bytes_per_second"], machine["product_flops_per_second"]
-    intensities = [row["flops"] / row["bytes"] for row in rows]
-    low, high = min(intensities) / 2, max(max(intensities) * 2, 2 * product / copy)
+    ridge, intensities = product / copy, [row["flops"] / row["bytes"] for row in rows]
+    low, high = min(*intensities, ridge) / 2, 2 * max(*intensities, ridge)
+    providers = [name for name in COLOURS if any(row["provider"] == name for row in rows)]
+    operations = [name for name in MARKERS if any(row["operation"] == name for row in rows)]
     for axis, step in zip(axes, ("forward", "training")):
-        ridge = product / copy
         axis.plot([low, ridge, high], [low * copy, product, product], color="black", lw=1.2, zorder=1)
-        chosen = [row for row in rows if row["step"] == step]
-        for row in chosen:
-            hollow = row["engine"] != "eager"
+        for row in rows:
+            if row["step"] != step:
+                continue
             colour = COLOURS.get(row["provider"], "black")
+            aside = 1.09 ** (providers.index(row["provider"]) - (len(providers) - 1) / 2)
             axis.scatter(
-                row["flops"] / row["bytes"],
+                row["flops"] / row["bytes"] * aside,
                 row["flops"] / row["seconds"][1],
                 marker=MARKERS.get(row["operation"], "P"),
-                facecolors="none" if hollow else colour,
+                facecolors=colour if row["engine"] == "eager" else "none",
                 edgecolors=colour,
                 s=36,
                 alpha=0.85,
                 zorder=2,
             )
-        axis.set(xscale="log", yscale="log", xlabel="FLOP per byte (least possible bytes)", title=step)
-        axis.set_xlim(low, high)
+        axis.set(xscale="log", yscale="log", title=step, xlim=(low, high))
+        axis.set_xlabel("FLOP per byte that must move (providers side by side)")
         axis.grid(alpha=0.3, which="both", lw=0.4)
     axes[0].set_ylabel("FLOP/s")
     roofs = f"copy {copy / 1e9:.0f} GB/s, product {product / 1e12:.2g} TFLOP/s"
-    figure.suptitle(f"{machine['device']}, {machine['dtype']}, {machine['threads']} threads: {roofs}", fontsize=11)
-    providers = [name for name in COLOURS if any(row["provider"] == name for row in rows)]
-    operations = [name for name in MARKERS if any(row["operation"] == name for row in rows)]
+    figure.suptitle(f"{_where(machine)}: {roofs}; what stays in a cache may lie above the slope", fontsize=11)
     handles = [_dot("o", COLOURS[name], name) for name in providers]
     handles += [_dot(MARKERS[name], "white", name, edge="black") for name in operations]
     handles += [_dot("o", "grey", "eager"), _dot("o", "none", "compiled", edge="grey")]
-    figure.legend(handles=handles, loc="outside right center" if figure.get_layout_engine() else "center left",
-                  bbox_to_anchor=(0.91, 0.5), frameon=False, fontsize=9)  # fmt: skip
+    figure.tight_layout()
+    figure.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
     return figure
+
+
+def _where(machine: dict[str, Any]) -> str:
+    threads = "" if machine["type"] == "cuda" else f", {machine['threads']} of {machine['cores']} cores"
+    return f"{machine['device']}{threads}, {machine['dtype']}"
 
 
 def _dot(marker: str, colour: str, label: str, edge: str | None = None):
@@ -82,11 +90,13 @@ def _dot(marker: str, colour: str, label: str, edge: str | None = None):
 
 
 def _sweeps(rows: list[Row]) -> dict[str, list[Row]]:
-    """Rows by panel, where a panel has more than one T; a single-task figure belongs to every mix."""
+    """Rows by panel, where a panel has more than one T; one task is the same in every mix."""
     panels: dict[str, list[Row]] = defaultdict(list)
+    rows = [row for row in rows if "tasks" in row]
     for row in rows:
-        if "tasks" in row:
-            panels[title({key: value for key, value in row.items() if key not in ("tasks", "tokens")})].append(row)
+        for mix in [row["mix"]] if row["tasks"] > 1 else dict.fromkeys(other["mix"] for other in rows):
+            labels = {key: value for key, value in row.items() if key not in ("tasks", "tokens")}
+            panels[title({**labels, "mix": mix})].append(row)
     return {name: panel for name, panel in panels.items() if len({row["tasks"] for row in panel}) > 1}
 
 
@@ -110,12 +120,13 @@ def _tasks(panels: dict[str, list[Row]], machine: dict[str, Any]):
             style = {"color": COLOURS.get(provider, "black"), "ls": DASHES.get(engine, "-")}
             (drawn[f"{provider} {engine}"],) = axis.plot(tasks, middle, marker=".", lw=1.4, **style)
             axis.fill_between(tasks, slow, fast, color=style["color"], alpha=0.12, lw=0)
-        axis.set(xscale="log", title=name, xlabel="tasks T", ylabel="images/s")
-        axis.title.set_fontsize(9)
-        axis.set_ylim(bottom=0)
+        axis.set_title(name, fontsize=9)
+        axis.set(xlabel="tasks T", ylabel="images/s")
         axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks := sorted({row["tasks"] for row in panels[name]}), ticks)
+        axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3, lw=0.4)
-    figure.suptitle(f"{machine['device']}, {machine['dtype']}, {machine['threads']} threads", fontsize=11)
+    figure.suptitle(_where(machine), fontsize=11)
     figure.tight_layout()
     figure.legend(drawn.values(), drawn, loc="upper left", bbox_to_anchor=(1.0, 0.95), frameon=False, fontsize=9)
     return figure

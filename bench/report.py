@@ -63,7 +63,7 @@ def header(machine: dict[str, Any]) -> str:
     commit = f", commit {machine['commit']}" if machine["commit"] else ""
     allocator = " ".join(f"{key}={value}" for key, value in machine["allocator"].items())
     lines = [
-        f"{machine['device']}, {machine['threads']} threads of {machine['cores']} cores, {machine['dtype']}",
+        f"{machine['device']}, {machine['threads']} of {machine['cores']} cores, {machine['dtype']}",
         f"{versions}{commit}",
         f"a large copy moves {machine['copy_bytes_per_second'] / 1e9:.0f} GB/s, "
         f"a large product makes {machine['product_flops_per_second'] / 1e12:.2f} TFLOP/s",

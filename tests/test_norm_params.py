@@ -315,3 +315,11 @@ def test_pytree_round_trip(ids):
 
 def test_repr_says_the_sizes():
     assert repr(make(3, [1, 0])) == "NormParams(T=3, P=20, B=2, torch.float32, cpu)"
+
+
+def test_a_spec_may_be_traced_before_its_first_use():
+    """What a spec computes once must not wait for torch.compile, which cannot trace the lock of Python 3.11's cache."""
+    spec = NormSpec(("a", "b"), (2, 3))
+    table = torch.randn(4, 10)
+    layers = torch.compile(lambda table: NormParams(spec, table).layers(), fullgraph=True, backend="eager")(table)
+    assert torch.equal(layers[1][0], table[:, 4:7])

@@ -20,6 +20,8 @@ out.sum().backward()
 assert out.shape == (2, 3)
 """
 
+TINY_BENCH = "bench kernels --operations linear_gelu --widths 8 --batches 1 --steps forward --engines eager".split()
+
 
 def run(code, *, path, cwd):
     """Run Python code in a fresh process that finds packages under `path` first."""
@@ -35,7 +37,7 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("build")
     source = folder / "source"
     source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "hyperclip_fast", "kernels"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "hyperclip_fast", "kernels", "bench"):
         (source / name).symlink_to(ROOT / name)
     code = f"from setuptools import build_meta; print(build_meta.build_wheel({str(folder)!r}))"
     name = run(code, path="", cwd=source).strip().splitlines()[-1]
@@ -54,14 +56,15 @@ def test_wheel_holds_every_module_under_our_name(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     expected = {f"hyperclip_fast/{path.name}" for path in (ROOT / "hyperclip_fast").glob("*.py")}
-    expected |= {f"hyperclip_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    for part in ("kernels", "bench"):
+        expected |= {f"hyperclip_fast/{part}/{path.name}" for path in (ROOT / part).glob("*.py")}
     assets = (path for path in (ROOT / "hyperclip_fast" / "assets").rglob("*") if path.is_file())
     expected |= {path.relative_to(ROOT).as_posix() for path in assets}
-    assert "hyperclip_fast/kernels/layer_norm.py" in expected
+    assert {"hyperclip_fast/kernels/layer_norm.py", "hyperclip_fast/bench/command.py"} <= expected
     assert expected <= names
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"hyperclip_fast"}
-    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "kernels" / "__init__.py").exists() and not (ROOT / "bench" / "__init__.py").exists()
 
 
 def test_wheel_has_metadata_and_the_command(wheel):
@@ -71,7 +74,7 @@ def test_wheel_has_metadata_and_the_command(wheel):
         scripts = archive.read(f"{info}/entry_points.txt").decode()
     assert "hyperclip = hyperclip_fast.cli:main" in scripts
     assert "\nLicense: Apache-2.0\n" in metadata or "\nLicense-Expression: Apache-2.0\n" in metadata
-    for extra in ("clip", "train", "demo", "test"):
+    for extra in ("clip", "train", "demo", "bench", "report", "test"):
         assert f"Provides-Extra: {extra}" in metadata
     hard = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert {line.split()[1].split(">")[0] for line in hard} >= {"torch", "timm", "einops", "safetensors", "triton"}
@@ -82,6 +85,14 @@ def test_installed_package_runs_its_own_kernels(unpacked, tmp_path):
     where = "import hyperclip_fast.kernels.layer_norm as k; print(k.__file__)"
     out = run(FORWARD + where, path=unpacked, cwd=tmp_path)
     assert Path(out.strip()) == unpacked / "hyperclip_fast" / "kernels" / "layer_norm.py"
+
+
+def test_installed_package_benches(unpacked, tmp_path):
+    where = "import hyperclip_fast.bench.command as c; print(c.__file__)"
+    code = f"from hyperclip_fast.cli import main; assert main({TINY_BENCH!r}) == 0\n{where}"
+    out = run(code, path=unpacked, cwd=tmp_path)
+    assert "linear_gelu  forward  D 8" in out
+    assert Path(out.splitlines()[-1]) == unpacked / "hyperclip_fast" / "bench" / "command.py"
 
 
 def test_installed_package_leaves_the_name_kernels_to_others(unpacked, tmp_path):
