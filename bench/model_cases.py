@@ -120,7 +120,8 @@ class _Mixture:
             tower = group.towers[name]
         else:
             raise Unavailable(f"written for VisionTransformer, not for {type(group.stock).__name__}")
-        rows = {"stock": (), "single": (self.single, self.no_ids)}.get(name, (self.table, self.task_ids))
+        mixed = (self.table, self.task_ids)
+        rows = {"stock": (), "loop": (), "single": (self.single, self.no_ids)}.get(name, mixed)
         inputs = (group.images, *rows)
         forward = ENGINES[engine](tower, inputs, group.training)
         step = self._training_step(forward, name) if group.training else _inference(forward)

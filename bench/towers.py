@@ -1,6 +1,6 @@
 """The image towers that are compared: stock timm, naive modulation, ours, and one pass of the stock model a task.
 
-All take (images, table (T, P), task_ids (B,)); the stock model, one task for all, looks at the images alone.
+Naive and ours take (images, table (T, P), task_ids (B,)); the others hold their rows and take images alone.
 """
 
 import copy
@@ -66,31 +66,24 @@ class NaiveTower(nn.Module):
 class LoopTower(nn.Module):
     """One pass a task: a model of its own for each task in the batch, run on that task's images.
 
-    The models share all weights but the norms', which are views of the table, so that a thousand of them fit.
+    The models share all weights but the norms', which are views of the table, so that a thousand of them fit, and gradients reach the table.
     """
 
     def __init__(self, model: nn.Module, spec: NormSpec, table: Tensor, task_ids: Tensor):
         super().__init__()
-        self.spec, self.tasks = spec, task_ids.unique().tolist()
-        places = [torch.nonzero(task_ids == task).squeeze(1) for task in self.tasks]
-        self.places, self.order = places, torch.cat(places).argsort()
-        self.twins = [self._twin(model, table[task]) for task in self.tasks]
+        self.spec, tasks = spec, task_ids.unique().tolist()
+        self.places = [torch.nonzero(task_ids == task).squeeze(1) for task in tasks]
+        self.order = torch.cat(self.places).argsort()
+        self.twins = [self._twin(model, table[task]) for task in tasks]
 
     def _twin(self, model: nn.Module, row: Tensor) -> nn.Module:
         twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-        for name in self.spec.names:
-            del twin.get_submodule(name).weight, twin.get_submodule(name).bias
-        self._write(twin, row)
-        return twin
-
-    def _write(self, twin: nn.Module, row: Tensor) -> None:
         pieces = iter(row.split(self.spec.sizes))
         for name in self.spec.names:
             module = twin.get_submodule(name)
+            del module.weight, module.bias
             module.weight, module.bias = next(pieces), next(pieces)
+        return twin
 
-    def forward(self, images: Tensor, table: Tensor, task_ids: Tensor) -> Tensor:
-        if torch.is_grad_enabled():  # views of this step's graph
-            for twin, task in zip(self.twins, self.tasks):
-                self._write(twin, table[task])
+    def forward(self, images: Tensor) -> Tensor:
         return torch.cat([twin(images[place]) for twin, place in zip(self.twins, self.places)])[self.order]

@@ -44,6 +44,13 @@ def model_rows(engines, steps, tasks=(1, 3), names=None):
     return rows
 
 
+def assert_ratios_to_stock(rows):
+    """With one round a ratio is exactly that of two times, on the same engine."""
+    stock = {(row["engine"], row["tasks"]): row["seconds"][1] for row in rows if row["provider"] == "stock"}
+    for row in rows:
+        assert row["ratio"][1] == pytest.approx(stock[row["engine"], row["tasks"]] / row["seconds"][1])
+
+
 def statuses(rows):
     return {(row["provider"], row["engine"]): row["status"] for row in rows}
 
@@ -67,9 +74,7 @@ def test_compiled_operations_are_measured_against_compiled_stock():
     rows = kernel_rows("add_layer_norm", engines=("eager", "compiled"), steps=("training",), tasks=(5, 6))
     assert statuses(rows)["ours", "compiled"] == statuses(rows)["stock", "compiled"] == "ok"
     assert ("single", "compiled") not in statuses(rows)
-    stock = {(row["engine"], row["tasks"]): row["seconds"][1] for row in rows if row["provider"] == "stock"}
-    for row in rows:  # with one round the ratio is exactly that of the two times
-        assert row["ratio"][1] == pytest.approx(stock[row["engine"], row["tasks"]] / row["seconds"][1])
+    assert_ratios_to_stock(rows)
 
 
 def wrong_row(x, weight, bias, task_ids):
@@ -208,6 +213,18 @@ def test_towers_agree_forward_and_in_training():
         else:
             assert row["status"] == "ok" and row["error"] < 1e-5, row
     assert {row["provider"] for row in rows} == {"stock", "naive", "ours", "single", "loop"}
+    assert_ratios_to_stock([row for row in rows if row["step"] == "forward" and row["status"] == "ok"])
+
+
+def test_a_timed_step_has_gradients_from_every_image():
+    sizes = ([5], [3], ["distinct"], ["training"], ["eager"], torch.float32, CPU)
+    (case,) = model_cases.model_cases(["vit_tiny_patch16_224"], *sizes, **TINY)
+    provider = next(provider for provider in case.providers if provider.name == "ours")
+    run = provider.build()
+    before = [gradient.clone() for gradient in run()[1] if gradient is not None]
+    assert case.check(provider, run) < 1e-5
+    after = [gradient for gradient in run()[1] if gradient is not None]
+    assert all(torch.equal(a, b) for a, b in zip(after, before))
 
 
 @pytest.mark.slow
