@@ -66,7 +66,8 @@ class NaiveTower(nn.Module):
 class LoopTower(nn.Module):
     """One pass a task: a model of its own for each task in the batch, run on that task's images.
 
-    The models share all weights but the norms', which are views of the table, so that a thousand of them fit, and gradients reach the table.
+    The models share all weights but the norms', which are views of the table: a thousand of them fit, and gradients
+    reach the table.
     """
 
     def __init__(self, model: nn.Module, spec: NormSpec, table: Tensor, task_ids: Tensor):

@@ -20,20 +20,8 @@ out.sum().backward()
 assert out.shape == (2, 3)
 """
 
-TINY_BENCH = [
-    "bench",
-    "kernels",
-    "--operations",
-    "linear_gelu",
-    "--widths",
-    "8",
-    "--batches",
-    "1",
-    "--steps",
-    "forward",
-    "--engines",
-    "eager",
-]
+TINY_BENCH = ["bench", "kernels", "--operations", "linear_gelu", "--widths", "8", "--batches", "1"]
+TINY_BENCH += ["--steps", "forward", "--engines", "eager"]
 
 
 def run(code, *, path, cwd):
