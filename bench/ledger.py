@@ -22,14 +22,17 @@ os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 import torch
 import torch.nn.functional as F
 from hyperclip_fast.bench.accesses import Step, steps
-from hyperclip_fast.kernels import layer_norm_launch, linear, linear_launch, linear_op, linear_table
+from hyperclip_fast.kernels import layer_norm_launch, linear, linear_launch, linear_op, linear_table, norm_linear_launch
 from hyperclip_fast.kernels.layer_norm import add_layer_norm, layer_norm
 from hyperclip_fast.kernels.linear import linear_add, linear_gelu
+from hyperclip_fast.kernels.norm_linear import norm_linear, norm_linear_gelu
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from hyperclip_fast import hyper_block, set_backend
 
+INFERENCE_ONLY = ("norm_linear", "norm_linear_gelu")  # in training they are layer_norm and a product
+SHARED = ("weight", "bias", "scale", "task_ids", "norm_weight", "norm_bias")
 BATCH = 256  # the launches cut their work as for a batch of this size
 
 
@@ -64,6 +67,7 @@ def launches_of(shape: Shape, recompute: bool = True):
 
     with contextlib.ExitStack() as stack:
         for module, name, value in (
+            (norm_linear_launch, "PROGRAMS", norm_linear_launch.PROGRAMS // share),
             (layer_norm_launch, "BACKWARD_PROGRAMS", layer_norm_launch.BACKWARD_PROGRAMS // share),
             (linear_launch, "PASS_PROGRAMS", linear_launch.PASS_PROGRAMS // share),
             (linear_launch, "choose_tiles", choose_tiles),
@@ -102,6 +106,10 @@ def operations(shape: Shape) -> dict[str, tuple[Callable, dict[str, Tensor], boo
     wide = {"x": tensor(), "weight": tensor(4 * D, D), "bias": tensor(4 * D)}
     back = {"x": tensor(B, shape.N, 4 * D), "weight": tensor(D, 4 * D), "bias": tensor(D)}
     add, scale = {"residual": tensor()}, {"scale": tensor(D)}
+    rows, narrow = (
+        {"norm_weight": tensor(B, D), "norm_bias": tensor(B, D)},
+        {"weight": tensor(3 * D, D), "bias": tensor(3 * D)},
+    )
     return {
         "layer_norm": (lambda **t: layer_norm(**t, task_ids=task_ids), norm, False),
         "add_layer_norm": (lambda **t: add_layer_norm(**t, task_ids=task_ids), {**norm, "delta": tensor()}, False),
@@ -109,6 +117,8 @@ def operations(shape: Shape) -> dict[str, tuple[Callable, dict[str, Tensor], boo
         "linear_gelu, kept": (linear_gelu, wide, False),
         "linear_add": (linear_add, {**back, **add}, False),
         "linear_add, scale": (linear_add, {**back, **add, **scale}, False),
+        "norm_linear": (lambda **t: norm_linear(**t, task_ids=task_ids, eps=1e-6), {**wide, **narrow, **rows}, False),
+        "norm_linear_gelu": (lambda **t: norm_linear_gelu(**t, task_ids=task_ids, eps=1e-6), {**wide, **rows}, False),
     }
 
 
@@ -120,6 +130,9 @@ def operation_lines(shape: Shape) -> list[Line]:
         with launches_of(shape, recompute):
             with torch.no_grad(), steps() as inference:
                 operation(**leaves)
+            if name in INFERENCE_ONLY:
+                lines.append(_line(f"{name}: inference", inference, shape))
+                continue
             with steps() as forward:
                 outputs = operation(**leaves)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -160,7 +173,7 @@ def _moved(taken: list[Step]):
 
 def _is_shared(step: Step, argument: str) -> bool:
     """Whether programs may load the same elements, which L2 then holds: rows, vectors, and operands of a product."""
-    return argument in ("weight", "bias", "scale", "task_ids") or (argument == "x" and "linear" in step.name)
+    return argument in SHARED or (argument == "x" and "linear" in step.name)
 
 
 # -- the block
@@ -181,23 +194,14 @@ def _hyper(block, x, delta, rows, task_ids):
     return block(x, delta, *rows, task_ids)
 
 
-def _adds_in_products(block, x, delta, rows, task_ids):
-    """proj and fc2 write the new stream: no delta is left for the norms."""
-    attn, mlp, (B, N, D) = block.attn, block.mlp, x.shape
-    qkv = attn.qkv(layer_norm(x, *rows[:2], task_ids)).reshape(B, N, 3, attn.num_heads, attn.head_dim)
-    h = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0)).transpose(1, 2).reshape(B, N, D)
-    x = linear_add(h, attn.proj.weight, attn.proj.bias, x)
-    h = linear_gelu(layer_norm(x, *rows[2:], task_ids), mlp.fc1.weight, mlp.fc1.bias)
-    return linear_add(h, mlp.fc2.weight, mlp.fc2.bias, x)
-
-
 LEVELS = {  # name: (the block's forward, the operations that the table gives to Triton, pre-activation recomputed)
     "stock timm": (_stock, (), True),
     "naive": (_naive, (), True),
     "(a)": (_hyper, (), True),
     "(a)+GELU": (_hyper, ("linear_gelu",), True),
     "(a)+GELU kept": (_hyper, ("linear_gelu",), False),
-    "(a')": (_adds_in_products, ("linear_gelu", "linear_add"), True),
+    "(a')": (_hyper, ("linear_gelu", "linear_add"), True),
+    "(b)": (_hyper, ("linear_gelu", "linear_add", "norm_linear", "norm_linear_gelu"), True),
 }
 SEGMENTS = (
     *("add, norm1", "qkv", "attention", "proj", "add, norm2", "fc1", "GELU", "fc2", "add"),

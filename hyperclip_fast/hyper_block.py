@@ -8,6 +8,7 @@ Where the kernels' table prefers it, the last product of a sub-layer writes the 
     h = layer_norm(x, *norm1);  x = linear_add(attention up to proj, proj, x)
     h = layer_norm(x, *norm2);  x = linear_add(mlp up to fc2, fc2, x)
 
+and in inference, where it says so, the norm is the prologue of the sub-layer's first product: norm_linear.
 A stock block becomes a HyperBlock by a change of class. Rows are arguments, never state. What runs a module's work
 without calling the module does so only for timm's own class, and only where nobody listens to it.
 """
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from hyperclip_fast.kernels.dispatch import use_triton
 from hyperclip_fast.kernels.layer_norm import add_layer_norm, layer_norm
 from hyperclip_fast.kernels.linear import linear_add, linear_gelu, takes
+from hyperclip_fast.kernels.norm_linear import norm_linear, norm_linear_gelu
 
 MODULATED_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
 Row = tuple[Tensor | None, Tensor | None]  # weight (T, D), bias (T, D); (None, None): the module's own
@@ -49,16 +51,19 @@ def add_norm(
     Returns:
         The normalised sum and the sum, both (B, N, D).
     """
-    weight, bias = row
-    if weight is None and not _is_fusable(norm, x):
+    if row[0] is None and not _is_fusable(norm, x):
         x = x if delta is None else x + delta
         return norm(x), x
-    if weight is None:
-        weight, bias, task_ids = norm.weight.unsqueeze(0), norm.bias.unsqueeze(0), None
+    weight, bias, task_ids = _rows(norm, row, task_ids)
     out_dtype = out_dtype or _norm_dtype(norm, x)
     if delta is None:
         return layer_norm(x, weight, bias, task_ids, norm.eps, out_dtype), x
     return add_layer_norm(x, delta, weight, bias, task_ids, norm.eps, out_dtype)
+
+
+def _rows(norm: nn.Module, row: Row, task_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The given rows with their task ids, or the module's own weights as the one row."""
+    return (*row, task_ids) if row[0] is not None else (norm.weight.unsqueeze(0), norm.bias.unsqueeze(0), None)
 
 
 def _is_fusable(norm: nn.Module, x: Tensor) -> bool:
@@ -117,14 +122,14 @@ def _is_plain_attention(attn: nn.Module, h: Tensor) -> bool:
     return not _is_heard(attn, attn.q_norm, attn.k_norm)
 
 
-def run_attention(attn: Attention, h: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """timm's Attention up to its last product: h (B, N, D) to what proj reads, (B, N, D).
+def run_attention(attn: Attention, packed: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """timm's Attention between its products: what qkv wrote, (B, N, 3 D), to what proj reads, (B, N, D).
 
     q, k and v are views of the packed product, their heads still behind their tokens. So the attention's output lies as
     proj reads it, and in backward one stack packs d q, d k, d v: timm's order copies the packed gradient once more.
     """
-    B, N, _ = h.shape
-    q, k, v = attn.qkv(h).reshape(B, N, 3, attn.num_heads, attn.head_dim).unbind(2)
+    B, N, _ = packed.shape
+    q, k, v = packed.reshape(B, N, 3, attn.num_heads, attn.head_dim).unbind(2)
     q, k, v = (heads.transpose(1, 2) for heads in (attn.q_norm(q), attn.k_norm(k), v))
     dropout = attn.attn_drop.p if attn.training else 0.0
     h = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
@@ -136,6 +141,15 @@ def run_mlp(mlp: Mlp, h: Tensor) -> Tensor:
     if use_triton(h):
         return linear_gelu(h, mlp.fc1.weight, mlp.fc1.bias)
     return torch.ops.aten.gelu_(F.linear(h, mlp.fc1.weight, mlp.fc1.bias))
+
+
+def _has_prologue(
+    operation: str, norm: nn.Module, x: Tensor, delta: Tensor | None, row: Row, product: nn.Module
+) -> bool:
+    """Whether the norm joins the product that reads it: in inference, on a stream with nothing left to add."""
+    if delta is not None or torch.is_grad_enabled() or not takes(operation, x, x.shape[-1], _product_dtype(x)):
+        return False
+    return type(product) is nn.Linear and not _is_heard(product) and (row[0] is not None or _is_fusable(norm, x))
 
 
 def _add(
@@ -200,11 +214,8 @@ class HyperBlock(Block):
         Returns:
             x (B, N, D) and delta (B, N, D) where a kernel of the next norm adds them; else their sum and None.
         """
-        dtype = _product_dtype(x)
-        h, x = add_norm(self.norm1, x, delta, (weight1, bias1), task_ids, dtype)
-        x, delta = self.attend(x, h, attn_mask, is_causal)
-        h, x = add_norm(self.norm2, x, delta, (weight2, bias2), task_ids, dtype)
-        x, delta = self.feed_forward(x, h)
+        x, delta = self.attend(x, delta, (weight1, bias1), task_ids, attn_mask, is_causal)
+        x, delta = self.feed_forward(x, delta, (weight2, bias2), task_ids)
         if delta is None or use_triton(x):
             return x, delta
         if may_overwrite() and not _is_heard(self.norm2) and torch.result_type(x, delta) == x.dtype:
@@ -212,18 +223,39 @@ class HyperBlock(Block):
         return x + delta, None  # nothing to fuse: a second tensor kept alive would only cost the CPU's cache, allocator
 
     def attend(
-        self, x: Tensor, h: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        row: Row = OWN_ROW,
+        task_ids: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Stream x and normalised h, both (B, N, D), to x and what attention adds to it, or to their sum and None."""
-        attn = self.attn
-        if not _is_plain_attention(attn, h):
+        """norm1 and attention: x and delta, both (B, N, D), to their sum and attention's delta, or all and None."""
+        attn, norm, dtype = self.attn, self.norm1, _product_dtype(x)
+        if not _is_plain_attention(attn, x):
+            h, x = add_norm(norm, x, delta, row, task_ids, dtype)
             return x, self.drop_path1(self.ls1(attn(h, attn_mask=attn_mask, is_causal=is_causal)))
-        h = run_attention(attn, h, attn_mask, is_causal)
+        if _has_prologue("norm_linear", norm, x, delta, row, attn.qkv):
+            packed = norm_linear(x, *_rows(norm, row, task_ids), norm.eps, attn.qkv.weight, attn.qkv.bias, dtype)
+        else:
+            h, x = add_norm(norm, x, delta, row, task_ids, dtype)
+            packed = attn.qkv(h)
+        h = run_attention(attn, packed, attn_mask, is_causal)
         return _add(x, h, attn.proj, attn.proj_drop, self.ls1, self.drop_path1)
 
-    def feed_forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Stream x and normalised h, both (B, N, D), to x and what the MLP adds to it, or to their sum and None."""
-        mlp = self.mlp
-        if not (use_triton(h) or may_overwrite()) or not _is_plain_mlp(mlp):
-            return x, self.drop_path2(self.ls2(mlp(h)))
-        return _add(x, run_mlp(mlp, h), mlp.fc2, mlp.drop2, self.ls2, self.drop_path2)
+    def feed_forward(
+        self, x: Tensor, delta: Tensor | None, row: Row = OWN_ROW, task_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """norm2 and MLP: x and delta, both (B, N, D), to their sum and the MLP's delta, or all and None."""
+        mlp, norm, dtype = self.mlp, self.norm2, _product_dtype(x)
+        is_plain = (use_triton(x) or may_overwrite()) and _is_plain_mlp(mlp)
+        if is_plain and _has_prologue("norm_linear_gelu", norm, x, delta, row, mlp.fc1):
+            rows = _rows(norm, row, task_ids)
+            h = norm_linear_gelu(x, *rows, norm.eps, mlp.fc1.weight, mlp.fc1.bias, dtype)
+        else:
+            h, x = add_norm(norm, x, delta, row, task_ids, dtype)
+            if not is_plain:
+                return x, self.drop_path2(self.ls2(mlp(h)))
+            h = run_mlp(mlp, h)
+        return _add(x, h, mlp.fc2, mlp.drop2, self.ls2, self.drop_path2)

@@ -141,7 +141,8 @@ def test_attention_copies_nothing_on_a_gpu(kind, monkeypatch):
     _, vit = hyper_pair(dtype=torch.bfloat16)
     attn = vit.blocks[0].attn
     with fake_h100(vit), torch.no_grad(), Operators() as seen:
-        hyper_block.run_attention(attn, torch.empty(BATCH, 17, 48, dtype=torch.bfloat16), None, False)
+        packed = attn.qkv(torch.empty(BATCH, 17, 48, dtype=torch.bfloat16))
+        hyper_block.run_attention(attn, packed, None, False)
     names = {name.split(".")[0] for name in seen.names}
     assert kernel.default.name() in names
     assert not names & {"aten::clone", "aten::copy_", "aten::contiguous", "aten::cat", "aten::_to_copy"}, names

@@ -191,10 +191,70 @@ def test_attention_copies_nothing_on_its_way(option, mask):
     """From the packed product to proj's input, and back but for the one pass that packs d q, d k and d v."""
     _, hyper, x = make(option)
     masks = {"attn_mask": None, "is_causal": False, **MASKS[mask]}
-    h, forward = copies(lambda: run_attention(hyper.attn, x, **masks))
+    h, forward = copies(lambda: run_attention(hyper.attn, hyper.attn.qkv(x), **masks))
     assert_close(hyper.attn.proj(h), hyper.attn(x, **MASKS[mask]).double())
     _, backward = copies(lambda: h.backward(torch.ones_like(h)))
     packed, inside_norm = ("aten::cat", []), ("aten::contiguous", [B, N, HEADS, D // HEADS])
     norms = [inside_norm] * 2 if option == "norms" else []  # PyTorch's layer norm wants its q, and its k, dense
     assert forward == norms
     assert [copy for copy in backward if copy != inside_norm] == [packed]
+
+
+@pytest.fixture
+def prologues(monkeypatch):
+    """The products that took a norm as their prologue, in order."""
+    calls = []
+    for name in ("norm_linear", "norm_linear_gelu"):
+        original = getattr(hyper_block, name)
+
+        def counting(*args, name=name, original=original):
+            calls.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(hyper_block, name, counting)
+    return calls
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["own", "mixed"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_norms_join_the_products_in_inference(option, mixed, prologues, triton_backend):
+    pytest.importorskip("triton")
+    _, hyper, x = make(option)
+    x, rows, task_ids = x.half(), [torch.rand(3, D) for _ in range(4)] if mixed else [None] * 4, torch.tensor([2, 0, 2])
+    with torch.no_grad(), kernel_run():
+        half = copy.deepcopy(hyper).half()
+        out, delta = half(
+            x.to(DEVICE), None, *(row if row is None else row.to(DEVICE) for row in rows), task_ids.to(DEVICE)
+        )
+    assert delta is None and prologues == ["norm_linear", "norm_linear_gelu"]
+    exact = half.double().cpu()
+    exact.__class__ = Block
+    for b in range(B):
+        for i, norm in enumerate((exact.norm1, exact.norm2)):
+            if mixed:
+                norm.weight.data, norm.bias.data = (rows[2 * i + j][task_ids[b]].double() for j in range(2))
+        assert_close(out[b : b + 1], exact(x[b : b + 1].double()).detach(), f"sample {b}", slack=2)
+
+
+STAYS = {
+    "a gradient is wanted": lambda block, x: block(x),
+    "something is left to add": lambda block, x: no_grad(block, x, x),
+    "a hook on qkv and fc1": lambda block, x: (
+        [product.register_forward_hook(lambda *_: None) for product in (block.attn.qkv, block.mlp.fc1)]
+        and no_grad(block, x)
+    ),
+}
+
+
+def no_grad(block, *inputs):
+    with torch.no_grad():
+        return block(*inputs)
+
+
+@pytest.mark.parametrize("reason", STAYS)
+def test_a_norm_stays_apart_where(reason, prologues, triton_backend):
+    pytest.importorskip("triton")
+    _, hyper, x = make()
+    with kernel_run():
+        STAYS[reason](hyper, x.to(DEVICE))
+    assert prologues == (["norm_linear_gelu"] if "left to add" in reason else [])

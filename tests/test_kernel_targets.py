@@ -1,8 +1,8 @@
 """Every configuration of the kernels' tables, compiled ahead of time for every supported GPU; none is needed.
 
 Held to bars: no spilled register, at most 144 registers a thread in streaming kernels, the target's shared memory,
-128-bit loads and stores of the activations, int64 offsets, tensor cores for products in 16 bits and TF32. Run as a script, `python -m
-tests.test_kernel_targets sm_90`, it prints what it found as JSON.
+128-bit loads and stores of the activations, int64 offsets, tensor cores for products in 16 bits and TF32. Run as a
+script, `python -m tests.test_kernel_targets sm_90`, it prints what it found as JSON.
 """
 
 import functools

@@ -31,9 +31,11 @@ ACTIVATIONS = {  # MD that each pass cannot do without: inference, forward in tr
     "linear_gelu, kept": (5, 9, 12),
     "linear_add": (6, 6, 1),
     "linear_add, scale": (6, 7, 3),
+    "norm_linear": (4, None, None),
+    "norm_linear_gelu": (5, None, None),
 }
-INFERENCE = {"(a)": 36, "(a)+GELU": 28, "(a')": 26}
-TRAINING = {"(a)": 117, "(a)+GELU": 102, "(a)+GELU kept": 109, "(a')": 104}
+INFERENCE = {"(a)": 36, "(a)+GELU": 28, "(a')": 26, "(b)": 22}
+TRAINING = {"(a)": 111, "(a)+GELU": 96, "(a)+GELU kept": 103, "(a')": 98}
 TRAINING_WITHOUT = {"(a)": 96, "(a)+GELU": 86}  # the packing of dq, dk, dv and the bias gradients, which are torch's
 
 
@@ -45,7 +47,7 @@ def tables():
 def test_every_operation_moves_the_least_possible():
     lines = operation_lines(SHAPE)
     kinds = ("inference", "forward", "backward")
-    expected = {f"{name}: {kind}": md for name, mds in ACTIVATIONS.items() for kind, md in zip(kinds, mds)}
+    expected = {f"{name}: {kind}": md for name, mds in ACTIVATIONS.items() for kind, md in zip(kinds, mds) if md}
     assert {line.operation: line.activations for line in lines} == expected
     assert all(line.ratio == pytest.approx(1, abs=2e-3) for line in lines), lines  # two kernels read the task ids
 
