@@ -203,10 +203,8 @@ LEVELS = {  # name: (the block's forward, the operations that the table gives to
     "(a')": (_hyper, ("linear_gelu", "linear_add"), True),
     "(b)": (_hyper, ("linear_gelu", "linear_add", "norm_linear", "norm_linear_gelu"), True),
 }
-SEGMENTS = (
-    *("add, norm1", "qkv", "attention", "proj", "add, norm2", "fc1", "GELU", "fc2", "add"),
-    *("packing dq, dk, dv", "bias gradients"),
-)
+PYTORCHS = ("packing dq, dk, dv", "bias gradients")  # autograd's own copies and sums, whoever wrote the block
+SEGMENTS = ("add, norm1", "qkv", "attention", "proj", "add, norm2", "fc1", "GELU", "fc2", "add", *PYTORCHS)
 
 
 def block_steps(level: str, shape: Shape) -> tuple[list[Step], list[Step], list[Step], dict[int, str]]:
@@ -302,6 +300,9 @@ def print_block(title: str, table: dict[str, dict[str, float]]) -> None:
     print(f"\n{title:<26}" + "".join(f"{level:>15}" for level in table))
     for segment in SEGMENTS:
         if any(column.get(segment) for column in table.values()):
+            if segment == PYTORCHS[0]:
+                parts = (sum(v for k, v in column.items() if k not in PYTORCHS) for column in table.values())
+                print(f"{'sum of these':<26}" + "".join(f"{part:>15.2f}" for part in parts))
             print(f"{segment:<26}" + "".join(f"{column.get(segment, 0):>15.2f}" for column in table.values()))
     print(f"{'sum':<26}" + "".join(f"{sum(column.values()):>15.2f}" for column in table.values()))
 
