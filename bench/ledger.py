@@ -285,6 +285,31 @@ def block_tables(shape: Shape) -> tuple[dict[str, dict[str, float]], dict[str, d
     return inference, training
 
 
+# -- what a GPU should make of it: arithmetic, not measurement
+
+H100 = ("H100", 3.0e12, 800e12)  # bytes/s of a copy, FLOP/s of a large product in bfloat16
+WIDTHS = {"Ti": 192, "S": 384, "B": 768}
+
+
+def predicted_seconds(column: dict[str, float], width: int, tokens: int, images: int = BATCH) -> float:
+    """Roofline of a block's inference in 16 bits: each part takes its bytes' time or its FLOPs' time, the longer."""
+    _, bandwidth, speed = H100
+    rows = images * tokens
+    products = {"qkv": 6, "proj": 2, "fc1": 8, "fc2": 8}
+    flops = {name: factor * rows * width**2 for name, factor in products.items()}
+    flops["attention"] = 4 * rows * tokens * width
+    return sum(max(md * 2 * rows * width / bandwidth, flops.get(name, 0) / speed) for name, md in column.items())
+
+
+def print_predicted(inference: dict[str, dict[str, float]], tokens: int) -> None:
+    print(f"\n{'predicted, ' + H100[0] + ', B = ' + str(BATCH):<26}" + "".join(f"{level:>15}" for level in inference))
+    for name, width in WIDTHS.items():
+        times = {level: predicted_seconds(column, width, tokens) for level, column in inference.items()}
+        cells = (f"{1e6 * time:.0f} us {times['stock timm'] / time:.2f}x" for time in times.values())
+        print(f"{'ViT-' + name + ', a block forward':<26}" + "".join(f"{cell:>15}" for cell in cells))
+    print("Roofline arithmetic from the bytes above, every product at full speed: an upper bound, timed by nobody.")
+
+
 # -- printing
 
 
@@ -321,6 +346,7 @@ def main() -> None:
     inference, training = block_tables(shape)
     print_block("a block, inference (MD)", inference)
     print_block("a block, training step (MD)", training)
+    print_predicted(inference, shape.N)
     if args.json:
         rows = [{**vars(line), "ratio": line.ratio} for line in lines]
         report = {"shape": vars(shape), "operations": rows, "inference": inference, "training": training}

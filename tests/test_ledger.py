@@ -14,7 +14,7 @@ if MODE in ("interpreter", "guard"):
     import triton.language as tl
     from hyperclip_fast.bench import ledger
     from hyperclip_fast.bench.accesses import steps
-    from hyperclip_fast.bench.ledger import SEGMENTS, Shape, block_tables, operation_lines
+    from hyperclip_fast.bench.ledger import SEGMENTS, Shape, block_tables, operation_lines, predicted_seconds
 
     SHAPE = Shape(N=37, D=32, heads=2)
 
@@ -77,6 +77,19 @@ def test_a_block_in_training(tables):
         column = training[level]
         assert totals[level] - column["packing dq, dk, dv"] - column["bias gradients"] <= md
         assert totals[level] < totals["stock timm"] < totals["naive"]
+
+
+def test_predicted_times_are_the_roofline(tables):
+    inference, _ = tables
+    stock, fused = (1e6 * predicted_seconds(inference[level], 768, 197) for level in ("stock timm", "(a')"))
+    by_hand = [25.8 * md for md in (2, 4, 5, 8, 3)] + [
+        223.1,
+        74.4,
+        297.5,
+        297.5,
+    ]  # passes, then products
+    assert stock == pytest.approx(sum(by_hand), rel=1e-3)
+    assert fused == pytest.approx(sum(by_hand) - 25.8 * (3 + 8 + 3) + (3 * 25.8 - 74.4), rel=1e-3)  # proj: bytes bind
 
 
 def moved(function, *arguments):
