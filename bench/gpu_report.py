@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,25 +126,26 @@ def _identity(case: Case, provider: Provider) -> str:
 
 
 def run_tests(files: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Run test files; asked to stop after `seconds`, they still say what failed until then."""
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-rfE", "-p", "no:cacheprovider", *files]
-    start, stopped = time.monotonic(), False
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        try:
-            output, _ = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            stopped = True
-            process.send_signal(signal.SIGINT)
-            try:
-                output, _ = process.communicate(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                output, _ = process.communicate()
-    failures = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    summary = (output.strip().splitlines() or ["no output"])[-1].strip("= ")
-    status = "failed" if failures or process.returncode not in (0, 2) else "stopped" if stopped else "passed"
-    spent = round(time.monotonic() - start)
-    return {"files": list(files), "status": status, "seconds": spent, "summary": summary, "failures": failures}
+    """Run test files for at most so many seconds; each test's verdict counts from the moment it is printed."""
+    command = [sys.executable, "-m", "pytest", "-vv", "-rN", "--tb=line", "-p", "no:cacheprovider", *files]
+    start = time.monotonic()
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds)
+        output, code = done.stdout, done.returncode
+    except subprocess.TimeoutExpired as stopped:
+        output, code = stopped.stdout or b"", None
+    lines = output.decode(errors="replace").splitlines()
+    verdicts = [re.match(r"(\S+::.+?) (PASSED|SKIPPED|FAILED|ERROR)\b", line) for line in lines]
+    count = Counter(verdict[2].lower() for verdict in verdicts if verdict)
+    failures = [verdict[1] for verdict in verdicts if verdict and verdict[2] in ("FAILED", "ERROR")]
+    status = "failed" if failures or code else "stopped" if code is None else "passed"
+    return {
+        "files": list(files),
+        "status": status,
+        "seconds": round(time.monotonic() - start),
+        "summary": ", ".join(f"{number} {verdict}" for verdict, number in count.items()) or "\n".join(lines[-3:]),
+        "failures": failures,
+    }
 
 
 def widest(rows: Sequence[dict[str, Any]]) -> dict[str, int]:

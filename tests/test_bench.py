@@ -358,13 +358,16 @@ def endless_cases(**_):
 
 def test_red_tests_are_named_and_slow_ones_stopped(tmp_path):
     red, slow = tmp_path / "test_red.py", tmp_path / "test_slow.py"
-    red.write_text("def test_good():\n    pass\ndef test_bad():\n    assert False\n")
+    bad = "@pytest.mark.parametrize('x', ['a b'])\ndef test_bad(x):\n    assert False\n"
+    red.write_text(f"import pytest\ndef test_good():\n    pass\n{bad}")
     slow.write_text("import time\ndef test_slow():\n    time.sleep(600)\n")
     result = gpu_report.run_tests([str(red)], 300)
-    assert result["status"] == "failed" and "1 failed, 1 passed" in result["summary"]
-    assert len(result["failures"]) == 1 and "test_red.py::test_bad" in result["failures"][0]
+    assert result["status"] == "failed" and result["summary"] == "1 passed, 1 failed"
+    assert len(result["failures"]) == 1 and result["failures"][0].endswith("test_red.py::test_bad[a b]")
     result = gpu_report.run_tests([str(slow)], 3)
     assert result["status"] == "stopped" and result["failures"] == []
+    result = gpu_report.run_tests([str(tmp_path / "test_none.py")], 300)
+    assert result["status"] == "failed" and "test_none.py" in result["summary"]
 
 
 def test_widest_ends_where_a_step_is_lost():
