@@ -72,7 +72,7 @@ WIDEST = {
     "norm_linear_gelu": {"large": 0, "small": 0, "amd": 0},
 }
 WIDEST_RECOMPUTED = 256  # widest x whose pre-activation is computed again in backward, not kept
-TABLES = {"widest": WIDEST, "tiles": TILES, "layer_norm": CONFIGS}  # what a file may hold
+TABLES = {"widest": WIDEST, "tiles": TILES, "norm_tiles": NORM_TILES, "layer_norm": CONFIGS}  # what a file may hold
 SMALL_NVIDIA = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
 
 
@@ -118,8 +118,9 @@ def load(path: str | Path) -> None:
     """Put a file's numbers into the tables, which keep what it leaves out; kernels launched from now on follow them.
 
     The file is JSON, shaped as `save` writes it: {"widest": {operation: {kind of device: D}},
-    "tiles": {kind of device: {bytes of an element: [few, shallow, deep]}}, "layer_norm": {padded width: [forward,
-    backward]}}. Every part may be left out.
+    "tiles": {kind of device: {bytes of an element: [few, shallow, deep]}},
+    "norm_tiles": {kind of device: {widest D: tiles}}, "layer_norm": {padded width: [forward, backward]}}. Every part may
+    be left out.
 
     Raises:
         ValueError: if it is not such a file; no table has changed then.

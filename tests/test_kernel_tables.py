@@ -59,7 +59,7 @@ def test_what_was_saved_loads_as_it_was(tmp_path):
 
 REFUSED = {
     "not JSON": ("{", "path must be a JSON file of kernel tables"),
-    "a list": ([], r"must have keys among \['widest', 'tiles', 'layer_norm'\]"),
+    "a list": ([], r"must have keys among \['widest', 'tiles', 'norm_tiles', 'layer_norm'\]"),
     "another table": ({"wides": {}}, "must have keys among"),
     "another operation": ({"widest": {"linear": {"large": 3}}}, "widest must have keys among .*'linear_add'"),
     "another device": ({"widest": {"linear_add": {"h100": 3}}}, "linear_add must have keys among .*'large'"),
