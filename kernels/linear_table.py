@@ -119,8 +119,8 @@ def load(path: str | Path) -> None:
 
     The file is JSON, shaped as `save` writes it: {"widest": {operation: {kind of device: D}},
     "tiles": {kind of device: {bytes of an element: [few, shallow, deep]}},
-    "norm_tiles": {kind of device: {widest D: tiles}}, "layer_norm": {padded width: [forward, backward]}}. Every part may
-    be left out.
+    "norm_tiles": {kind of device: {widest D: tiles}}, "layer_norm": {padded width: [forward, backward]}}. Every part
+    may be left out.
 
     Raises:
         ValueError: if it is not such a file; no table has changed then.
