@@ -147,7 +147,9 @@ def _has_prologue(
     operation: str, norm: nn.Module, x: Tensor, delta: Tensor | None, row: Row, product: nn.Module
 ) -> bool:
     """Whether the norm joins the product that reads it: in inference, on a stream with nothing left to add."""
-    if delta is not None or torch.is_grad_enabled() or not takes(operation, x, x.shape[-1], _product_dtype(x)):
+    if delta is not None or torch.is_grad_enabled() or x.requires_grad:  # reentrant checkpointing: the same way twice
+        return False
+    if not takes(operation, x, x.shape[-1], _product_dtype(x)):
         return False
     return type(product) is nn.Linear and not _is_heard(product) and (row[0] is not None or _is_fusable(norm, x))
 
