@@ -226,7 +226,7 @@ def block_steps(level: str, shape: Shape) -> tuple[list[Step], list[Step], list[
         mock.patch.dict(linear_table.WIDEST, widest),
     ):
         with torch.no_grad(), steps() as inference:
-            function(block, x, delta, rows, task_ids)
+            function(block, x.detach(), delta, rows, task_ids)
         with steps() as forward:
             outputs = function(block, x, delta, rows, task_ids)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
