@@ -5,7 +5,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from . import kernel_cases, model_cases
+from hyperclip_fast.extras import require
+
+from . import kernel_cases, model_cases, plots
 from .engines import ENGINES
 from .machine import default_device, describe
 from .mixes import MIXES
@@ -36,19 +38,22 @@ def add_bench(commands) -> None:
     text = "time each operation with a kernel, alone"
     kernels = kinds.add_parser("kernels", help=text, description=text)
     _add_choice(kernels, "--operations", list(OPERATIONS))
-    _add_list(kernels, "--widths", int, "D")
-    _add_common(kernels, kernel_cases.ENGINES, [operation.providers for operation in OPERATIONS.values()])
+    _add_list(kernels, "kernels", "widths", int, "D")
+    _add_common(kernels, "kernels", kernel_cases.ENGINES, [operation.providers for operation in OPERATIONS.values()])
     text = "time whole image towers, forward and training step"
     model = kinds.add_parser("model", help=text, description=text)
-    _add_list(model, "--models", str, "NAME")
-    _add_common(model, list(ENGINES), model_cases.TOWERS.values())
+    _add_list(model, "model", "models", str, "NAME")
+    _add_common(model, "model", list(ENGINES), model_cases.TOWERS.values())
 
 
-def _add_common(parser: argparse.ArgumentParser, engines: Iterable[str], providers: Iterable[Iterable[str]]) -> None:
+def _add_common(
+    parser: argparse.ArgumentParser, what: str, engines: Iterable[str], providers: Iterable[Iterable[str]]
+) -> None:
     providers = list(dict.fromkeys(name for names in providers for name in names))
-    _add_list(parser, "--batches", int, "B")
-    _add_list(parser, "--tasks", int, "T")
-    parser.add_argument("--mixes", nargs="+", choices=list(MIXES), help="which tasks a batch mixes")
+    _add_list(parser, what, "batches", int, "B")
+    _add_list(parser, what, "tasks", int, "T")
+    mixes = _default_text(what, "mixes")
+    parser.add_argument("--mixes", nargs="+", choices=list(MIXES), help=f"which tasks a batch mixes; {mixes}")
     _add_choice(parser, "--steps", list(kernel_cases.STEPS))
     parser.add_argument("--engines", nargs="+", choices=engines, help="default: eager compiled, and graph on a GPU")
     parser.add_argument("--providers", nargs="+", choices=providers, help="whom to measure; default: all")
@@ -60,8 +65,13 @@ def _add_common(parser: argparse.ArgumentParser, engines: Iterable[str], provide
     parser.set_defaults(run=run_command)
 
 
-def _add_list(parser: argparse.ArgumentParser, name: str, kind: type, metavar: str) -> None:
-    parser.add_argument(name, nargs="+", type=kind, metavar=metavar, help="default: by device, see README")
+def _add_list(parser: argparse.ArgumentParser, what: str, name: str, kind: type, metavar: str) -> None:
+    parser.add_argument(f"--{name}", nargs="+", type=kind, metavar=metavar, help=_default_text(what, name))
+
+
+def _default_text(what: str, name: str) -> str:
+    on = {"a CPU": DEFAULTS["cpu"][what][name], "a GPU": DEFAULTS["cuda"][what][name]}
+    return "default: " + ", ".join(f"{' '.join(map(str, values))} on {device}" for device, values in on.items())
 
 
 def _add_choice(parser: argparse.ArgumentParser, name: str, choices: list[str]) -> None:
@@ -72,8 +82,8 @@ def run_command(args: argparse.Namespace) -> int:
     """Run what the arguments ask for; 1 if a provider computed wrongly or raised."""
     device = torch.device(args.device)
     dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    if args.plots:  # before an hour of measuring, not after
-        from . import plots
+    if args.plots:
+        require("matplotlib", "bench")  # missed before an hour of measuring, not after
     options = _options(args, device)
     report = Report(describe(device, dtype), args.json)
     print(header(report.machine), flush=True)

@@ -11,6 +11,7 @@ from .report import title
 COLOURS = {"stock": "#57606a", "naive": "#cf222e", "ours": "#0969da", "loop": "#bc4c00", "liger": "#8250df"}
 COLOURS |= {"triton": "#1a7f37", "single": "#54aeff"}
 MARKERS = {"layer_norm": "o", "add_layer_norm": "s", "linear_gelu": "^", "linear_add": "D"}
+MARKERS |= {"norm_linear": "v", "norm_linear_gelu": "P"}
 DASHES = {"eager": "-", "compiled": "--", "graph": ":", "frozen": "-.", "onnxruntime": (0, (1, 3))}
 Row = dict[str, Any]
 
@@ -58,7 +59,7 @@ def _roofline(rows: list[Row], machine: dict[str, Any]):
             axis.scatter(
                 row["flops"] / row["bytes"] * aside,
                 row["flops"] / row["seconds"][1],
-                marker=MARKERS.get(row["operation"], "P"),
+                marker=MARKERS.get(row["operation"], "*"),
                 facecolors=colour if row["engine"] == "eager" else "none",
                 edgecolors=colour,
                 s=36,

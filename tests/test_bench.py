@@ -383,9 +383,11 @@ def test_widest_ends_where_a_step_is_lost():
         row("linear_add", 192, 0.8),
         row("linear_add", 384, 1.2),
         row("layer_norm", 192, 1.2, provider="ours"),
-        row("norm_linear", 192, None),
+        row("norm_linear", 192, 1.2),
+        row("norm_linear", 192, 0.9, step="training"),
+        row("linear", 192, None),
     ]
-    assert gpu_report.widest(rows) == {"linear_gelu": 384, "linear_add": 0}
+    assert gpu_report.widest(rows) == {"linear_gelu": 384, "linear_add": 0, "norm_linear": 192}
 
 
 @pytest.mark.parametrize("is_gpu", [False, True])
