@@ -167,6 +167,12 @@ def widest(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
     return result
 
 
+def kernel_table(found: dict[str, int], device: torch.device) -> dict[str, Any]:
+    """What `widest` found, as `kernels/linear_table.py` loads it."""
+    kind = linear_table.device_kind(device.type, device.index)
+    return {"widest": {operation: {kind: width} for operation, width in found.items()}}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run it; 1 if a test failed, or a provider computed wrongly or raised."""
     parser = argparse.ArgumentParser(prog="gpu-report", description=__doc__.partition("\n\n")[0])
@@ -198,8 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = report.record()
     (args.out / f"{label}.md").write_text(markdown(record), encoding="utf-8")
     if report.more["widest"]:
-        kind = linear_table.device_kind(device.type, device.index)
-        table = {"widest": {operation: {kind: width} for operation, width in report.more["widest"].items()}}
+        table = kernel_table(report.more["widest"], device)
         (args.out / f"{label}-table.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     try:
         paths = plots.draw(record, args.out, f"{label}-")

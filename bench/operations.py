@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from hyperclip_fast.kernels import layer_norm as norms
 from hyperclip_fast.kernels import linear as products
+from hyperclip_fast.kernels import norm_linear as norm_products
 from torch import Tensor
 
 from hyperclip_fast import get_backend, set_backend
@@ -185,6 +186,52 @@ def _our_linear_add(x, weight, bias, residual):
     return products.linear_add(x, weight, bias, residual)
 
 
+def _norm_product_inputs(outer: int) -> Callable[[Shape], Inputs]:
+    """A norm's rows, and the product that reads it, from the width to `outer` times the width."""
+
+    def make(shape: Shape) -> Inputs:
+        product = _product_inputs(1, outer)(shape)
+        return {**_norm_inputs(shape), "projection": product["weight"], "offset": product["bias"]}
+
+    return make
+
+
+def _norm_product_work(inputs: Inputs, training: bool) -> tuple[int, int]:
+    """The product's, and the rows in use; backward also writes all T rows of both gradients."""
+    x, ids = inputs["x"], inputs.get("task_ids")
+    product = {"x": x, "weight": inputs["projection"], "bias": inputs["offset"]}
+    moved, flops = _product_work(product, training)
+    table = inputs["row_weight"].unsqueeze(0) if ids is None else inputs["weight"]
+    used = 1 if ids is None else len(ids.unique())
+    row = table.shape[1] * table.element_size()
+    moved += 2 * used * row + (used * row + 2 * len(table) * row if training else 0)
+    return moved, flops + (24 if training else 8) * x.numel()
+
+
+def _stock_norm_linear(x, row_weight, row_bias, projection, offset):
+    return F.linear(_stock_layer_norm(x, row_weight, row_bias), projection, offset)
+
+
+def _naive_norm_linear(x, weight, bias, task_ids, projection, offset):
+    return F.linear(_naive_layer_norm(x, weight, bias, task_ids), projection, offset)
+
+
+def _our_norm_linear(x, weight, bias, task_ids, projection, offset):
+    return norm_products.norm_linear(x, weight, bias, task_ids, EPS, projection, offset)
+
+
+def _stock_norm_linear_gelu(x, row_weight, row_bias, projection, offset):
+    return F.gelu(_stock_norm_linear(x, row_weight, row_bias, projection, offset))
+
+
+def _naive_norm_linear_gelu(x, weight, bias, task_ids, projection, offset):
+    return F.gelu(_naive_norm_linear(x, weight, bias, task_ids, projection, offset))
+
+
+def _our_norm_linear_gelu(x, weight, bias, task_ids, projection, offset):
+    return norm_products.norm_linear_gelu(x, weight, bias, task_ids, EPS, projection, offset)
+
+
 def _triton(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Our Triton kernel even where the table would leave the operation to cuBLAS: this is how the table is measured."""
 
@@ -240,6 +287,30 @@ OPERATIONS: dict[str, Operation] = {
         {"stock": _stock_linear_add, "ours": _our_linear_add, "triton": _triton(_our_linear_add)},
         _product_work,
         "test_linear.py",
+        eager_only=("triton",),
+    ),
+    "norm_linear": Operation(
+        _norm_product_inputs(3),
+        {
+            "stock": _stock_norm_linear,
+            "naive": _naive_norm_linear,
+            "ours": _our_norm_linear,
+            "triton": _triton(_our_norm_linear),
+        },
+        _norm_product_work,
+        "test_norm_linear.py",
+        eager_only=("triton",),
+    ),
+    "norm_linear_gelu": Operation(
+        _norm_product_inputs(4),
+        {
+            "stock": _stock_norm_linear_gelu,
+            "naive": _naive_norm_linear_gelu,
+            "ours": _our_norm_linear_gelu,
+            "triton": _triton(_our_norm_linear_gelu),
+        },
+        _norm_product_work,
+        "test_norm_linear.py",
         eager_only=("triton",),
     ),
 }

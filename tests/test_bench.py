@@ -12,6 +12,7 @@ from hyperclip_fast.bench.engines import captured
 from hyperclip_fast.bench.machine import describe, peak_bytes
 from hyperclip_fast.bench.mixes import MIXES, make_task_ids
 from hyperclip_fast.bench.operations import OPERATIONS
+from hyperclip_fast.kernels import linear_table
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -388,6 +389,16 @@ def test_widest_ends_where_a_step_is_lost():
         row("linear", 192, None),
     ]
     assert gpu_report.widest(rows) == {"linear_gelu": 384, "linear_add": 0, "norm_linear": 192}
+
+
+def test_the_kernels_load_the_table_that_was_measured(tmp_path, monkeypatch):
+    found = {name: 96 + i for i, name in enumerate(gpu_report.PRODUCTS)}
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(gpu_report.kernel_table(found, CPU)))
+    for name in found:
+        monkeypatch.setitem(linear_table.WIDEST, name, dict(linear_table.WIDEST[name]))
+    linear_table.load(path)
+    assert {name: linear_table.WIDEST[name]["large"] for name in found} == found
 
 
 @pytest.mark.parametrize("is_gpu", [False, True])
