@@ -42,7 +42,7 @@ class Case:
     row_dtype: torch.dtype = F32
     bias_dtype: torch.dtype | None = F32
     layout: str = "plain"  # of x: plain, transposed, sliced, expanded
-    table: bool = True  # the rows are views of a wider table
+    table: bool = True  # the rows are views of wider tables
     offset: float = 0.0  # of x
     tiles: Tiles = SMALL
     programs: int = 256
@@ -66,9 +66,8 @@ class Case:
             x = x.transpose(1, 2)
         elif self.layout == "sliced":
             x = x[:, 1:, 2 : 2 + D]
-        rows = normal(self.T, 2 * D + 5).to(self.row_dtype)
-        rows[:, ::3] = 0  # generated weights may be zero
-        norm_weight, norm_bias = rows[:, 5 : 5 + D], rows[:, 5 + D :]
+        norm_weight, norm_bias = (normal(self.T, D + more).to(self.row_dtype)[:, more:] for more in (5, 3))
+        norm_weight[:, ::3] = 0  # generated weights may be zero
         if not self.table:
             norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
         ids = None if self.ids is None else torch.randint(self.T, (B,), generator=generator, dtype=self.ids).to(DEVICE)
