@@ -65,10 +65,10 @@ class _Group:
         self.training, self.dtype, self.device = training, dtype, device
         hyper = HyperViT.from_timm(name, num_classes=0, **options)
         stock = timm.create_model(name, num_classes=0, **options)
-        stock.load_state_dict(hyper.state_dict())
         size = stock.pretrained_cfg["input_size"] if "img_size" not in options else (3, *[options["img_size"]] * 2)
         self.stock = stock.to(device, dtype).train(training)
         self.hyper = hyper.to(device, dtype).train(training)
+        _share_weights(stock, hyper)
         self.spec = self.hyper.norm_spec
         self.images = torch.randn(batch, *size, dtype=dtype, device=device)
         self.base = self.hyper.base_params.table.detach()
@@ -85,6 +85,15 @@ class _Group:
         if isinstance(self.stock, VisionTransformer):
             towers["naive"] = NaiveTower(self.stock, self.spec)
         return {name: tower.train(self.training) for name, tower in towers.items()}
+
+
+def _share_weights(model: nn.Module, source: nn.Module) -> None:
+    """Give `model` the very tensors of `source`: where copies lie in memory is worth some per cent, at random."""
+    own = dict(source.named_parameters()) | dict(source.named_buffers())
+    for name, module in model.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for key, value in tensors.items():
+                tensors[key] = None if value is None else own[f"{name}.{key}" if name else key]
 
 
 class _Mixture:

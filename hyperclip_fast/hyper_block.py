@@ -109,7 +109,12 @@ def _is_plain_mlp(mlp: nn.Module) -> bool:
 
 def may_overwrite() -> bool:
     """Whether nothing but the next step will read a result: no autograd, no tracing."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    return not (torch.is_grad_enabled() or _is_traced())
+
+
+def _is_traced() -> bool:
+    """Whether torch.compile, torch.export or torch.func looks on."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _is_plain_attention(attn: nn.Module, h: Tensor) -> bool:
@@ -140,7 +145,29 @@ def run_mlp(mlp: Mlp, h: Tensor) -> Tensor:
     """A plain Mlp up to its last product: h (B, N, D) to what fc2 reads; the GELU joins fc1, or overwrites it."""
     if use_triton(h):
         return linear_gelu(h, mlp.fc1.weight, mlp.fc1.bias)
-    return torch.ops.aten.gelu_(F.linear(h, mlp.fc1.weight, mlp.fc1.bias))
+    h = F.linear(h, mlp.fc1.weight, mlp.fc1.bias)
+    return _Gelu.apply(h) if torch.is_grad_enabled() else torch.ops.aten.gelu_(h)
+
+
+class _Gelu(torch.autograd.Function):
+    """The exact GELU between two products, whose gradient overwrites what the second product's backward wrote."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return F.gelu(x)
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_backward(tangent, *ctx.saved_tensors)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants the gradient's own gradient
+            return torch.ops.aten.gelu_backward(grad, x)
+        return torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
 
 
 def _has_prologue(
@@ -251,7 +278,7 @@ class HyperBlock(Block):
     ) -> tuple[Tensor, Tensor | None]:
         """norm2 and MLP: x and delta, both (B, N, D), to their sum and the MLP's delta, or all and None."""
         mlp, norm, dtype = self.mlp, self.norm2, _product_dtype(x)
-        is_plain = (use_triton(x) or may_overwrite()) and _is_plain_mlp(mlp)
+        is_plain = (use_triton(x) or not _is_traced()) and _is_plain_mlp(mlp)
         if is_plain and _has_prologue("norm_linear_gelu", norm, x, delta, row, mlp.fc1):
             rows = _rows(norm, row, task_ids)
             h = norm_linear_gelu(x, *rows, norm.eps, mlp.fc1.weight, mlp.fc1.bias, dtype)

@@ -1,15 +1,19 @@
-"""Without autograd a HyperBlock overwrites its own intermediate results: values stay timm's, and no hook notices."""
+"""A HyperBlock overwrites intermediate results of its own: values, gradients stay timm's, and no hook notices."""
 
 import copy
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import Block
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperclip_fast import HyperViT
-from hyperclip_fast.hyper_block import HyperBlock
+from hyperclip_fast.hyper_block import HyperBlock, _Gelu
+
+from .helpers import assert_close
 
 B, N, D = 2, 5, 24
 
@@ -49,10 +53,35 @@ def test_autograd_sees_no_overwriting():
     with Names() as names:
         total, _ = hyper(x.requires_grad_())
     assert not {"gelu_", "add_"} & set(names.seen)
-    total.square().sum().backward()
-    grad, x.grad = x.grad, None
-    stock(x).square().sum().backward()
-    assert torch.equal(grad, x.grad)
+    for _ in range(2):  # a second backward finds what the first found
+        grads = torch.autograd.grad(total.square().sum(), [x, *hyper.parameters()], retain_graph=True)
+        expected = torch.autograd.grad(stock(x).square().sum(), [x, *stock.parameters()])
+        assert all(torch.equal(ours, timms) for ours, timms in zip(grads, expected, strict=True))
+
+
+def test_gradient_of_the_gelu_overwrites_what_came_in():
+    x, incoming = torch.randn(B, N, D, requires_grad=True), torch.randn(B, N, D)
+    given = incoming.clone()
+    _Gelu.apply(x).backward(incoming)
+    assert torch.equal(incoming, x.grad)
+    assert torch.equal(x.grad, torch.autograd.grad(F.gelu(x), x, given)[0])
+
+
+def test_gradients_of_gradients_and_forward_mode():
+    stock, hyper, x = make_blocks()
+    results = []
+    for block in (lambda x: hyper(x)[0], stock):
+        y = x.clone().requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):  # the one that can be differentiated twice
+            out = block(y)
+        (slope,) = torch.autograd.grad(out.square().sum(), y, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope.square().sum(), y)
+        with torch.autograd.forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            tangent = torch.autograd.forward_ad.unpack_dual(block(dual)).tangent
+        results.append((slope, curvature, tangent, torch.func.vmap(block)(torch.stack([x, 2 * x]))))
+    for ours, timms in zip(*results, strict=True):
+        assert_close(ours, timms.double())
 
 
 @pytest.mark.parametrize(
