@@ -90,7 +90,7 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
-def _is_heard(*modules: nn.Module) -> bool:
+def is_heard(*modules: nn.Module) -> bool:
     """Whether a hook, or a forward of its own, makes calling one of the modules more than running its class's code."""
     return any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
@@ -104,7 +104,7 @@ def _is_plain_mlp(mlp: nn.Module) -> bool:
     if type(mlp) is not Mlp or tuple(map(type, parts)) != PLAIN_MLP:
         return False
     _, act, drop, _ = parts
-    return act.approximate == "none" and not (drop.p and drop.training) and not _is_heard(mlp, *parts)
+    return act.approximate == "none" and not (drop.p and drop.training) and not is_heard(mlp, *parts)
 
 
 def may_overwrite() -> bool:
@@ -124,17 +124,17 @@ def _is_plain_attention(attn: nn.Module, h: Tensor) -> bool:
     kinds = {type(attn.q_norm), type(attn.k_norm)}
     if kinds != {nn.Identity} and not (use_triton(h) and kinds <= set(MODULATED_NORMS)):
         return False  # the reference path promises timm's gradients bit for bit, and q/k norms add theirs up in order
-    return not _is_heard(attn, attn.q_norm, attn.k_norm)
+    return not is_heard(attn, attn.q_norm, attn.k_norm)
 
 
-def run_attention(attn: Attention, packed: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """timm's Attention between its products: what qkv wrote, (B, N, 3 D), to what proj reads, (B, N, D).
+def run_attention(
+    attn: Attention, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
+) -> Tensor:
+    """timm's Attention between its products: q, k, v (B, N, H, D / H) to what proj reads, (B, N of q, D).
 
     q, k and v are views of the packed product, their heads still behind their tokens. So the attention's output lies as
     proj reads it, and in backward one stack packs d q, d k, d v: timm's order copies the packed gradient once more.
     """
-    B, N, _ = packed.shape
-    q, k, v = packed.reshape(B, N, 3, attn.num_heads, attn.head_dim).unbind(2)
     q, k, v = (heads.transpose(1, 2) for heads in (attn.q_norm(q), attn.k_norm(k), v))
     dropout = attn.attn_drop.p if attn.training else 0.0
     h = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
@@ -178,7 +178,7 @@ def _has_prologue(
         return False
     if not takes(operation, x, x.shape[-1], _product_dtype(x)):
         return False
-    return type(product) is nn.Linear and not _is_heard(product) and (row[0] is not None or _is_fusable(norm, x))
+    return type(product) is nn.Linear and not is_heard(product) and (row[0] is not None or _is_fusable(norm, x))
 
 
 def _add(
@@ -207,7 +207,7 @@ def _has_epilogue(h, product, dropout, scale, drop_path) -> bool:
         return False
     if type(scale) not in (nn.Identity, LayerScale) or type(drop_path) not in (nn.Identity, DropPath):
         return False
-    return not _is_heard(product, dropout, scale, drop_path)
+    return not is_heard(product, dropout, scale, drop_path)
 
 
 class HyperBlock(Block):
@@ -224,6 +224,7 @@ class HyperBlock(Block):
         task_ids: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        tokens: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One block; the stock block's output is the sum of what is returned, (x, delta) or (sum, None).
 
@@ -239,15 +240,20 @@ class HyperBlock(Block):
             task_ids: (B,) row of each sample, or None (T is 1 or B).
             attn_mask: mask of scaled_dot_product_attention.
             is_causal: causal attention.
+            tokens: how many of the first tokens the output needs, which `can_narrow` must allow; None: all.
 
         Returns:
-            x (B, N, D) and delta (B, N, D) where a kernel of the next norm adds them; else their sum and None.
+            x (B, N, D) and delta (B, N, D) where a kernel of the next norm adds them; else their sum and None. With
+            `tokens`, N is that.
         """
-        x, delta = self.attend(x, delta, (weight1, bias1), task_ids, attn_mask, is_causal)
+        if tokens is None:
+            x, delta = self.attend(x, delta, (weight1, bias1), task_ids, attn_mask, is_causal)
+        else:
+            x, delta = self.attend_few(x, delta, (weight1, bias1), task_ids, tokens)
         x, delta = self.feed_forward(x, delta, (weight2, bias2), task_ids)
         if delta is None or use_triton(x):
             return x, delta
-        if may_overwrite() and not _is_heard(self.norm2) and torch.result_type(x, delta) == x.dtype:
+        if may_overwrite() and not is_heard(self.norm2) and torch.result_type(x, delta) == x.dtype:
             return x.add_(delta), None  # x is the sum that norm2 read, which nobody else has seen
         return x + delta, None  # nothing to fuse: a second tensor kept alive would only cost the CPU's cache, allocator
 
@@ -270,8 +276,37 @@ class HyperBlock(Block):
         else:
             h, x = add_norm(norm, x, delta, row, task_ids, dtype)
             packed = attn.qkv(h)
-        h = run_attention(attn, packed, attn_mask, is_causal)
+        q, k, v = packed.unflatten(2, (3, attn.num_heads, attn.head_dim)).unbind(2)
+        h = run_attention(attn, q, k, v, attn_mask, is_causal)
         return _add(x, h, attn.proj, attn.proj_drop, self.ls1, self.drop_path1)
+
+    def can_narrow(self) -> bool:
+        """Whether the output for some tokens can be had without the others': timm's own parts, and nobody listens.
+
+        Dropout within the sub-layers forbids it, too: it would draw other numbers than timm's.
+        """
+        attn, mlp = self.attn, self.mlp
+        if type(attn) is not Attention or type(attn.qkv) is not nn.Linear or type(mlp) is not Mlp:
+            return False
+        if not _is_plain_attention(attn, attn.qkv.weight):
+            return False
+        drops = (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2)
+        return not any(drop.p and drop.training for drop in drops) and not is_heard(*self.modules())
+
+    def attend_few(
+        self, x: Tensor, delta: Tensor | None, row: Row, task_ids: Tensor | None, tokens: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """`attend` for the first tokens alone: all tokens give keys and values, only these a query."""
+        attn = self.attn
+        h, x = add_norm(self.norm1, x, delta, row, task_ids, _product_dtype(x))
+        weights, biases = attn.qkv.weight.tensor_split((attn.attn_dim,)), (None, None)
+        if attn.qkv.bias is not None:
+            biases = attn.qkv.bias.tensor_split((attn.attn_dim,))
+        q, packed = (F.linear(t, w, b) for t, w, b in zip((h[:, :tokens], h), weights, biases))
+        q = q.unflatten(2, (attn.num_heads, attn.head_dim))
+        k, v = packed.unflatten(2, (2, attn.num_heads, attn.head_dim)).unbind(2)
+        h = run_attention(attn, q, k, v, None, False)
+        return _add(x[:, :tokens].contiguous(), h, attn.proj, attn.proj_drop, self.ls1, self.drop_path1)
 
     def feed_forward(
         self, x: Tensor, delta: Tensor | None, row: Row = OWN_ROW, task_ids: Tensor | None = None

@@ -19,7 +19,7 @@ from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import default_cfgs as timm_cfgs
 from torch import Tensor, nn
 
-from hyperclip_fast.hyper_block import MODULATED_NORMS, OWN_ROW, HyperBlock, Row, add_norm
+from hyperclip_fast.hyper_block import MODULATED_NORMS, OWN_ROW, HyperBlock, Row, add_norm, is_heard
 from hyperclip_fast.kernels.dispatch import use_triton
 from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams, NormSpec
 
@@ -122,12 +122,14 @@ class HyperViT(VisionTransformer):
         x = self.patch_drop(self._pos_embed(self.patch_embed(x)))
         return add_norm(self.norm_pre, x, None, rows.get("norm_pre", OWN_ROW), task_ids)[0]
 
-    def _run_block(self, i, x, delta, rows, task_ids, attn_mask=None, is_causal=False) -> tuple[Tensor, Tensor | None]:
+    def _run_block(
+        self, i, x, delta, rows, task_ids, attn_mask=None, is_causal=False, tokens=None
+    ) -> tuple[Tensor, Tensor | None]:
         pieces = (*rows.get(f"blocks.{i}.norm1", OWN_ROW), *rows.get(f"blocks.{i}.norm2", OWN_ROW), task_ids)
         masked = attn_mask is not None or is_causal
         if self.grad_checkpointing and not masked:
-            return checkpoint(self.blocks[i], x, delta, *pieces)
-        return self.blocks[i](x, delta, *pieces, attn_mask=attn_mask, is_causal=is_causal)
+            return checkpoint(self.blocks[i], x, delta, *pieces, None, False, tokens)
+        return self.blocks[i](x, delta, *pieces, attn_mask, is_causal, tokens)
 
     def _final_norm(self, x, delta, rows, task_ids) -> Tensor:
         return add_norm(self.norm, x, delta, rows.get("norm", OWN_ROW), task_ids)[0]
@@ -143,10 +145,11 @@ class HyperViT(VisionTransformer):
         rows, task_ids = self._rows(x, params)
         return self._forward_features(x, rows, task_ids, attn_mask, is_causal)
 
-    def _forward_features(self, x, rows, task_ids, attn_mask, is_causal) -> Tensor:
+    def _forward_features(self, x, rows, task_ids, attn_mask, is_causal, tokens=None) -> Tensor:
         x, delta = self._embed(x, rows, task_ids), None
         for i in range(len(self.blocks)):
-            x, delta = self._run_block(i, x, delta, rows, task_ids, attn_mask, is_causal)
+            needed = tokens if i == len(self.blocks) - 1 else None
+            x, delta = self._run_block(i, x, delta, rows, task_ids, attn_mask, is_causal, needed)
         return self._final_norm(x, delta, rows, task_ids)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, params: NormParams | None = None) -> Tensor:
@@ -181,8 +184,21 @@ class HyperViT(VisionTransformer):
             ValueError: if `params` belongs to another encoder or another batch size.
         """
         rows, task_ids = self._rows(x, params)
-        x = self._forward_features(x, rows, task_ids, attn_mask, is_causal)
+        is_mixed = params is not None and params.num_tasks > 1
+        tokens = 1 if is_mixed and attn_mask is None and not is_causal and self._needs_one_token() else None
+        x = self._forward_features(x, rows, task_ids, attn_mask, is_causal, tokens)
         return self._forward_head(x, False, rows, task_ids)
+
+    def _needs_one_token(self) -> bool:
+        """Whether the class token is all that the head reads: the last block may then leave out the others.
+
+        Products of one token round otherwise than those of all, so that only a mixed batch, which no stock model
+        computes, is run this way.
+        """
+        if self.global_pool != "token" or self.attn_pool is not None or not len(self.blocks):
+            return False
+        is_token_wise = type(self.norm) in (*MODULATED_NORMS, nn.Identity) and not is_heard(self.norm)
+        return is_token_wise and self.blocks[-1].can_narrow()
 
     def forward_intermediates(
         self,
