@@ -77,18 +77,28 @@ class TextTower(nn.Module, ABC):
         if isinstance(texts, str) or not len(texts) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"texts must be a non-empty list of strings, got {texts!r}")
         with torch.no_grad() if self.frozen else nullcontext():
-            if not self.templates:
-                return self._encode_all(list(texts))
-            filled = [template.replace("{}", text) for text in texts for template in self.templates]
-            embeddings = F.normalize(self._encode_all(filled), dim=-1)
-            return F.normalize(embeddings.view(len(texts), len(self.templates), -1).mean(1), dim=-1)
+            filled = self.fill(texts)
+            parts = [self(**self.tokenize(filled[i : i + BATCH])) for i in range(0, len(filled), BATCH)]
+            return self.average(torch.cat(parts).unflatten(0, (len(texts), -1)))
 
-    def _encode_all(self, texts: list[str]) -> Tensor:
-        return torch.cat([self._encode_batch(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)])
+    def fill(self, texts: Sequence[str]) -> list[str]:
+        """Every text in every template, text after text; the bare texts where there are none."""
+        templates = self.templates or ("{}",)
+        return [template.replace("{}", text) for text in texts for template in templates]
+
+    def average(self, embeddings: Tensor) -> Tensor:
+        """Embeddings (K, M, dim) of K texts in M templates to one (K, dim) for each text."""
+        if not self.templates:
+            return embeddings[:, 0]
+        return F.normalize(F.normalize(embeddings, dim=-1).mean(1), dim=-1)
 
     @abstractmethod
-    def _encode_batch(self, texts: list[str]) -> Tensor:
-        """Embed a few texts: (k, dim)."""
+    def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
+        """The arguments (k, L) of `forward`, by name, for k texts; on the tower's device."""
+
+    @abstractmethod
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Embed tokens (k, L): (k, dim)."""
 
 
 class HFTextTower(TextTower):
@@ -122,11 +132,13 @@ class HFTextTower(TextTower):
         self.tokenizer = tokenizer
         self.max_tokens = min(MAX_TOKENS, tokenizer.model_max_length)
 
-    def _encode_batch(self, texts: list[str]) -> Tensor:
+    def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
-        mask = tokens["attention_mask"].to(self.device)
-        hidden = self.model(input_ids=tokens["input_ids"].to(self.device), attention_mask=mask).last_hidden_state
-        weight = mask[..., None].to(hidden.dtype)
+        return {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weight = attention_mask[..., None].to(hidden.dtype)
         return F.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
 
 
@@ -155,8 +167,11 @@ class OpenCLIPTextTower(TextTower):
         super().__init__(clip.text.output_dim, trainable, templates)
         self.text, self.tokenizer = clip.text, open_clip.get_tokenizer(model)
 
-    def _encode_batch(self, texts: list[str]) -> Tensor:
-        out = self.text(self.tokenizer(texts).to(self.device))
+    def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
+        return {"input_ids": self.tokenizer(texts).to(self.device)}
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        out = self.text(input_ids)
         return out[0] if isinstance(out, tuple) else out  # CoCa's gives its tokens, too
 
 
@@ -229,8 +244,11 @@ class ScratchTextTower(TextTower):
         )
         self.tokenizer = open_clip.SimpleTokenizer(context_length=config.context_length)
 
-    def _encode_batch(self, texts: list[str]) -> Tensor:
-        return self.text(self.tokenizer(texts).to(self.device))
+    def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
+        return {"input_ids": self.tokenizer(texts).to(self.device)}
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.text(input_ids)
 
 
 def minilm_folder() -> Path:
