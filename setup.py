@@ -17,9 +17,11 @@ TRAIN = [
     "numpy",
 ]
 DEMO = [*TRAIN, "matplotlib"]
-BENCH = ["matplotlib", "onnx", "onnxruntime", "onnxscript"]  # plots, and a rival on the CPU
+EXPORT = ["onnx", "onnxruntime", "onnxscript"]
+EXECUTORCH = ["executorch>=1.0"]  # an export format with heavy dependencies
+BENCH = ["matplotlib", *EXPORT]  # plots, and a rival on the CPU
 REPORT = ["matplotlib", "pytest>=8", "hypothesis>=6.80"]  # what make gpu-report needs
-TEST = [*DEMO, *BENCH, "pytest>=8", "pytest-xdist", "hypothesis>=6.80", "ruff>=0.6"]
+TEST = [*DEMO, *BENCH, *EXECUTORCH, "kernels>=0.15", "pytest>=8", "pytest-xdist", "hypothesis>=6.80", "ruff>=0.6"]
 
 setup(
     name="hyperclip_fast",
@@ -41,7 +43,16 @@ setup(
         "huggingface_hub>=0.24",
         "triton>=3.4; platform_system == 'Linux'",
     ],
-    extras_require={"clip": CLIP, "train": TRAIN, "demo": DEMO, "bench": BENCH, "report": REPORT, "test": TEST},
+    extras_require={
+        "clip": CLIP,
+        "train": TRAIN,
+        "demo": DEMO,
+        "bench": BENCH,
+        "export": EXPORT,
+        "executorch": EXECUTORCH,
+        "report": REPORT,
+        "test": TEST,
+    },
     entry_points={"console_scripts": ["hyperclip = hyperclip_fast.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",

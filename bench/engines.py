@@ -4,15 +4,14 @@ An engine is a function (tower, inputs, training) that returns a function which 
 raises Unavailable.
 """
 
-import contextlib
 import importlib
 import importlib.util
-import io
-import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from hyperclip_fast.export_formats import quiet
 
 from .runner import Unavailable
 
@@ -54,7 +53,7 @@ def _onnxruntime(tower: nn.Module, inputs: tuple[Tensor, ...], training: bool) -
             raise Unavailable(f"{package} is not installed: pip install hyperclip_fast[bench]")
     onnxruntime = importlib.import_module("onnxruntime")
     names = ("images", "table", "task_ids")[: len(inputs)]
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(tower, inputs, input_names=names, output_names=["out"], dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -62,18 +61,6 @@ def _onnxruntime(tower: nn.Module, inputs: tuple[Tensor, ...], training: bool) -
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     feeds = {name: value.numpy() for name, value in zip(names, inputs)}
     return lambda: torch.from_numpy(session.run(None, feeds)[0])
-
-
-@contextlib.contextmanager
-def _quiet():
-    """The exporter narrates on stdout and in the log."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
 
 
 ENGINES: dict[str, Callable[[nn.Module, tuple[Tensor, ...], bool], Forward]] = {

@@ -1,4 +1,4 @@
-"""The command line: hyperclip demo | classify | train | evaluate | specialize | bench."""
+"""The command line: hyperclip demo | classify | train | evaluate | specialize | export | bench."""
 
 import argparse
 import json
@@ -13,11 +13,16 @@ EPILOG = """examples:
   hyperclip train --config configs/demo.yaml --out runs/demo
   hyperclip evaluate --model runs/demo/model
   hyperclip specialize --labels "cat,dog" --out cat_or_dog/
+  hyperclip export mixed --out mixed.onnx
   hyperclip bench model --models vit_tiny_patch16_224 --batches 16
 
 A task is a list of class names. A tasks file maps names of tasks to lists of class names, in YAML or JSON:
   {"pets": ["cat", "dog"], "food": ["pizza", "sushi", "salad"]}
 """
+
+EXPORT_EPILOG = """specialized: images to the logits of one task. mixed: images, a table of tasks' rows and task ids to
+embeddings: one file for every task. text: tokens of class names to a task's row and class embeddings. Batch, tasks and
+classes are dynamic."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_evaluate(commands)
     _add_specialize(commands)
+    _add_export(commands)
     add_bench(commands)
     return parser
 
@@ -108,6 +114,19 @@ def _add_specialize(commands) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     _add_model(parser)
     parser.set_defaults(run=_specialize)
+
+
+def _add_export(commands) -> None:
+    text = "write a part of a model as one file for another runtime, checked against PyTorch"
+    parser = commands.add_parser("export", help=text, description=text, epilog=EXPORT_EPILOG)
+    parser.add_argument("what", choices=("specialized", "mixed", "text"), help="the part, see below")
+    parser.add_argument("--out", required=True, metavar="FILE", help="file to write: .onnx, .pt2 or .pte")
+    parser.add_argument(
+        "--format", choices=("onnx", "torch", "aoti", "executorch"), default="onnx", help="default: %(default)s"
+    )
+    parser.add_argument("--labels", metavar="A,B,C", help="the task's class names, for specialized")
+    parser.add_argument("--model", metavar="DIR", help="a trained model's folder or hub id; default: the demo model")
+    parser.set_defaults(run=_export, device="cpu")
 
 
 def _check_device(name: str) -> None:
@@ -226,6 +245,23 @@ def _specialize(args: argparse.Namespace) -> None:
     save_specialized(load_model(args.model, args.device), labels, args.out)
     print(f"A plain timm model for {len(labels)} classes: {args.out}")
     print(f'  load it with timm.create_model("local-dir:{args.out}", pretrained=True); classes.safetensors scores it')
+
+
+def _export(args: argparse.Namespace) -> None:
+    from hyperclip_fast.export_formats import export
+    from hyperclip_fast.export_graphs import mixed_graph, specialized_graph, text_graph
+    from hyperclip_fast.hyperclip import load_model
+
+    if (args.what == "specialized") != (args.labels is not None):
+        raise ValueError(f"--labels must be given for specialized, and only there, got {args.labels!r} for {args.what}")
+    labels = _labels(args.labels) if args.labels is not None else None
+    model = load_model(args.model)
+    if labels is not None:
+        graph = specialized_graph(model, labels)
+    else:
+        graph = mixed_graph(model) if args.what == "mixed" else text_graph(model)
+    error = export(graph, args.out, args.format)
+    print(f"{args.out}: {', '.join(graph.axes)} to {', '.join(graph.outputs)}; within {error:.0e} of PyTorch")
 
 
 if __name__ == "__main__":
