@@ -19,7 +19,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from hyperclip_fast.config import check_types, from_dict
 from hyperclip_fast.hyper_vit import HyperViT
 from hyperclip_fast.hypernetwork import HyperNetwork, pad_classes
+from hyperclip_fast.model_card import model_card
 from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams, save_safetensors
 from hyperclip_fast.text import TextTower, create_text_tower
 
@@ -164,6 +165,14 @@ class HyperCLIP(
         except (RuntimeError, SafetensorError) as error:
             folder = Path(model_file).parent
             raise ValueError(f"model must hold the weights that its config.json asks for, {folder}: {error}") from error
+
+    @classmethod
+    def _load_as_pickle(cls, model: "HyperCLIP", model_file: str, map_location: str, strict: bool) -> "HyperCLIP":
+        raise ValueError(f"model must hold model.safetensors, got {model_file}, which is not loaded")
+
+    def generate_model_card(self, **about: Any) -> ModelCard:
+        """README.md of `save_pretrained` and `push_to_hub`, whose `model_card_kwargs` come here: see `model_card`."""
+        return model_card(self, **about)
 
     @property
     def device(self) -> torch.device:
