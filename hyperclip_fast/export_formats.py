@@ -64,7 +64,7 @@ def export(graph: Graph, path: str | Path, format: str = "onnx") -> float:
             chosen.write(graph, beside)
             error = _error(graph, chosen.load(beside))
         if not error <= TOLERANCE:
-            raise ValueError(f"{format} must compute what PyTorch does within {TOLERANCE}, got {error:.1e}: not written")
+            raise ValueError(f"{format} must compute what PyTorch does within {TOLERANCE}, got {error:.1e}")
         beside.chmod(0o644)
         os.replace(beside, path)
     finally:

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from hyperclip_fast import __version__
@@ -66,7 +67,9 @@ def write_hub_kernel(out: str | Path) -> Path:
     try:
         variant.mkdir(parents=True)
         for name, text in sources.items():
-            text = text.replace("hyperclip_fast::", f"{namespace}::").replace("ops.hyperclip_fast.", f"ops.{namespace}.")
+            text = text.replace("hyperclip_fast::", f"{namespace}::").replace(
+                "ops.hyperclip_fast.", f"ops.{namespace}."
+            )
             (variant / name).write_text(text, encoding="utf-8")
         (variant / "__init__.py").write_text(_init(), encoding="utf-8")
         (variant / "metadata.json").write_text(json.dumps(_metadata(namespace), indent=2), encoding="utf-8")
@@ -104,12 +107,12 @@ def _metadata(namespace: str) -> dict[str, object]:
     }
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command: 0, or 2 with a message."""
-    parser = argparse.ArgumentParser(description="Write the kernels as a repository for Hugging Face's kernels package.")
+    parser = argparse.ArgumentParser(description="Write the kernels as a repository for Hugging Face kernels.")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, new or empty")
     try:
-        print(write_hub_kernel(parser.parse_args().out))
+        print(write_hub_kernel(parser.parse_args(argv).out))
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -80,4 +80,6 @@ def _model(model: "HyperCLIP") -> str:
 
 
 def _table(numbers: Mapping[str, float]) -> str:
-    return "\n".join(["| what | value |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in numbers.items())])
+    return "\n".join(
+        ["| what | value |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in numbers.items())]
+    )
