@@ -172,8 +172,6 @@ def test_refused_input(bank, tmp_path):
         ("aoti", "a.onnx", "path must end in .pt2"),
         ("executorch", "a.pte", "must go with the specialized or the text graph"),
     ):
-        if format == "executorch":
-            pytest.importorskip("executorch.exir")
         with pytest.raises(ValueError, match=match):
             export(graph, tmp_path / name, format)
     for names in ([], "cat"):
