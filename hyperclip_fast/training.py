@@ -22,6 +22,7 @@ from hyperclip_fast.evaluation import EvalTask, held_out_tasks, mean_accuracy, s
 from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP, HyperCLIPConfig, config_from_dict
 from hyperclip_fast.losses import siglip_loss
+from hyperclip_fast.scenes import SceneSampler
 
 
 @dataclass
@@ -105,6 +106,8 @@ class Trainer:
         out: the run's folder; a checkpoint in it is resumed.
         pictures: the data; None: OpenMoji and digits, rendered at `config.picture_size`.
         device: where to train.
+        sampler: mixed batches of another source, in place of `pictures`: `batch(step)` gives a TaskBatch, whose
+            class_ids index its `names`; images that are float32 are taken as they are. None: a TaskSampler.
 
     Raises:
         ValueError: if `out` holds a run with another configuration.
@@ -117,24 +120,30 @@ class Trainer:
         out: str | Path,
         pictures: Pictures | None = None,
         device: str | torch.device = "cpu",
+        sampler: SceneSampler | None = None,
     ):
         self.config, self.out, self.device = config, Path(out), torch.device(device)
         torch.manual_seed(config.seed)
         self.model = HyperCLIP(model_config).to(self.device)
-        self.pictures = pictures or load_pictures(size=config.picture_size)
-        self.sampler = TaskSampler(
+        self.pictures = None if sampler else pictures or load_pictures(size=config.picture_size)
+        self.sampler = sampler or self._picture_sampler()
+        self.names = sampler.names if sampler else self.pictures.names
+        no_decay = [f"image.{name}" for name in self.model.image.no_weight_decay()]
+        groups = param_groups_weight_decay(self.model, config.weight_decay, no_weight_decay_list=no_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+        self.features = None if model_config.train_text else self.model.text_features(self.names)
+        self.step = 0
+        self._open_run()
+
+    def _picture_sampler(self) -> TaskSampler:
+        config = self.config
+        return TaskSampler(
             self.pictures.subset(~self.pictures.held_out),
             tasks_per_batch=config.tasks_per_batch,
             classes_per_task=config.classes_per_task,
             seed=config.seed,
             mixed_groups=config.mixed_groups,
         )
-        no_decay = [f"image.{name}" for name in self.model.image.no_weight_decay()]
-        groups = param_groups_weight_decay(self.model, config.weight_decay, no_weight_decay_list=no_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
-        self.features = None if model_config.train_text else self.model.text_features(self.pictures.names)
-        self.step = 0
-        self._open_run()
 
     def _settings(self) -> dict:
         return {"model": asdict(self.model.config), "train": asdict(self.config)}
@@ -170,12 +179,15 @@ class Trainer:
         """Text features (G, K, E_text) of the batch's classes; computed once for all where the tower is frozen."""
         if self.features is not None:
             return self.features[batch.class_ids.to(self.features.device)]
-        texts = [[self.pictures.names[i] for i in task] for task in batch.class_ids.tolist()]
+        texts = [[self.names[i] for i in task] for task in batch.class_ids.tolist()]
         return self.model.stack_tasks(texts)[0]
 
     def loss(self, batch: TaskBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """SigLIP loss of a batch, and its accuracy within the tasks."""
-        images = resize(augment(batch.images, generator, batch.can_flip), self.model.image_size).to(self.device)
+        images = batch.images
+        if not images.is_floating_point():
+            images = augment(images, generator, batch.can_flip)
+        images = resize(images, self.model.image_size).to(self.device)
         out = self.model(images, self.class_features(batch), batch.task_ids.to(self.device))
         features = rearrange(out["image_features"], "(g k) e -> g k e", g=len(batch.class_ids))
         loss = siglip_loss(features, out["text_features"], out["logit_scale"], out["logit_bias"])
@@ -212,7 +224,8 @@ class Trainer:
         if self.step >= self.config.steps and (self.out / "model").is_dir():
             return self.model.eval()  # finished in an earlier run
         tqdm = require("tqdm", "train").tqdm
-        config, tasks, images, start = self.config, held_out_tasks(self.pictures), 0, time.perf_counter()
+        config, images, start = self.config, 0, time.perf_counter()
+        tasks = held_out_tasks(self.pictures) if self.pictures else []
         bar = tqdm(initial=self.step, total=config.steps, desc="train", unit="step", dynamic_ncols=True)
         while self.step < config.steps:
             metrics = self.train_step()
