@@ -1,9 +1,11 @@
 """Zero-shot accuracy of mixed batches, and the swap test: what the *right* class names are worth.
 
 The same images are scored against their own classes with the encoder adapted to the right class set, to another
-task's, or not at all (the base row). Only the norm row differs: the drop from right to wrong is what conditioning does.
+task's, to the right words dealt out anew among the names, to a generic name, or not at all (the base row). Only the
+norm row differs: the drop from right to wrong is what conditioning does.
 """
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +17,8 @@ from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
 
-ROWS = ("right", "base", "wrong")
+ROWS = ("right", "base", "wrong", "shuffled", "generic")
+GENERIC = "an object"
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def predict(
     Args:
         model: in eval mode.
         tasks: what to classify.
-        row: "right": each task's own row; "wrong": the row of the task half the list away; "base": the base row.
+        row: "base": the base row; else the row is made from the names of `row_names`.
         batch_size: images in a forward pass.
         progress: show a bar.
 
@@ -90,7 +93,7 @@ def predict(
         raise ValueError(f"row must be one of {ROWS}, got {row!r}")
     features, mask = model.stack_tasks([task.class_names for task in tasks])
     classes = model.project_text(features)
-    params = _rows(model, features, mask, row)
+    params = _rows(model, tasks, row)
     task_ids = torch.cat([torch.full((len(task.images),), t) for t, task in enumerate(tasks)]).to(model.device)
     images = torch.cat([task.images for task in tasks])
     best = []
@@ -103,16 +106,40 @@ def predict(
     return list(torch.cat(best).split([len(task.images) for task in tasks]))
 
 
-def _rows(model: HyperCLIP, features: Tensor, mask: Tensor, row: str) -> NormParams:
-    params = model.rows(features, mask)
-    if row == "base":
-        base = model.image.base_params
-        return NormParams(base.spec, base.table.expand(len(features), -1))
-    if row == "wrong":
-        if len(features) < 2:
-            raise ValueError(f'row "wrong" needs another task, got {len(features)} task')
-        return NormParams(params.spec, params.table.roll(len(features) // 2, 0))
-    return params
+def _rows(model: HyperCLIP, tasks: Sequence[EvalTask], row: str) -> NormParams:
+    if row != "base":
+        return model.adapt(row_names(tasks, row))
+    base = model.image.base_params
+    return NormParams(base.spec, base.table.expand(len(tasks), -1))
+
+
+def row_names(tasks: Sequence[EvalTask], row: str) -> list[tuple[str, ...]]:
+    """The class names that each task's row is made from.
+
+    Args:
+        tasks: T of them.
+        row: "right": the task's own; "wrong": those of the task half the list away; "shuffled": its own words dealt out
+            anew among its names, each name as long as before; "generic": one name that says nothing.
+
+    Raises:
+        ValueError: for another row, or "wrong" with fewer than two tasks.
+    """
+    if row not in ROWS or row == "base":
+        raise ValueError(f"row must be one of {[name for name in ROWS if name != 'base']}, got {row!r}")
+    if row == "wrong" and len(tasks) < 2:
+        raise ValueError(f'row "wrong" needs another task, got {len(tasks)} task')
+    half = len(tasks) // 2
+    chosen = [*tasks[-half:], *tasks[:-half]] if row == "wrong" else tasks
+    if row == "generic":
+        return [(GENERIC,)] * len(tasks)
+    return [_shuffle_words(task.class_names) if row == "shuffled" else tuple(task.class_names) for task in chosen]
+
+
+def _shuffle_words(names: Sequence[str], seed: int = 0) -> tuple[str, ...]:
+    words = [word for name in names for word in name.split()]
+    random.Random(seed).shuffle(words)
+    dealt = iter(words)
+    return tuple(" ".join(next(dealt) for _ in name.split()) for name in names)
 
 
 def accuracy(tasks: Sequence[EvalTask], predictions: Sequence[Tensor]) -> dict[str, float]:
@@ -130,7 +157,7 @@ def mean_accuracy(accuracies: Mapping[str, float]) -> float:
 def swap_test(
     model: HyperCLIP, tasks: Sequence[EvalTask], batch_size: int = 128, progress: bool = False
 ) -> dict[str, dict[str, float]]:
-    """Accuracy by task, for each of the rows "right", "base" and "wrong"."""
+    """Accuracy by task, for each of ROWS."""
     training = model.training
     model.eval()
     try:

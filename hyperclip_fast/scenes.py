@@ -186,7 +186,8 @@ class Composer:
         copies = F.grid_sample(self.bank[small, scenes.pictures], grid, padding_mode="zeros", align_corners=False)
         copies = copies * inside[:, None]
         ground = (self.colours[scenes["colour"]] + 0.06 * noise[4:7].T).clamp(0, 1)[..., None, None]
-        return (copies[:, :3] + ground * (1 - copies[:, 3:])).mul_(2).sub_(1)
+        images = (copies[:, :3] + ground * (1 - copies[:, 3:])).mul_(2).sub_(1)
+        return images.contiguous(memory_format=torch.channels_last)  # a convolution reads them faster
 
     def _grid(self, scenes: Scenes, side: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Where each pixel reads the picture (M, S, S, 2), and whether it is in a copy's cell (M, S, S)."""
