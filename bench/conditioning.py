@@ -18,11 +18,16 @@ import torch
 
 from hyperclip_fast.data import load_pictures
 from hyperclip_fast.extras import require
-from hyperclip_fast.scenes import SceneSampler, scene_tasks
+from hyperclip_fast.hyperclip import HyperCLIP, load_model
+from hyperclip_fast.scenes import ATTRIBUTES, SceneSampler, scene_tasks
 from hyperclip_fast.training import Trainer
 
 from .conditioning_arms import Run, load_runs
+from .conditioning_overheads import measure_overheads, overheads_table
+from .conditioning_plots import draw
+from .conditioning_report import grouped, read_logs, report
 from .conditioning_scores import SceneTasks, all_scores, mean, right_scores
+from .conditioning_tuning import tune_all
 from .machine import device_name
 
 CONFIG = "configs/conditioning.yaml"
@@ -51,6 +56,9 @@ class Experiment:
         path = self.results / f"{run.name}.jsonl"
         if path.exists():
             return
+        if run.tune:
+            write_log(path, self.tune(run))
+            return
         trainer = self.trainer(run)
         start = time.perf_counter()
         self.train(trainer, run.name)
@@ -58,7 +66,17 @@ class Experiment:
         scores = all_scores(trainer.model, self.scenes, self.reworded)
         lines = [json.loads(line) for line in (self.work / run.name / "log.jsonl").read_text().splitlines()]
         last = {"step": trainer.step, "scores": _rounded(scores), "seconds": round(time.perf_counter() - start, 1)}
-        write_log(path, [_about(run, trainer), *lines, last])
+        write_log(path, [_about(run, trainer.model), *lines, last])
+
+    def tune(self, run: Run) -> list[dict[str, Any]]:
+        """The log of a rival that tunes the baseline of its group and seed for each attribute."""
+        folder = self.work / f"{run.group}-baseline-{run.seed}" / "model"
+        if not folder.is_dir():
+            raise ValueError(f"the run {run.name} needs its group's baseline of the same seed, {folder} is not there")
+        model = load_model(folder)
+        result = tune_all(model, run, self.pictures, self.scenes, self.reworded)
+        last = {"step": run.train.steps * len(ATTRIBUTES), **result, "scores": _rounded(result["scores"])}
+        return [_about(run, model), last]
 
     def trainer(self, run: Run) -> Trainer:
         """A trainer on scenes; position embeddings start larger than timm's, so that places are seen from the start."""
@@ -89,8 +107,7 @@ class Experiment:
                 trainer.save()
 
 
-def _about(run: Run, trainer: Trainer) -> dict[str, Any]:
-    model = trainer.model
+def _about(run: Run, model: HyperCLIP) -> dict[str, Any]:
     return {
         "run": run.name,
         "group": run.group,
@@ -128,12 +145,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train and score what the queue still holds")
     run.add_argument("--only", nargs="+", metavar="NAME", help="groups or runs, such as w64 or w64-cross-0")
-    for command in (run,):
-        command.add_argument("--config", default=CONFIG, metavar="FILE", help="default: %(default)s")
-        command.add_argument("--results", default=RESULTS, metavar="DIR", help="logs; default: %(default)s")
+    report = commands.add_parser("report", help="make conditioning.md and the plots from the logs")
+    report.add_argument("--results", default=RESULTS, metavar="DIR", help="logs; default: %(default)s")
+    overheads = commands.add_parser("overheads", help="time the arms side by side, and the hypernetwork")
+    overheads.add_argument("--results", default=RESULTS, metavar="DIR", help="default: %(default)s")
+    overheads.add_argument("--seconds", type=float, default=60.0, help="of the training steps; default: %(default)s")
+    run.add_argument("--config", default=CONFIG, metavar="FILE", help="default: %(default)s")
+    run.add_argument("--results", default=RESULTS, metavar="DIR", help="logs; default: %(default)s")
     run.add_argument("--work", default="runs/conditioning", metavar="DIR", help="models; default: %(default)s")
     args = parser.parse_args(argv)
-    return _run(args)
+    try:
+        return {"run": _run, "report": _report, "overheads": _overheads}[args.command](args)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"conditioning {args.command}: {error}", file=sys.stderr)
+        return 2
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -143,6 +168,25 @@ def _run(args: argparse.Namespace) -> int:
         experiment.run(run)
         scores = json.loads((Path(args.results) / f"{run.name}.jsonl").read_text().splitlines()[-1])["scores"]
         print(f"{run.name}: right {mean(scores['right']):.3f}", flush=True)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    folder = Path(args.results)
+    groups = grouped(read_logs(folder))
+    plots = draw(groups, folder)
+    path = folder.with_suffix(".md")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside.write_text(report(folder, groups, plots), encoding="utf-8")
+    os.replace(beside, path)
+    print(path)
+    return 0
+
+
+def _overheads(args: argparse.Namespace) -> int:
+    figures = measure_overheads(args.seconds)
+    write_log(Path(args.results) / "overheads.json", [figures])
+    print(overheads_table(figures))
     return 0
 
 

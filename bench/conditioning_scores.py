@@ -5,7 +5,7 @@ out anew, a generic name, the base row. Each embedding is then scored against th
 matrix "row made for" x "asked for". Recall is averaged over classes, so that rare values count as much as frequent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.scenes import ATTRIBUTES
 
+BATCH = 192
 SET_SIZES = (2, 4, 8, 16, 32, 64, 128)
 Scores = dict[str, float]
 
@@ -63,13 +64,18 @@ def mean(scores: Scores) -> float:
 
 
 @torch.inference_mode()
-def embed(model: HyperCLIP, images: Tensor, table: Tensor | None, ids: Tensor, batch: int = 192) -> Tensor:
+def embed(model: HyperCLIP, images: Tensor, table: Tensor | None, ids: Tensor) -> Tensor:
     """(M, E) embeddings of images (M, 3, S, S), scene m with row ids[m] of table (T, P); None: no rows at all."""
-    parts = []
-    for start in range(0, len(images), batch):
-        params = table if table is None else NormParams(model.image.norm_spec, table, ids[start : start + batch])
-        parts.append(model.encode_image(images[start : start + batch], params))
-    return torch.cat(parts)
+    if table is None:
+        return embed_with(model.encode_image, images)
+    parts = zip(images.split(BATCH), ids.split(BATCH))
+    spec = model.image.norm_spec
+    return torch.cat([model.encode_image(part, NormParams(spec, table, rows)) for part, rows in parts])
+
+
+def embed_with(encode: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """(M, E) embeddings of images (M, 3, S, S) by any encoder, in batches."""
+    return torch.cat([encode(part) for part in images.split(BATCH)])
 
 
 @torch.inference_mode()

@@ -219,7 +219,7 @@ def _generator(seed: int, step: int) -> torch.Generator:
 class SceneSampler:
     """An endless stream of mixed batches of attribute tasks, for `Trainer`; batch(step) depends on seed and step only.
 
-    Task g of step s asks for attribute (s * G + g) mod 6, in one wording; image k shows class k, all else is by chance.
+    Task g of step s asks for the attributes in turn, in one wording; image k shows class k, all else is by chance.
 
     Args:
         pictures: what scenes are made of; those held out are never drawn.
@@ -227,13 +227,20 @@ class SceneSampler:
         classes_per_task: K.
         seed: of the stream.
         size: S in pixels.
+        attributes: those that tasks ask for.
 
     Raises:
-        ValueError: for a K that some attribute has not the values for, or no task.
+        ValueError: for a K that some attribute has not the values for, no task, or an unknown attribute.
     """
 
     def __init__(
-        self, pictures: Pictures, tasks_per_batch: int = 12, classes_per_task: int = 6, seed: int = 0, size: int = 48
+        self,
+        pictures: Pictures,
+        tasks_per_batch: int = 12,
+        classes_per_task: int = 6,
+        seed: int = 0,
+        size: int = 48,
+        attributes: Sequence[str] = ATTRIBUTES,
     ):
         self.composer = Composer(pictures.subset(~pictures.held_out), size)
         most = min(len(self.composer.objects), *map(len, VALUES.values()))
@@ -241,10 +248,13 @@ class SceneSampler:
             raise ValueError(f"classes_per_task must lie in [2, {most}], got {classes_per_task}")
         if tasks_per_batch < 1:
             raise ValueError(f"tasks_per_batch must be positive, got {tasks_per_batch}")
+        if not attributes or not set(attributes) <= set(ATTRIBUTES):
+            raise ValueError(f"attributes must be some of {ATTRIBUTES}, got {attributes!r}")
         self.tasks_per_batch, self.classes_per_task, self.seed = tasks_per_batch, classes_per_task, seed
+        self.attributes = tuple(attributes)
         self.names: tuple[str, ...] = ()
         self.starts: dict[tuple[str, int], int] = {}  # (attribute, wording) to the index of its first name
-        for attribute in ATTRIBUTES:
+        for attribute in self.attributes:
             for wording in range(len(TEMPLATES[attribute]) - 1):
                 texts = class_names(attribute, [pictures.names[i] for i in self.composer.objects.tolist()], wording)
                 self.starts[attribute, wording] = len(self.names)
@@ -257,7 +267,7 @@ class SceneSampler:
         wanted = {attribute: torch.full((tasks, classes), -1) for attribute in ATTRIBUTES}
         class_ids = torch.empty(tasks, classes, dtype=torch.long)
         for g in range(tasks):
-            attribute = ATTRIBUTES[(step * tasks + g) % len(ATTRIBUTES)]
+            attribute = self.attributes[(step * tasks + g) % len(self.attributes)]
             count = len(self.composer.objects if attribute == "object" else VALUES[attribute])
             chosen = torch.randperm(count, generator=generator)[:classes]
             wording = int(torch.randint(len(TEMPLATES[attribute]) - 1, (), generator=generator))
