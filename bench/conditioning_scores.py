@@ -141,6 +141,7 @@ def swap_scores(model: HyperCLIP, scenes: SceneTasks) -> dict:
     }
 
 
+@torch.inference_mode()
 def object_recall(model: HyperCLIP, scenes: SceneTasks, size: int) -> float | None:
     """Recall of the objects when a task has `size` of the names; None where there are fewer."""
     tasks = scenes.tasks["object"]
