@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from hyperclip_fast.bench.command import add_bench
+    from hyperclip_fast.evaluate_command import add_evaluate
 
     parser = argparse.ArgumentParser(
         prog="hyperclip",
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_classify(commands)
     _add_train(commands)
-    _add_evaluate(commands)
+    add_evaluate(commands)
     _add_specialize(commands)
     _add_export(commands)
     add_bench(commands)
@@ -96,15 +97,6 @@ def _add_train(commands) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="in place of the config's")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.set_defaults(run=_train)
-
-
-def _add_evaluate(commands) -> None:
-    text = "accuracy on held-out names, by task: with the right class set, the base row and another task's row"
-    parser = commands.add_parser("evaluate", help=text, description=text)
-    _add_model(parser)
-    parser.add_argument("--classes", type=int, default=10, metavar="K", help="names a task; default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=_evaluate)
 
 
 def _add_specialize(commands) -> None:
@@ -222,19 +214,6 @@ def _train(args: argparse.Namespace) -> None:
     config = replace(config, **{name: value for name, value in changes.items() if value is not None})
     Trainer(model_config, config, args.out, device=args.device).train()
     print(f"The model: {Path(args.out) / 'model'}")
-
-
-def _evaluate(args: argparse.Namespace) -> None:
-    from hyperclip_fast.data import load_pictures
-    from hyperclip_fast.demo import table
-    from hyperclip_fast.evaluation import held_out_tasks, swap_test
-    from hyperclip_fast.hyperclip import load_model
-
-    if args.classes < 2:
-        raise ValueError(f"--classes must be at least 2, got {args.classes}")
-    tasks = held_out_tasks(load_pictures(), args.classes)
-    results = swap_test(load_model(args.model, args.device), tasks, progress=True)
-    print(json.dumps(results, indent=2) if args.json else table(tasks, results))
 
 
 def _specialize(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ norm row differs: the drop from right to wrong is what conditioning does.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from hyperclip_fast.norm_params import NormParams
 
 ROWS = ("right", "base", "wrong", "shuffled", "generic")
 GENERIC = "an object"
+ELSEWHERE = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")  # wrong names for a task that stands alone
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,15 @@ def _task(pictures: Pictures, name: str, ids: Sequence[int]) -> EvalTask:
 
 
 @torch.inference_mode()
-def predict(
+def class_scores(
     model: HyperCLIP,
     tasks: Sequence[EvalTask],
     row: str = "right",
     batch_size: int = 128,
     progress: bool = False,
+    change: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Tensor]:
-    """Best class of every image of every task; batches mix the tasks.
+    """Similarity of every image of every task with the task's classes; batches mix the tasks.
 
     Args:
         model: in eval mode.
@@ -82,12 +84,13 @@ def predict(
         row: "base": the base row; else the row is made from the names of `row_names`.
         batch_size: images in a forward pass.
         progress: show a bar.
+        change: applied to each batch of images (B, 3, S, S) in [-1, 1], such as a corruption.
 
     Returns:
-        A tensor (M_t,) of class indices for each task.
+        A tensor (M_t, K_t) for each task, on the CPU.
 
     Raises:
-        ValueError: for another word in `row`, or "wrong" with fewer than two tasks.
+        ValueError: for another word in `row`.
     """
     if row not in ROWS:
         raise ValueError(f"row must be one of {ROWS}, got {row!r}")
@@ -96,14 +99,27 @@ def predict(
     params = _rows(model, tasks, row)
     task_ids = torch.cat([torch.full((len(task.images),), t) for t, task in enumerate(tasks)]).to(model.device)
     images = torch.cat([task.images for task in tasks])
-    best = []
+    scores = []
     starts = range(0, len(images), batch_size)
     for start in require("tqdm", "train").tqdm(starts, desc=f"row: {row}", unit="batch") if progress else starts:
         ids = task_ids[start : start + batch_size]
-        batch = resize(to_rgb(images[start : start + batch_size]), model.image_size).to(model.device)
-        scores = torch.einsum("be,bke->bk", model.encode_image(batch, params[ids]), classes[ids])
-        best.append(scores.masked_fill(~mask[ids], -torch.inf).argmax(1).cpu())
-    return list(torch.cat(best).split([len(task.images) for task in tasks]))
+        batch = resize(to_rgb(images[start : start + batch_size]), model.image_size)
+        batch = (batch if change is None else change(batch)).to(model.device)
+        part = torch.einsum("be,bke->bk", model.encode_image(batch, params[ids]), classes[ids])
+        scores.append(part.masked_fill(~mask[ids], -torch.inf).cpu())
+    by_task = torch.cat(scores).split([len(task.images) for task in tasks])
+    return [part[:, : len(task.class_names)] for task, part in zip(tasks, by_task)]
+
+
+def predict(
+    model: HyperCLIP,
+    tasks: Sequence[EvalTask],
+    row: str = "right",
+    batch_size: int = 128,
+    progress: bool = False,
+) -> list[Tensor]:
+    """Best class (M_t,) of every image of every task; arguments and errors as `class_scores`."""
+    return [scores.argmax(1) for scores in class_scores(model, tasks, row, batch_size, progress)]
 
 
 def _rows(model: HyperCLIP, tasks: Sequence[EvalTask], row: str) -> NormParams:
@@ -118,16 +134,17 @@ def row_names(tasks: Sequence[EvalTask], row: str) -> list[tuple[str, ...]]:
 
     Args:
         tasks: T of them.
-        row: "right": the task's own; "wrong": those of the task half the list away; "shuffled": its own words dealt out
-            anew among its names, each name as long as before; "generic": one name that says nothing.
+        row: "right": the task's own; "wrong": those of the task half the list away, or of ELSEWHERE where there is no
+            other; "shuffled": its own words dealt out anew among its names, each name as long as before; "generic": one
+            name that says nothing.
 
     Raises:
-        ValueError: for another row, or "wrong" with fewer than two tasks.
+        ValueError: for another row.
     """
     if row not in ROWS or row == "base":
         raise ValueError(f"row must be one of {[name for name in ROWS if name != 'base']}, got {row!r}")
-    if row == "wrong" and len(tasks) < 2:
-        raise ValueError(f'row "wrong" needs another task, got {len(tasks)} task')
+    if row == "wrong" and len(tasks) == 1:
+        return [ELSEWHERE]
     half = len(tasks) // 2
     chosen = [*tasks[-half:], *tasks[:-half]] if row == "wrong" else tasks
     if row == "generic":
