@@ -9,6 +9,7 @@ what gradient checkpointing runs again in backward is the same copy, rows includ
 
 import copy
 import fnmatch
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
@@ -18,9 +19,10 @@ import torch
 from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperclip_fast.hyper_norms import ROW_NORMS, Rows, bound, copied
-from hyperclip_fast.hyper_vit import HyperViT, known_name
+from hyperclip_fast.hyper_vit import HyperViT, known_name, to_hyper_vit
 from hyperclip_fast.kernels.dispatch import use_triton
 from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams, NormSpec, check_params
 
@@ -34,6 +36,8 @@ class HyperEncoder(nn.Module):
     Made by `from_timm`; its class is also the timm model's own. `forward_features`, `forward_head` and
     `forward_intermediates` take `params` where the timm model has them.
     """
+
+    _is_frozen = False
 
     @classmethod
     def from_timm(
@@ -54,11 +58,7 @@ class HyperEncoder(nn.Module):
         Raises:
             ValueError: for a name that timm does not know, or a pattern that matches no norm.
         """
-        model = _timm_model(model, pretrained, kwargs)
-        if not isinstance(model, HyperEncoder):
-            model.__class__ = _encoder_class(type(model))
-        model.set_modulate(EVERY_NORM if modulate is None else modulate)
-        return model
+        return _to_hyper(_timm_model(model, pretrained, kwargs), modulate)
 
     def set_modulate(self, modulate: Iterable[str]) -> None:
         """Choose the generated norms by name pattern.
@@ -110,6 +110,38 @@ class HyperEncoder(nn.Module):
         params = params if use_triton(x) else params.gather()
         rows = [Rows(*layer, params.task_ids, x.shape[0]) for layer in params.layers()]
         return _bind(self, self._stock, self._path, rows)
+
+    def train(self, mode: bool = True) -> "HyperEncoder":
+        """timm's `train`; frozen BatchNorms stay in evaluation."""
+        super().train(mode)
+        for module in self.modules() if self._is_frozen else ():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+    def freeze_statistics(self, is_frozen: bool = True) -> None:
+        """Whether BatchNorms keep to their running statistics while the rest trains; weights and rows train on."""
+        self._is_frozen = is_frozen
+        self.train(self.training)
+
+    def reestimate(self, images: Tensor | Iterable[Tensor], params: NormParams) -> NormParams:
+        """The row of a task whose BatchNorms use the statistics of its own unlabelled images.
+
+        Statistics travel in the row: by them, weight and bias are rewritten for the running statistics that the encoder
+        shares, so that the new row goes wherever a row goes.
+
+        Args:
+            images: (B, C, H, W), or batches of them, whose statistics are averaged.
+            params: the task's row, T = 1.
+
+        Raises:
+            ValueError: for more rows than one, no images, or an encoder without modulated BatchNorm.
+        """
+        return reestimated(self, [images] if isinstance(images, Tensor) else images, params)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that timm leaves without weight decay."""
+        return super().no_weight_decay() if hasattr(self._stock, "no_weight_decay") else set()
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         """Pickled by the timm model's class: this one's own is made when it is needed."""
@@ -171,6 +203,33 @@ def _path(module: nn.Module, places: dict[nn.Module, int]) -> Path:
     return {name: step for name, step in steps if step != {}}
 
 
+@torch.no_grad()
+def reestimated(encoder: HyperEncoder, batches: Iterable[Tensor], params: NormParams) -> NormParams:
+    """See `HyperEncoder.reestimate`."""
+    check_params(params, encoder.norm_spec, 1)
+    model = copy.deepcopy(encoder).eval()
+    model.load_state_dict(params.state_dict(0), strict=False)
+    norms = {name: model.get_submodule(name) for name in encoder.norm_spec.names}
+    norms = {name: norm for name, norm in norms.items() if isinstance(norm, _BatchNorm)}
+    if not norms:
+        raise ValueError(f"params must be rows of an encoder with BatchNorm, got one of {encoder._stock.__name__}")
+    for norm in norms.values():
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+        norm.train()
+    count = sum(model(images) is not None for images in batches)
+    if not count:
+        raise ValueError("images must hold at least one batch, got none")
+    row = params.state_dict(0)
+    for name, norm in norms.items():
+        shared = encoder.get_submodule(name)
+        scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        shift = norm.bias.double() - norm.running_mean.double() * scale
+        row[f"{name}.weight"] = (scale * (shared.running_var.double() + norm.eps).sqrt()).to(params.table.dtype)
+        row[f"{name}.bias"] = (shift + shared.running_mean.double() * scale).to(params.table.dtype)
+    return NormParams(params.spec, params.spec.row(row).unsqueeze(0))
+
+
 def _affine_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Norms with a weight vector that can be modulated."""
     for name, module in model.named_modules():
@@ -180,6 +239,16 @@ def _affine_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _has(module: nn.Module, name: str) -> bool:
     return module._parameters.get(name) is not None
+
+
+def _to_hyper(model: nn.Module, modulate: Iterable[str] | None) -> HyperEncoder:
+    """Change the class of a timm model, in place."""
+    if isinstance(model, HyperViT):
+        raise ValueError("model must be a timm model, got a HyperViT, which takes params already")
+    if not isinstance(model, HyperEncoder):
+        model.__class__ = _encoder_class(type(model))
+    model.set_modulate(EVERY_NORM if modulate is None else modulate)
+    return model
 
 
 def _timm_model(model: str | nn.Module, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
@@ -206,7 +275,14 @@ def create_encoder(
         ValueError: as their `from_timm`.
     """
     model = _timm_model(model, pretrained, kwargs)
-    plain = type(model) is VisionTransformer and all(type(block) is Block for block in model.blocks)
-    if plain:
-        return HyperViT.from_timm(model, modulate=DEFAULT_MODULATE if modulate is None else modulate)
-    return HyperEncoder.from_timm(model, modulate=modulate)
+    if type(model) is VisionTransformer and all(type(block) is Block for block in model.blocks):
+        return to_hyper_vit(model, DEFAULT_MODULATE if modulate is None else modulate)
+    return _to_hyper(model, modulate)
+
+
+@cache
+def model_options(name: str) -> frozenset[str]:
+    """Arguments that the class behind a timm model's name takes, such as img_size; asked of a model without memory."""
+    with torch.device("meta"):
+        model = timm.create_model(known_name(name))
+    return frozenset(inspect.signature(type(model).__init__).parameters)

@@ -141,14 +141,14 @@ class BatchRows:
             self._follow(mean, var, count)
         return out
 
-    @torch.no_grad()
     def _follow(self, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
         """The running statistics, as PyTorch's BatchNorm moves them."""
-        self.num_batches_tracked.add_(1)
-        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        unbiased = var * (count / (count - 1))
-        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-            running.mul_(1 - momentum).add_(new.to(running.dtype), alpha=momentum)
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            unbiased = var * (count / (count - 1))
+            for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+                running.mul_(1 - momentum).add_(new.to(running.dtype), alpha=momentum)
 
 
 def synchronized(

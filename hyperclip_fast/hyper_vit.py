@@ -33,7 +33,7 @@ class HyperViT(VisionTransformer):
 
     def __init__(self, *args: Any, block_fn: type[nn.Module] = HyperBlock, **kwargs: Any):
         super().__init__(*args, block_fn=block_fn, **kwargs)
-        _to_hyper(self, DEFAULT_MODULATE)
+        to_hyper_vit(self, DEFAULT_MODULATE)
 
     @classmethod
     def from_timm(
@@ -61,7 +61,7 @@ class HyperViT(VisionTransformer):
             raise ValueError(f"pretrained and timm arguments go with a model's name, got a {type(model).__name__}")
         else:
             model = copy.deepcopy(model)
-        return _to_hyper(model, modulate)
+        return to_hyper_vit(model, modulate)
 
     def set_modulate(self, modulate: Iterable[str]) -> None:
         """Choose the generated layers by name pattern: any of norm_pre, blocks.*.norm1, blocks.*.norm2, norm, fc_norm.
@@ -298,10 +298,10 @@ def _pack(taken, prefix, final, output_dict):
     return taken if final is None else (final, taken)
 
 
-def _to_hyper(model: nn.Module, modulate: Iterable[str]) -> nn.Module:
+def to_hyper_vit(model: nn.Module, modulate: Iterable[str]) -> nn.Module:
     """Change the classes of a timm VisionTransformer's parts, in place: modules, names and weights stay."""
     if isinstance(model, FeatureGetterNet) and isinstance(model.model, VisionTransformer):
-        _to_hyper(model.model, modulate)._is_pruned = True  # timm has pruned it: rows of the whole encoder fit
+        to_hyper_vit(model.model, modulate)._is_pruned = True  # timm has pruned it: rows of the whole encoder fit
         model.__class__ = HyperFeatures
         return model
     if type(model) is not VisionTransformer and not isinstance(model, HyperViT):
@@ -334,7 +334,7 @@ def _register(name: str) -> None:
     """Register hyper_<name> with timm: timm's own entry point and pretrained weights, then the change of class."""
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _to_hyper(model_entrypoint(name)(pretrained=pretrained, **kwargs), DEFAULT_MODULATE)
+        return to_hyper_vit(model_entrypoint(name)(pretrained=pretrained, **kwargs), DEFAULT_MODULATE)
 
     entrypoint.__name__ = entrypoint.__qualname__ = f"hyper_{name}"
     entrypoint.__doc__ = f"HyperViT with the architecture and pretrained weights of timm's {name}."
