@@ -10,6 +10,12 @@ Shapes: x, residual, out (B, C, H, W), contiguous or channels-last; weight, bias
 import torch
 import torch.nn.functional as F
 
+from .batch_norm_mixed import is_eager, mixed, statistics
+from .dispatch import has_triton, use_triton
+
+if has_triton():
+    from .batch_norm_op import fused_batch_norm_act
+
 ACTS = {
     "none": lambda x, inplace: x,
     "relu": F.relu,
@@ -40,7 +46,7 @@ def batch_norm_act_reference(
     weight, bias = _rows_of_samples(x, task_ids, weight, bias)
     if mean.dim() == 2:
         mean, var = _rows_of_samples(x, task_ids, mean, var)
-    normed = _mixed(x.to(weight.dtype), weight, bias, mean.to(weight.dtype), var.to(weight.dtype), eps, False)
+    normed = mixed(x.to(weight.dtype), weight, bias, mean.to(weight.dtype), var.to(weight.dtype), eps, False)
     return _finish(normed.to(x.dtype), act, residual, residual_after_act)
 
 
@@ -64,8 +70,8 @@ def batch_norm_act_train_reference(
     else:
         weight, bias = _rows_of_samples(x, task_ids, weight, bias)
         wide = x.to(weight.dtype)
-        mean, var = _statistics(wide)
-        normed = _mixed(wide, weight, bias, mean, var, eps, True).to(x.dtype)
+        mean, var = statistics(wide)
+        normed = mixed(wide, weight, bias, mean, var, eps, True).to(x.dtype)
     return _finish(normed, act, residual, residual_after_act), mean.detach(), var.detach()
 
 
@@ -88,7 +94,7 @@ def _rows_of_samples(x, task_ids, *tables) -> list[torch.Tensor]:
 
 def _finish(normed, act, residual, residual_after_act) -> torch.Tensor:
     """Activation and residual add, written over `normed` where nobody needs it any more."""
-    inplace = _is_eager() and not normed.requires_grad
+    inplace = is_eager() and not normed.requires_grad
     if residual is not None and not residual_after_act:
         normed = _add(normed, residual)
     normed = ACTS[act](normed, inplace=inplace and not normed.requires_grad)
@@ -96,129 +102,8 @@ def _finish(normed, act, residual, residual_after_act) -> torch.Tensor:
 
 
 def _add(normed, residual) -> torch.Tensor:
-    inplace = _is_eager() and not normed.requires_grad and not residual.requires_grad
+    inplace = is_eager() and not normed.requires_grad and not residual.requires_grad
     return normed.add_(residual) if inplace else normed + residual
-
-
-def _is_eager() -> bool:
-    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-
-
-def _mixed(x, weight, bias, mean, var, eps, is_batch) -> torch.Tensor:
-    """Row b of weight and bias (B, C) for sample b; mean, var (C,) or (B, C); `is_batch`: they are functions of x."""
-    if not _is_eager():
-        return _mixed_plain(x, weight, bias, mean, var, eps)
-    x = x if _is_dense(x) else x.contiguous()
-    arguments = (x, weight, bias, mean.detach(), torch.rsqrt(var.detach() + eps))
-    return _MixedBatchNorm.apply(*arguments, eps, is_batch) if torch.is_grad_enabled() else _mixed_eager(*arguments)
-
-
-def _mixed_plain(x, weight, bias, mean, var, eps) -> torch.Tensor:
-    """The same in operations that anything can trace; a gradient flows through mean and var, if they have one."""
-    scale = weight * torch.rsqrt(var + eps)
-    return torch.addcmul(_spread(bias - mean * scale), x, _spread(scale))
-
-
-def _spread(rows: torch.Tensor) -> torch.Tensor:
-    return rows.unsqueeze(-1).unsqueeze(-1)
-
-
-def _mixed_eager(x, weight, bias, mean, rstd) -> torch.Tensor:
-    scale = weight * rstd
-    return _affine(x, scale, bias - mean * scale)
-
-
-def _affine(x, scale, shift, out=None) -> torch.Tensor:
-    """x * scale + shift, rows (B, C) or (C,): one pass. On a CPU addcmul is scalar unless channels are innermost."""
-    B, C, H, W = x.shape
-    if x.device.type != "cpu" or not x.is_contiguous():
-        return torch.addcmul(_spread(shift.expand(B, C)), x, _spread(scale.expand(B, C)), out=_like(x, out))
-    rows = (rows.expand(B, C).reshape(-1) for rows in (scale, shift))
-    out = F.batch_norm(x.view(1, B * C, H, W), *_identity(B * C, x), *rows, False, 0.0, 0.0)
-    return torch.ops.aten._unsafe_view(out, x.shape)  # no view, which autograd would not let others write over
-
-
-def _like(x, out):
-    return torch.empty_like(x) if out is None else out
-
-
-def _identity(channels: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Statistics that change nothing."""
-    return like.new_zeros(channels), like.new_ones(channels)
-
-
-def _is_dense(x: torch.Tensor) -> bool:
-    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance (C,) of each channel; under a tracer with their gradients."""
-    if not _is_eager():
-        mean = x.mean((0, 2, 3))
-        return mean, (x - _spread(mean)).square().mean((0, 2, 3))
-    with torch.no_grad():
-        x = x if _is_dense(x) else x.contiguous()
-        if x.device.type != "cpu" or not x.is_contiguous():
-            return torch.batch_norm_update_stats(x, None, None, 0.0)
-        mean = x.mean((0, 2, 3))  # PyTorch's own statistics of contiguous channels are scalar
-        deviation = torch.linalg.vector_norm((x - _spread(mean)).flatten(2), dim=2)
-        return mean, deviation.square().sum(0) / (x.numel() // x.shape[1])
-
-
-def _sample_sums(grad, x, mean, rstd, scratch=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums (B, C) over each sample's pixels of grad, and of grad * xhat; `scratch` (B, C, H, W) is written over."""
-    B, C, H, W = x.shape
-    mean, rstd = mean.expand(B, C), rstd.expand(B, C)
-    if x.device.type != "cpu" or not x.is_contiguous():
-        products = torch.sub(x, _spread(mean), out=_like(x, scratch)).mul_(grad)
-        return grad.sum((2, 3)), products.sum((2, 3)) * rstd
-    views, statistics = (t.view(1, B * C, H, W) for t in (grad, x)), (t.reshape(-1) for t in (mean, rstd))
-    wanted = (True, 0.0, [False, True, True])
-    _, products, sums = torch.ops.aten.native_batch_norm_backward(*views, None, None, None, *statistics, *wanted)
-    return sums.view(B, C), products.view(B, C)
-
-
-class _MixedBatchNorm(torch.autograd.Function):
-    """The same with a gradient that keeps x alone and reads it twice, forward's way: per-sample sums, then d x."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, mean, rstd, eps, is_batch):
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.eps, ctx.is_batch = eps, is_batch
-        return _mixed_eager(x, weight, bias, mean, rstd)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody wants the gradient's own gradient: autograd writes that graph
-            return *_grad_of_plain(ctx, x, weight, bias, mean, rstd, grad), *[None] * 4
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-        grad, scratch, grad_x = grad.contiguous(memory_format=layout), None, None
-        if need_weight or need_bias or ctx.is_batch:
-            scratch = None if x.is_contiguous() or not need_x else torch.empty_like(x)
-            sums, products = _sample_sums(grad, x, mean, rstd, scratch)
-        if need_x and not ctx.is_batch:
-            grad_x = torch.mul(grad, _spread(weight * rstd), out=scratch)
-        elif need_x:
-            count = x.numel() // x.shape[1]
-            slope = (weight * products).sum(0) * rstd.square() / -count
-            offset = (weight * sums).sum(0) * rstd / -count - mean * slope
-            grad_x = _affine(x, slope, offset, scratch).addcmul_(grad, _spread(weight * rstd))
-        return grad_x, products if need_weight else None, sums if need_bias else None, *[None] * 4
-
-
-def _grad_of_plain(ctx, x, weight, bias, mean, rstd, grad) -> list[torch.Tensor | None]:
-    needed = [t for t, need in zip((x, weight, bias), ctx.needs_input_grad) if need]
-    if ctx.is_batch:
-        mean = x.mean((0, 2, 3))
-        var = (x - _spread(mean)).square().mean((0, 2, 3))
-    else:
-        var = rstd.square().reciprocal() - ctx.eps
-    grads = iter(
-        torch.autograd.grad(_mixed_plain(x, weight, bias, mean, var, ctx.eps), needed, grad, create_graph=True)
-    )
-    return [next(grads) if need else None for need in ctx.needs_input_grad[:3]]
 
 
 def _check(x, weight, bias, task_ids, act, residual) -> None:
@@ -291,6 +176,8 @@ def batch_norm_act(
     """
     _check(x, weight, bias, task_ids, act, residual)
     _check_statistics(mean, var, weight)
+    if use_triton(x):
+        return fused_batch_norm_act(x, weight, bias, task_ids, mean, var, eps, act, residual, residual_after_act)[0]
     return batch_norm_act_reference(x, weight, bias, task_ids, mean, var, eps, act, residual, residual_after_act)
 
 
@@ -326,4 +213,6 @@ def batch_norm_act_train(
     _check(x, weight, bias, task_ids, act, residual)
     if x.numel() <= x.shape[1]:
         raise ValueError(f"x must have more than one value in a channel for training, got shape {tuple(x.shape)}")
+    if use_triton(x):
+        return fused_batch_norm_act(x, weight, bias, task_ids, None, None, eps, act, residual, residual_after_act)
     return batch_norm_act_train_reference(x, weight, bias, task_ids, eps, act, residual, residual_after_act)
