@@ -1,0 +1,143 @@
+"""Mixed batches of the batch norm in plain PyTorch: fast on a CPU, and traceable.
+
+    out = (x - mean) * rsqrt(var + eps) * weight[b] + bias[b] = x * scale[b] + shift[b]      scale, shift (B, C)
+
+Eager calls choose the operators that PyTorch has vectorised for the memory format: addcmul channels-last, and, since
+that is scalar where channels are outermost, F.batch_norm of x seen as (1, B * C, H, W). What traces sees the equation.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def is_eager() -> bool:
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
+def mixed(x, weight, bias, mean, var, eps, is_batch) -> torch.Tensor:
+    """Row b of weight and bias (B, C) for sample b; mean, var (C,) or (B, C); `is_batch`: they are functions of x."""
+    if not is_eager():
+        return _mixed_plain(x, weight, bias, mean, var, eps)
+    x = x if _is_dense(x) else x.contiguous()
+    if not torch.is_grad_enabled() and _is_contiguous_cpu(x):
+        return _wide(x, mean.expand(weight.shape), var.expand(weight.shape), weight, bias, eps)  # no small operators
+    arguments = (x, weight, bias, mean.detach(), torch.rsqrt(var.detach() + eps))
+    return _MixedBatchNorm.apply(*arguments, eps, is_batch) if torch.is_grad_enabled() else _mixed_eager(*arguments)
+
+
+def _mixed_plain(x, weight, bias, mean, var, eps) -> torch.Tensor:
+    """The same in operations that anything can trace; a gradient flows through mean and var, if they have one."""
+    scale = weight * torch.rsqrt(var + eps)
+    return torch.addcmul(_spread(bias - mean * scale), x, _spread(scale))
+
+
+def _spread(rows: torch.Tensor) -> torch.Tensor:
+    return rows.unsqueeze(-1).unsqueeze(-1)
+
+
+def _mixed_eager(x, weight, bias, mean, rstd) -> torch.Tensor:
+    scale = weight * rstd
+    return _affine(x, scale, bias - mean * scale)
+
+
+def _affine(x, scale, shift, out=None) -> torch.Tensor:
+    """x * scale + shift, rows (B, C) or (C,): one pass. On a CPU addcmul is scalar unless channels are innermost."""
+    B, C = x.shape[:2]
+    if not _is_contiguous_cpu(x):
+        return torch.addcmul(_spread(shift.expand(B, C)), x, _spread(scale.expand(B, C)), out=_like(x, out))
+    return _wide(x, *_identity(B * C, x), scale.expand(B, C), shift.expand(B, C), 0.0)
+
+
+def _is_contiguous_cpu(x) -> bool:
+    return x.device.type == "cpu" and x.is_contiguous()
+
+
+def _wide(x, mean, var, weight, bias, eps) -> torch.Tensor:
+    """F.batch_norm of x (B, C, H, W) as (1, B * C, H, W); the result is no view, which others may not write over."""
+    B, C, H, W = x.shape
+    rows = (rows.reshape(-1) for rows in (mean, var, weight, bias))
+    out = F.batch_norm(x.view(1, B * C, H, W), *rows, False, 0.0, eps)
+    return torch.ops.aten._unsafe_view(out, x.shape)
+
+
+def _like(x, out):
+    return torch.empty_like(x) if out is None else out
+
+
+def _identity(channels: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Statistics that change nothing."""
+    return like.new_zeros(channels), like.new_ones(channels)
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+
+
+def statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance (C,) of each channel; under a tracer with their gradients."""
+    if not is_eager():
+        mean = x.mean((0, 2, 3))
+        return mean, (x - _spread(mean)).square().mean((0, 2, 3))
+    with torch.no_grad():
+        x = x if _is_dense(x) else x.contiguous()
+        if x.device.type != "cpu" or not x.is_contiguous():
+            return torch.batch_norm_update_stats(x, None, None, 0.0)
+        mean = x.mean((0, 2, 3))  # PyTorch's own statistics of contiguous channels are scalar
+        deviation = torch.linalg.vector_norm((x - _spread(mean)).flatten(2), dim=2)
+        return mean, deviation.square().sum(0) / (x.numel() // x.shape[1])
+
+
+def _sample_sums(grad, x, mean, rstd, scratch=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums (B, C) over each sample's pixels of grad, and of grad * xhat; `scratch` (B, C, H, W) is written over."""
+    B, C, H, W = x.shape
+    mean, rstd = mean.expand(B, C), rstd.expand(B, C)
+    if x.device.type != "cpu" or not x.is_contiguous():
+        products = torch.sub(x, _spread(mean), out=_like(x, scratch)).mul_(grad)
+        return grad.sum((2, 3)), products.sum((2, 3)) * rstd
+    views, statistics = (t.view(1, B * C, H, W) for t in (grad, x)), (t.reshape(-1) for t in (mean, rstd))
+    wanted = (True, 0.0, [False, True, True])
+    _, products, sums = torch.ops.aten.native_batch_norm_backward(*views, None, None, None, *statistics, *wanted)
+    return sums.view(B, C), products.view(B, C)
+
+
+class _MixedBatchNorm(torch.autograd.Function):
+    """The same with a gradient that keeps x alone and reads it twice, forward's way: per-sample sums, then d x."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mean, rstd, eps, is_batch):
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.eps, ctx.is_batch = eps, is_batch
+        return _mixed_eager(x, weight, bias, mean, rstd)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants the gradient's own gradient: autograd writes that graph
+            return *_grad_of_plain(ctx, x, weight, bias, mean, rstd, grad), *[None] * 4
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        grad, scratch, grad_x = grad.contiguous(memory_format=layout), None, None
+        if need_weight or need_bias or ctx.is_batch:
+            scratch = None if x.is_contiguous() or not need_x else torch.empty_like(x)
+            sums, products = _sample_sums(grad, x, mean, rstd, scratch)
+        if need_x and not ctx.is_batch:
+            grad_x = torch.mul(grad, _spread(weight * rstd), out=scratch)
+        elif need_x:
+            count = x.numel() // x.shape[1]
+            slope = (weight * products).sum(0) * rstd.square() / -count
+            offset = (weight * sums).sum(0) * rstd / -count - mean * slope
+            grad_x = _affine(x, slope, offset, scratch).addcmul_(grad, _spread(weight * rstd))
+        return grad_x, products if need_weight else None, sums if need_bias else None, *[None] * 4
+
+
+def _grad_of_plain(ctx, x, weight, bias, mean, rstd, grad) -> list[torch.Tensor | None]:
+    needed = [t for t, need in zip((x, weight, bias), ctx.needs_input_grad) if need]
+    if ctx.is_batch:
+        mean = x.mean((0, 2, 3))
+        var = (x - _spread(mean)).square().mean((0, 2, 3))
+    else:
+        var = rstd.square().reciprocal() - ctx.eps
+    grads = iter(
+        torch.autograd.grad(_mixed_plain(x, weight, bias, mean, var, ctx.eps), needed, grad, create_graph=True)
+    )
+    return [next(grads) if need else None for need in ctx.needs_input_grad[:3]]
