@@ -1,10 +1,11 @@
 """The runs of the conditioning experiment, read from configs/conditioning.yaml: groups x arms x seeds, in order.
 
-A group fixes data, encoder and schedule; an arm changes one thing in it; runs of a group and a seed see the same
-batches. The queue is interleaved by seed: where time ends early, every arm of a group has as many seeds as another.
+A group fixes data, encoder and schedule; an arm changes one thing in it (a rival that tunes the trained baseline has
+steps of its own); runs of a group and a seed see the same batches. The queue is interleaved by seed: where time ends
+early, every arm of a group has as many seeds as another.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class GroupConfig:
         model: changes to the shared model.
         train: changes to the shared training.
         overrides: by arm: changes to the model for this group only.
+        group: to which these runs belong, where it is not the entry's own name.
     """
 
     arms: tuple[str, ...]
@@ -61,6 +63,7 @@ class GroupConfig:
     model: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
+    group: str = ""
 
 
 def load_runs(path: str | Path) -> list[Run]:
@@ -82,13 +85,14 @@ def load_runs(path: str | Path) -> list[Run]:
         group = from_dict(GroupConfig, values, f"group {name}")
         if unknown := set(group.arms) - set(plan["arms"]):
             raise ValueError(f"group {name} has unknown arms {sorted(unknown)}, expected some of {list(plan['arms'])}")
-        runs += [_run(plan, name, group, arm, seed) for seed in group.seeds for arm in group.arms]
+        runs += [_run(plan, group.group or name, group, arm, seed) for seed in group.seeds for arm in group.arms]
     return runs
 
 
 def _run(plan: dict[str, Any], name: str, group: GroupConfig, arm: str, seed: int) -> Run:
     changes = {**plan["arms"][arm], **group.overrides.get(arm, {})}
-    tune = changes.pop("tune", "")
+    tune, steps = changes.pop("tune", ""), changes.pop("steps", None)
     model = config_from_dict({**plan["model"], **group.model, **changes})
     train = from_dict(TrainConfig, {**plan["train"], **group.train, "seed": seed}, "train")
+    train = train if steps is None else replace(train, steps=steps)
     return Run(name, arm, model, train, tune)
