@@ -32,6 +32,7 @@ from .machine import device_name
 
 CONFIG = "configs/conditioning.yaml"
 RESULTS = "bench/results/conditioning"
+OVERHEADS = "overheads.json"
 LOOKS = 5  # times that held-out scenes are scored in a run, the end included
 POSITION_SCALE = 10.0  # of the first position embeddings, over timm's
 
@@ -175,9 +176,11 @@ def _report(args: argparse.Namespace) -> int:
     folder = Path(args.results)
     groups = grouped(read_logs(folder))
     plots = draw(groups, folder)
+    measured = folder / OVERHEADS
+    overheads = overheads_table(json.loads(measured.read_text())) if measured.exists() else ""
     path = folder.with_suffix(".md")
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text(report(folder, groups, plots), encoding="utf-8")
+    beside.write_text(report(folder, groups, plots, overheads), encoding="utf-8")
     os.replace(beside, path)
     print(path)
     return 0
@@ -185,7 +188,7 @@ def _report(args: argparse.Namespace) -> int:
 
 def _overheads(args: argparse.Namespace) -> int:
     figures = measure_overheads(args.seconds)
-    write_log(Path(args.results) / "overheads.json", [figures])
+    write_log(Path(args.results) / OVERHEADS, [figures])
     print(overheads_table(figures))
     return 0
 

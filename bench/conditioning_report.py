@@ -195,8 +195,17 @@ seeds and scenes below were scored once, when a run had ended; the curves' scene
 """
 
 
-def report(folder: str | Path, groups: dict[str, dict[str, dict[int, Log]]], plots: Sequence[str]) -> str:
-    """The whole report in Markdown."""
+def report(
+    folder: str | Path, groups: dict[str, dict[str, dict[int, Log]]], plots: Sequence[str], overheads: str = ""
+) -> str:
+    """The whole report in Markdown.
+
+    Args:
+        folder: of the logs.
+        groups: logs by group, arm and seed.
+        plots: names of the plots in `folder`.
+        overheads: the table of overheads; empty: not measured.
+    """
     first = next(iter(next(iter(next(iter(groups.values())).values())).values()))
     parts = [HEAD.format(folder=folder, machine=first["machine"])]
     parts += [f"![{name}](conditioning/{name}.png)" for name in plots]
@@ -219,6 +228,8 @@ def report(folder: str | Path, groups: dict[str, dict[str, dict[int, Log]]], plo
             parts += [markdown(matrix_table(arms["cross"]))]
         if "baseline" in arms:
             parts += ["Held-out objects among more and more names:", markdown(names_table(arms))]
+    if overheads:
+        parts += ["## Overheads", "`python -m hyperclip_fast.bench.conditioning overheads`. " + overheads]
     return "\n\n".join(parts) + "\n"
 
 

@@ -162,6 +162,8 @@ def test_predictions_equal_one_image_at_a_time(row):
         "right": rows,
         "base": model.image.base_params.table.expand(len(tasks), -1),
         "wrong": rows.roll(len(tasks) // 2, 0),
+        "generic": model.adapt([["an object"]] * len(tasks)).table,
+        "shuffled": model.adapt(row_names(tasks, "shuffled")).table,
     }[row]
     with torch.no_grad():
         for t, (task, best) in enumerate(zip(tasks, together)):
