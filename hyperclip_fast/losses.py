@@ -88,7 +88,7 @@ class _ChunkedSigLip(torch.autograd.Function):
             rows, shown = images[start : start + chunk], labels[start : start + chunk, None]
             logits = (rows @ texts.T).mul_(scale).add_(bias)
             logits.scatter_(1, shown, -logits.gather(1, shown))
-            loss += F.softplus(logits).sum()
+            loss -= F.logsigmoid(-logits).sum()
             grad = logits.sigmoid_()
             grad.scatter_(1, shown, -grad.gather(1, shown))
             torch.mm(grad, texts, out=grad_images[start : start + chunk])

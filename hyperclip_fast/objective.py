@@ -129,13 +129,12 @@ class Objective(nn.Module):
 
 @torch.no_grad()
 def _accuracy(images: tuple[Tensor, ...], texts: list[Tensor], labels: tuple[Tensor, ...], chunk: int) -> Tensor:
-    """Share of images whose own class is the most similar one of its task."""
-    right = [
-        (rows @ classes.T).argmax(1) == wanted
-        for task, classes, shown in zip(images, texts, labels)
-        for rows, wanted in zip(task.split(chunk or len(task)), shown.split(chunk or len(task)))
-    ]
-    return torch.cat(right).float().mean()
+    """Share of images whose own class is the most similar one of its task, averaged over tasks."""
+    shares = []
+    for task, classes, shown in zip(images, texts, labels):
+        best = [(rows @ classes.T).argmax(1) for rows in task.split(chunk or len(task))]
+        shares.append((torch.cat(best) == shown).float().mean())
+    return torch.stack(shares).mean()
 
 
 def backward_in_parts(

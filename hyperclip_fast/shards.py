@@ -180,8 +180,8 @@ def _shard(url: str) -> Iterator[Sample | None]:
     errors: list[Exception] = []
     samples = require("webdataset.tariterators", "train").tarfile_samples
     yield from samples([{"url": url}], handler=lambda error: errors.append(error) or True)
-    for error in errors:
-        warnings.warn(f"skipped the rest of {url}: {error}", stacklevel=2)
+    if errors:
+        warnings.warn(f"skipped the rest of {url}: {errors[0]}", stacklevel=2)
         yield None
 
 

@@ -17,12 +17,13 @@ SHARDS = 4
 PAIRS = 16  # of each colour
 
 
-def smoke(run: RunConfig, folder: str | Path) -> RunConfig:
+def smoke(run: RunConfig, folder: str | Path, steps: int = 4) -> RunConfig:
     """A rehearsal of a recipe.
 
     Args:
         run: the recipe.
         folder: of the run; made-up data is written into its folder data/.
+        steps: of the rehearsal.
     """
     sizes = {"img_size": 32, "patch_size": 8, "width": 64, "depth": 2, "num_heads": 2, "embed_dim": 32}
     hyper = {"hyper_width": 32, "hyper_depth": 1, "hyper_heads": 2, "hyper_bottleneck": 16}
@@ -31,7 +32,7 @@ def smoke(run: RunConfig, folder: str | Path) -> RunConfig:
         model = replace(model, text_tower="transformer:width=32,depth=1,heads=2,dim=32", text_dim=None)
     tasks = 1 if run.train.tasks_per_batch == 1 else 2
     classes = 8 if isinstance(run.train.classes_per_task, int) else (4, 8)
-    train = replace(run.train, steps=4, warmup=1, tasks_per_batch=tasks, classes_per_task=classes)
+    train = replace(run.train, steps=steps, warmup=1, tasks_per_batch=tasks, classes_per_task=classes)
     train = replace(train, accumulate=min(train.accumulate, 2), log_every=1, eval_every=0, save_every=2)
     if train.precision == "float16":
         train = replace(train, precision="bfloat16")  # what every CPU can

@@ -206,6 +206,7 @@ def load(dataset: Dataset | IterableDataset, workers: int, pin: bool, sampler: A
             pin_memory=pin,
             worker_init_fn=_start_worker if workers else None,
             prefetch_factor=2 if workers else None,
+            generator=torch.Generator(),  # else the loader would draw from the trainer's chance
         )
     )
 

@@ -33,7 +33,7 @@ def _train(args: argparse.Namespace) -> int:
     run = load_config(args.config, changes)
     with distributed.processes(args.device) as device:
         if args.smoke:
-            run = smoke(run, args.out)
+            run = smoke(run, args.out, args.steps or 4)
         trainer = Trainer(run.model, run.train, args.out, device=device, data=run.data)
         trainer.train()
     if trainer.stopped is not None:

@@ -37,8 +37,15 @@ def _read(transform: Callable[[Any], Tensor], file: str | Path | bytes) -> Tenso
     return transform(_on_white(open_image(_opened(file))))
 
 
+class _Bytes(io.BytesIO):
+    """Bytes that an error message can name."""
+
+    def __repr__(self) -> str:
+        return f"{len(self.getvalue())} bytes"
+
+
 def _opened(file: str | Path | bytes) -> str | Path | io.BytesIO:
-    return io.BytesIO(file) if isinstance(file, bytes) else file
+    return _Bytes(file) if isinstance(file, bytes) else file
 
 
 def _on_white(image):
