@@ -66,7 +66,8 @@ class RunFolder:
         for name, value in entry.items() if self.events else ():
             values = value if isinstance(value, dict) else {"": value}
             for key, number in values.items():
-                self.events.add_scalar(f"{name}/{key}" if key else name, number, step)
+                if number is not None:
+                    self.events.add_scalar(f"{name}/{key}" if key else name, number, step)
 
     def _cut_log(self, step: int) -> None:
         file = self.path / "log.jsonl"

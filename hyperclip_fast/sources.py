@@ -9,10 +9,9 @@ task (captions), each gets its share of the pairs, and the objective brings the 
 """
 
 import contextlib
-import hashlib
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from hyperclip_fast.data import Pictures, TaskBatch, TaskSampler, augment, resize
+from hyperclip_fast.data import Pictures, TaskBatch, TaskSampler, augment, resize, stable_hash
 from hyperclip_fast.train_config import TrainConfig
 
 
@@ -95,7 +94,7 @@ def step_seed(seed: int, step: int) -> int:
 
 def hash_seed(*parts: object) -> int:
     """A 63-bit seed made of anything that prints."""
-    return int.from_bytes(hashlib.md5(repr(parts).encode(), usedforsecurity=False).digest()[:8], "big") >> 1
+    return stable_hash(repr(parts)) >> 1
 
 
 @contextlib.contextmanager
@@ -134,29 +133,34 @@ def share_of_tasks(sizes: list[int], share: Share) -> list[tuple[int, int]]:
     return [(start, start + size) for start, size in zip(starts[mine], sizes[mine])]
 
 
-class PictureSource:
-    """Mixed batches of Pictures' training part, augmented: see `TaskSampler` and `augment`.
+class Sampler(Protocol):
+    """What a TaskSource draws from."""
+
+    def batch(self, step: int) -> TaskBatch:
+        """The whole mixed batch of a step; images are RGBA pictures, or (B, 3, S, S) float32 that are taken as is."""
+
+
+class TaskSource:
+    """Batches of a sampler of pictures, augmented and resized.
 
     Args:
-        pictures: all of them; those held out are not used.
+        sampler: such as `TaskSampler`; `class_ids` of its batches are indices into `names`.
+        names: of all classes.
         config: of the training.
         image_size: S.
         share: of this process; each augments the global batch and keeps its part.
-
-    Raises:
-        ValueError: as `TaskSampler`.
     """
 
-    def __init__(self, pictures: Pictures, config: TrainConfig, image_size: int, share: Share | None = None):
-        self.names, self.config, self.image_size = pictures.names, config, image_size
-        self.share = share or Share()
-        self.sampler = TaskSampler(
-            pictures.subset(~pictures.held_out),
-            tasks_per_batch=config.tasks_per_batch,
-            classes_per_task=config.class_range[1],
-            seed=config.seed,
-            mixed_groups=config.mixed_groups,
-        )
+    def __init__(
+        self,
+        sampler: Sampler,
+        names: Sequence[str],
+        config: TrainConfig,
+        image_size: int,
+        share: Share,
+    ):
+        self.sampler, self.names, self.config = sampler, tuple(names), config
+        self.image_size, self.share = image_size, share
 
     def batches(self, start: int, state: Any = None) -> Iterator[Batch]:
         """The batches from step `start` on."""
@@ -185,7 +189,25 @@ class PictureSource:
         if min(sizes) < most:
             keep = (torch.arange(most) < torch.tensor(sizes)[:, None]).flatten()
             images, can_flip = images[keep], can_flip[keep]
-        return resize(augment(images, generator, can_flip), self.image_size)
+        if not images.is_floating_point():
+            images = augment(images, generator, can_flip)
+        return resize(images, self.image_size)
+
+
+def picture_source(pictures: Pictures, config: TrainConfig, image_size: int, share: Share) -> TaskSource:
+    """Batches of Pictures' training part.
+
+    Raises:
+        ValueError: as `TaskSampler`.
+    """
+    sampler = TaskSampler(
+        pictures.subset(~pictures.held_out),
+        tasks_per_batch=config.tasks_per_batch,
+        classes_per_task=config.class_range[1],
+        seed=config.seed,
+        mixed_groups=config.mixed_groups,
+    )
+    return TaskSource(sampler, pictures.names, config, image_size, share)
 
 
 def load(dataset: Dataset | IterableDataset, workers: int, pin: bool, sampler: Any = None) -> Iterator[Batch]:

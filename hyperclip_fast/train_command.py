@@ -33,7 +33,8 @@ def _train(args: argparse.Namespace) -> int:
     run = load_config(args.config, changes)
     with distributed.processes(args.device) as device:
         if args.smoke:
-            run = smoke(run, args.out, args.steps or 4)
+            run = smoke(run, args.out, args.steps or 4, distributed.share())
+            distributed.barrier(distributed.share().world)
         trainer = Trainer(run.model, run.train, args.out, device=device, data=run.data)
         trainer.train()
     if trainer.stopped is not None:

@@ -7,7 +7,7 @@ import torch
 from hyperclip_fast.data import Pictures, load_pictures
 from hyperclip_fast.image_sets import ImageSetSource, read_folder, read_table
 from hyperclip_fast.shards import ShardSource
-from hyperclip_fast.sources import PictureSource, Share, Source
+from hyperclip_fast.sources import Share, Source, picture_source
 from hyperclip_fast.train_config import DataConfig, RunConfig
 from hyperclip_fast.transforms import create_reader
 
@@ -30,7 +30,7 @@ def create_source(
     data, pin = run.data, device.type == "cuda"
     if pictures is not None or data.kind == "pictures":
         pictures = pictures or load_pictures(data.sets, size=run.train.picture_size, progress=share.rank == 0)
-        return PictureSource(pictures, run.train, image_size, share), pictures
+        return picture_source(pictures, run.train, image_size, share), pictures
     if not data.path:
         raise ValueError(f"data.path must say where the {data.kind} is, as --set data.path=..., got nothing")
     reader = create_reader(data, image_size)

@@ -5,6 +5,7 @@ not. A run's folder holds config.json, log.jsonl, checkpoint.pt (for resuming) a
 """
 
 import contextlib
+import math
 import signal
 import threading
 import time
@@ -34,7 +35,7 @@ from hyperclip_fast.optimizer import (
     train_mode,
 )
 from hyperclip_fast.run_folder import RunFolder
-from hyperclip_fast.sources import Batch, Source, hash_seed, step_seed
+from hyperclip_fast.sources import Batch, Sampler, Source, TaskSource, hash_seed, step_seed
 from hyperclip_fast.train_config import DataConfig, RunConfig, TrainConfig
 from hyperclip_fast.train_data import create_source
 
@@ -50,7 +51,8 @@ class Trainer:
         out: the run's folder; a checkpoint in it is resumed.
         pictures: the data, and its held-out part for the swap test; None: what `data` says.
         device: where to train.
-        source: batches of data of one's own, in place of the pictures'.
+        sampler: mixed batches of other pictures, see `sources.Sampler`.
+        source: batches of any other data, see `sources.Source`.
         data: what to train on; its defaults are OpenMoji and digits, rendered at `config.picture_size`.
 
     Raises:
@@ -64,6 +66,7 @@ class Trainer:
         out: str | Path,
         pictures: Pictures | None = None,
         device: str | torch.device = "cpu",
+        sampler: Sampler | None = None,
         source: Source | None = None,
         data: DataConfig | None = None,
     ):
@@ -72,8 +75,12 @@ class Trainer:
             model_config = replace(model_config, init_logit_bias=balanced_bias(sum(config.class_range) / 2))
         torch.manual_seed(config.seed)
         self.model = HyperCLIP(model_config).to(self.device)
+        freeze(self.model, config.freeze)
+        train_mode(self.model, config.freeze)
         self.pictures, self.source = pictures, source
-        if source is None:
+        if sampler is not None:
+            self.source = TaskSource(sampler, sampler.names, config, self.model.image_size, self.share)
+        elif source is None:
             run = RunConfig(model_config, config, data or DataConfig())
             self.source, self.pictures = create_source(run, self.model.image_size, self.share, self.device, pictures)
         self.features = self._known_features()
@@ -92,17 +99,17 @@ class Trainer:
 
     @property
     def _trains_text(self) -> bool:
-        return self.model.text is not None
+        return self.model.text is not None and "text" not in self.config.freeze
 
     def _known_features(self) -> Tensor | None:
         if self._trains_text or not self.source.names:
             return None
-        return self.model.text_features(self.source.names)
+        with torch.no_grad():
+            return self.model.text_features(self.source.names)
 
     def _prepare_model(self) -> None:
-        """Freeze, checkpoint, average, wrap, compile: what the configuration asks for."""
+        """Checkpoint, average, wrap, compile: what the configuration asks for."""
         config, model = self.config, self.model
-        freeze(model, config.freeze)
         model.image.set_grad_checkpointing(config.grad_checkpointing)
         if config.grad_checkpointing and self._trains_text:
             model.text.set_grad_checkpointing()
@@ -112,7 +119,8 @@ class Trainer:
             self.ema.module._frozen_text = model._frozen_text  # one tower for both
         spans = config.tasks_per_batch == 1 and self.share.world > 1
         self.objective = Objective(model, self.share, spans, config.loss_chunk, config.precision)
-        self.wrapped = distributed.wrap(self.objective, config.parallel, self.share.world)
+        world = self.share.world if config.accumulate == 1 else 1  # parts are averaged at the end, by no wrapper
+        self.wrapped = distributed.wrap(self.objective, config.parallel, world)
         if config.compile:
             for module in (model.image, model.hypernetwork):
                 if module is not None:
@@ -125,7 +133,8 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
-        self.step, self.broken = state["step"], state["broken"]
+        self.step = state["step"]
+        self.broken = state["broken"] if self.share.rank == 0 else 0
         streams = state["streams"]
         if len(streams) != self.share.world and any(stream is not None for stream in streams):
             raise ValueError(f"a stream is resumed by as many processes as before, {len(streams)}, got {self.share}")
@@ -138,7 +147,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "step": self.step,
-            "broken": self.broken,
+            "broken": sum(distributed.collect(self.broken, self.share.world)),
             "streams": distributed.collect(self._stream_state, self.share.world),
         }
         self.folder.save(state)
@@ -199,12 +208,15 @@ class Trainer:
             distributed.average_gradients(distributed.scalars(self.model), world)
         return loss, accuracy
 
-    def measures(self, metrics: dict[str, Tensor], images_per_second: float) -> dict[str, float]:
-        """A log line: means over processes of a step's metrics, gradient norms by part, scale, bias, rate, speed."""
+    def measures(self, metrics: dict[str, Tensor], images_per_second: float) -> dict[str, float | None]:
+        """A log line: means over processes of a step's metrics, gradient norms by part, scale, bias, rate, speed.
+
+        A number that is not finite, as the norm where float16's scaler left out a step, is None.
+        """
         scalars = {"logit_scale": self.model.logit_scale.exp(), "logit_bias": self.model.logit_bias}
         values = distributed.mean({**metrics, **self._norms, **scalars}, self.share.world)
         return {
-            **{name: round(value, 4) for name, value in values.items()},
+            **{name: round(value, 4) if math.isfinite(value) else None for name, value in values.items()},
             "lr": learning_rate(self.step - 1, self.config),
             "images_per_second": round(images_per_second * self.share.world, 1),
             "broken": sum(distributed.collect(self.broken, self.share.world)),
@@ -264,7 +276,7 @@ class Trainer:
                 self.log(values)
                 bar.set_postfix({name: values[name] for name in metrics})
             if config.eval_every and self.step % config.eval_every == 0 and self.step < config.steps:
-                model = self.current_model()
+                model = None if self.pictures is None else self.current_model()
                 if first and tasks:
                     bar.write(f"step {self.step}: held out {self.evaluate(tasks, model)}")
                 images, start = 0, time.perf_counter()
@@ -279,7 +291,8 @@ class Trainer:
 
 @contextlib.contextmanager
 def _signals_noted() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT inside are noted in a list; a second one acts as it did before."""
+    """SIGTERM and SIGINT inside are noted in a list. A second Ctrl-C acts as it did before; SIGTERM may come to a whole
+    process group and from torchrun, too."""
     noted: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield noted  # only the main thread may set handlers
@@ -288,7 +301,8 @@ def _signals_noted() -> Iterator[list[int]]:
 
     def note(number: int, frame: Any) -> None:
         noted.append(number)
-        signal.signal(number, before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
 
     for number in before:
         signal.signal(number, note)

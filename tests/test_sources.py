@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hyperclip_fast.sources import PictureSource, Share
+from hyperclip_fast.sources import Share, picture_source
 from hyperclip_fast.train_config import DataConfig, RunConfig, TrainConfig
 from hyperclip_fast.train_data import create_source
 from tests.image_data import SIDE, which, write_folder, write_shards, write_table
@@ -88,7 +88,7 @@ def test_processes_share_the_batch_of_one(tmp_path, kind, tasks, classes):
 
     def stream(share):
         if kind == "pictures":
-            return PictureSource(pictures(), TrainConfig(**train), SIDE, share)
+            return picture_source(pictures(), TrainConfig(**train), SIDE, share)
         return source(data, share, **train)
 
     for whole, *parts in zip(*(take(stream(share), 3) for share in (Share(), Share(0, 2), Share(1, 2)))):

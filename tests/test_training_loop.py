@@ -108,6 +108,32 @@ def test_a_frozen_part_stays_as_it_is(towers, tmp_path, part):
     assert run.model.image.training == (part != "image")
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_frozen_text_tower_of_the_models_own(towers, tmp_path, accumulate):
+    """Its projection is frozen with it, and what it gives is computed once."""
+    run = Trainer(
+        tiny_config(train_text=True), replace(CONFIG, freeze=("text",), accumulate=accumulate), tmp_path, pictures()
+    )
+    calls = run.model.text.calls
+    run.train_step(), run.train_step()
+    assert run.model.text.calls == calls == 1
+
+
+@pytest.mark.parametrize("tower", ["minilm", "transformer:width=32,depth=2,heads=2"])
+def test_checkpointing_a_text_tower_changes_no_gradient(tmp_path, tower):
+    norms = []
+    for on in (False, True):
+        config = replace(CONFIG, grad_checkpointing=on, tasks_per_batch=1)
+        run = Trainer(tiny_config(text_tower=tower, train_text=True), config, tmp_path / str(on), pictures())
+        run.model.text.eval()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t.nbytes) or t, lambda t: t):
+            run.wrapped(run.inputs(run.next_batch()))[0].backward()
+        norms.append((torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters()]).item(), sum(saved)))
+    assert norms[0][0] == pytest.approx(norms[1][0], rel=1e-4)
+    assert norms[1][1] < 0.7 * norms[0][1]
+
+
 def test_parts_have_rates_and_decay_of_their_own(towers, tmp_path):
     changes = {"image_lr": 1e-4, "hyper_lr": 0.0, "text_weight_decay": 0.5, "weight_decay": 0.1, "lr": 1e-3}
     run = Trainer(tiny_config(), replace(CONFIG, warmup=4, **changes), tmp_path, pictures())
@@ -136,11 +162,14 @@ def test_half_precision_trains_near_float32(towers, tmp_path, precision, accumul
         trainer(tmp_path / name, precision=name, accumulate=accumulate, warmup=1, clip=0.0, lr=1e-4)
         for name in ("float32", precision)
     ]
+    if precision == "float16":
+        runs[1].scaler = torch.amp.GradScaler("cpu", init_scale=64)  # the first one's 65536 overflows, and falls
     exact, rough = ([run.train_step() for _ in range(4)] for run in runs)
     for ours, expected in zip(rough, exact):
         assert float(ours["loss"]) == pytest.approx(float(expected["loss"]), rel=0.03)
         assert float(ours["grad_norm"]) == pytest.approx(float(expected["grad_norm"]), rel=0.15)
-    assert runs[1].scaler.is_enabled() == (precision == "float16")
+    if precision == "float16":
+        assert runs[1].scaler.get_scale() == 64  # no step was left out
     assert next(runs[1].model.image.parameters()).dtype == torch.float32
 
 
@@ -152,7 +181,8 @@ def test_checkpointing_and_compiling_change_no_gradient(towers, tmp_path, monkey
         compile_module(module, backend="eager")
 
     monkeypatch.setattr(nn.Module, "compile", compile_eagerly)
-    runs = [trainer(tmp_path / str(on), grad_checkpointing=on, compile=on) for on in (False, True)]
+    changes = [replace(CONFIG, grad_checkpointing=on, compile=on) for on in (False, True)]
+    runs = [Trainer(tiny_config(), change, tmp_path / str(i), pictures()) for i, change in enumerate(changes)]
     losses = [[float(run.train_step()["loss"]) for _ in range(2)] for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert compiled == ["HyperViT", "HyperNetwork"] and runs[1].model.image.grad_checkpointing
@@ -172,6 +202,15 @@ def test_the_average_of_the_weights_is_what_a_run_gives(towers, tmp_path):
     assert not torch.equal(saved.text_projection.weight, run.model.text_projection.weight)
 
 
+def test_a_step_that_overflows_is_left_out_and_logged_as_such(towers, tmp_path):
+    run = trainer(tmp_path, precision="float16", steps=2)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=1e9)
+    before = run.model.text_projection.weight.detach().clone()
+    metrics = run.train_step()
+    assert torch.equal(run.model.text_projection.weight, before) and run.scaler.get_scale() < 1e9
+    assert run.measures(metrics, 1.0)["grad_norm"] is None
+
+
 def test_logs_say_what_happened(towers, tmp_path):
     run = trainer(tmp_path, tensorboard=True, clip=1e-3)
     run.train()
@@ -189,8 +228,8 @@ def test_logs_say_what_happened(towers, tmp_path):
 def test_the_bias_follows_the_batch_where_asked(towers, tmp_path):
     model = tiny_config(init_logit_bias=-7.0)
     run = Trainer(model, replace(CONFIG, balance_bias=True, classes_per_task=(2, 6)), tmp_path, pictures())
-    assert float(run.model.logit_bias) == pytest.approx(-1.0986123)
-    assert float(trainer(tmp_path / "other").model.logit_bias) == -1.0
+    assert run.model.logit_bias.item() == pytest.approx(-1.0986123)
+    assert trainer(tmp_path / "other").model.logit_bias.item() == -1.0
 
 
 def test_changes_from_the_command_line(tmp_path):
