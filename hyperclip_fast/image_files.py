@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -33,25 +34,34 @@ def find_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     return files
 
 
-def load_image(path: str | Path, size: int) -> Tensor:
+def load_image(path: str | Path | BinaryIO, size: int) -> Tensor:
     """An image file as (3, S, S) float32 in [-1, 1]: upright, on white, the centre square.
 
     Raises:
         ValueError: if it is no image, is cut short, or has more than MAX_PIXELS pixels.
     """
     image_module, ops = require("PIL.Image", "train"), require("PIL.ImageOps", "train")
-    try:
-        with image_module.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"path must be an image of at most {MAX_PIXELS} pixels, got {path}: {image.size}")
-            upright = _to_rgba(ops.exif_transpose(image))
-    except image_module.DecompressionBombError as error:
-        raise ValueError(f"path must be an image of at most {MAX_PIXELS} pixels, got {path}") from error
-    except (OSError, SyntaxError, EOFError, struct.error) as error:
-        raise ValueError(f"path must be a whole image file, got {path}: {error}") from error
-    square = ops.fit(upright, (size, size), method=image_module.Resampling.BICUBIC)
+    square = ops.fit(open_image(path), (size, size), method=image_module.Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
     return to_rgb(pixels.view(1, size, size, 4).permute(0, 3, 1, 2))[0]
+
+
+def open_image(file: str | Path | BinaryIO):
+    """An image file, by its path or opened, as an upright RGBA image of Pillow.
+
+    Raises:
+        ValueError: as `load_image`.
+    """
+    image_module, ops = require("PIL.Image", "train"), require("PIL.ImageOps", "train")
+    try:
+        with image_module.open(file) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"path must be an image of at most {MAX_PIXELS} pixels, got {file}: {image.size}")
+            return _to_rgba(ops.exif_transpose(image))
+    except image_module.DecompressionBombError as error:
+        raise ValueError(f"path must be an image of at most {MAX_PIXELS} pixels, got {file}") from error
+    except (OSError, SyntaxError, EOFError, struct.error) as error:
+        raise ValueError(f"path must be a whole image file, got {file}: {error}") from error
 
 
 def _to_rgba(image):

@@ -10,7 +10,9 @@ from hyperclip_fast.data import Pictures
 from hyperclip_fast.evaluation import ELSEWHERE, ROWS, EvalTask, accuracy, held_out_tasks, predict, row_names, swap_test
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
-from hyperclip_fast.training import TrainConfig, Trainer, learning_rate, load_config
+from hyperclip_fast.optimizer import learning_rate
+from hyperclip_fast.train_config import TrainConfig, load_config
+from hyperclip_fast.training import Trainer
 from tests.towers import patch_text_tower, tiny_config, tiny_model
 
 CONFIG = TrainConfig(
@@ -200,5 +202,5 @@ def test_numbers_as_yaml_reads_them(tmp_path):
     (tmp_path / "config.yaml").write_text(
         "train: {lr: 1e-3, clip: 2, betas: [0, 0.98]}"
     )  # 1e-3 is a string in YAML 1.1
-    config = load_config(tmp_path / "config.yaml")[1]
+    config = load_config(tmp_path / "config.yaml").train
     assert (config.lr, config.clip, config.betas) == (1e-3, 2.0, (0.0, 0.98))
