@@ -22,8 +22,9 @@ DEMO = [*TRAIN, "matplotlib"]
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 EXECUTORCH = ["executorch>=1.0"]  # an export format with heavy dependencies
 BENCH = ["matplotlib", *EXPORT]  # plots, and a rival on the CPU
+EVIDENCE = [*DEMO, "peft>=0.15"]  # the conditioning experiment and its rivals
 REPORT = ["matplotlib", "pytest>=8", "hypothesis>=6.80"]  # what make gpu-report needs
-TEST = [*DEMO, *BENCH, *EXECUTORCH, "kernels>=0.15", "pytest>=8", "pytest-xdist", "hypothesis>=6.80", "ruff>=0.6"]
+TEST = [*EVIDENCE, *BENCH, *EXECUTORCH, "kernels>=0.15", "pytest>=8", "pytest-xdist", "hypothesis>=6.80", "ruff>=0.6"]
 
 setup(
     name="hyperclip_fast",
@@ -52,6 +53,7 @@ setup(
         "bench": BENCH,
         "export": EXPORT,
         "executorch": EXECUTORCH,
+        "evidence": EVIDENCE,
         "report": REPORT,
         "test": TEST,
     },

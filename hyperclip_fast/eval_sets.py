@@ -8,9 +8,11 @@ skin-tones      OpenMoji's hands in five skin tones, which are the groups
 scenes          held-out objects' scenes under six attributes
 """
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from hyperclip_fast.evaluation import EvalTask, held_out_tasks
 from hyperclip_fast.extras import require
 from hyperclip_fast.image_files import find_images, load_image
 from hyperclip_fast.openmoji import load_skin_tones
-from hyperclip_fast.scenes import scene_tasks
+from hyperclip_fast.scenes import VALUES, scene_tasks
 
 BUILT_IN = ("openmoji", "digits", "skin-tones", "scenes")
 
@@ -56,7 +58,7 @@ def load_eval_set(source: str, size: int, classes: int = 10) -> EvalSet:
     if source == "digits":
         return EvalSet(source, held_out_tasks(load_pictures(("digits",))))
     if source == "scenes":
-        return EvalSet(source, scene_tasks(load_pictures(("openmoji",), size=32), size=size))
+        return EvalSet(source, _one_a_question(scene_tasks(load_pictures(("openmoji",), size=32), size=size)))
     if source == "skin-tones":
         images, labels, names, tones = load_skin_tones(size)
         return EvalSet(source, [EvalTask(source, names, images, labels)], [tones])
@@ -66,6 +68,15 @@ def load_eval_set(source: str, size: int, classes: int = 10) -> EvalSet:
     if path.is_dir():
         return EvalSet(path.name, [_read_folder(path, size)])
     raise ValueError(f"data must be a folder, a tar file or one of {', '.join(BUILT_IN)}, got {source}")
+
+
+def _one_a_question(tasks: list[EvalTask]) -> list[EvalTask]:
+    """Scenes' tasks with all objects in one, so that every attribute counts the same."""
+    objects, others = tasks[: -len(VALUES)], tasks[-len(VALUES) :]
+    starts = [sum(len(task.class_names) for task in objects[:i]) for i in range(len(objects))]
+    names = tuple(name for task in objects for name in task.class_names)
+    labels = torch.cat([task.labels + start for task, start in zip(objects, starts)])
+    return [EvalTask("object", names, torch.cat([task.images for task in objects]), labels), *others]
 
 
 def _read_folder(path: Path, size: int) -> EvalTask:
@@ -108,10 +119,8 @@ def _read_shards(path: Path, size: int) -> EvalTask:
     return EvalTask(path.stem, tuple(names), torch.stack(images), torch.tensor(labels))
 
 
-def _samples(path: Path) -> Iterator[tuple[Path, str]]:
+def _samples(path: Path) -> Iterator[tuple[BinaryIO, str]]:
     """Image (an opened file) and class of each sample of one shard or a folder of them."""
-    import io
-
     webdataset = require("webdataset", "train")
     shards = sorted(map(str, path.glob("*.tar"))) if path.is_dir() else [str(path)]
     for sample in webdataset.WebDataset(shards, shardshuffle=False, empty_check=False):

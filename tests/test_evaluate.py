@@ -8,14 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from hyperclip_fast import dense
+from hyperclip_fast import dense, eval_sets
 from hyperclip_fast.cli import main
 from hyperclip_fast.corruptions import CORRUPTIONS, corrupt
 from hyperclip_fast.eval_sets import EvalSet, load_eval_set
 from hyperclip_fast.evaluation import EvalTask, class_scores
 from hyperclip_fast.openmoji import TONES, load_skin_tones
+from hyperclip_fast.scenes import ATTRIBUTES, scene_tasks
 from hyperclip_fast.text import create_text_tower
 from hyperclip_fast.zero_shot import evaluate, metrics
+from tests.test_scenes import blocks
 from tests.towers import patch_text_tower, tiny_model
 
 COLOURS = {"dark red": (139, 0, 0), "lime": (0, 255, 0), "navy": (0, 0, 128)}
@@ -89,6 +91,14 @@ def test_skin_tones_are_groups():
     inside = light[3] > 200
     assert light[:3, inside].mean() > dark[:3, inside].mean() + 40
     assert (light[3] - dark[3]).abs().mean() < 5  # the same hand
+
+
+def test_scenes_ask_each_question_once():
+    tasks = scene_tasks(blocks(), scenes=16, classes=4)
+    one = eval_sets._one_a_question(tasks)
+    assert [task.name for task in one] == list(ATTRIBUTES)
+    shown = [task.class_names[label] for task in tasks[:2] for label in task.labels]
+    assert [one[0].class_names[label] for label in one[0].labels] == shown and torch.equal(one[0].images, one[1].images)
 
 
 def test_metrics():
