@@ -215,7 +215,6 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
             ("tl.sum(b_sum, axis=0), mask=m_n", "tl.sum(b_sum, axis=0)"),
         ),
         "_kept": (
-            ("sample = m // N", "sample = m * 0"),
             ("m - sample * N", "m"),
             (" + o_m) // N", ") // N"),
             ("keep + sample + o_sample", "keep + sample"),
