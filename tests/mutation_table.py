@@ -266,7 +266,7 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
         "_gelu_backward_pass": (("if need_bias else None", "if True else None"),),
         "_pass_options": (
             ("min(_blocks(rows, block_m),", "min(_blocks(rows, block_m) + 1,"),
-            ("columns = _blocks(F, block_n)", "columns = F // block_n + 1"),
+            ("columns = _blocks(F, block_n)", "columns = max(1, F // block_n)"),
             ("columns * slices", "slices"),
         ),
         "launch_linear_add": (
@@ -283,12 +283,14 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
     },
     "linear_op": {
         "_launch": (("a.contiguous() if", "a if"),),
-        "_product_gradients": (("if need_x else None", "if True else None"),),
+        "_product_gradients": (
+            ("if need_x else None", "if True else None"),
+            ("if need_weight else None", "if True else None"),
+        ),
         "_linear_add_gradients": (
             ("scale is not None or keep is not None", "scale is not None"),
             (" or grad_out.dtype != x.dtype", ""),
             ("grad_y if scaled else grad_out", "grad_out"),
-            ("y if need_scale else None", "y"),
         ),
         "fused_linear_gelu": (("needs_grad and x.shape[2] > WIDEST_RECOMPUTED", "needs_grad"),),
         "fused_linear_add": (("_needs_grad(scale))\n", "_needs_grad(x))\n"),),
