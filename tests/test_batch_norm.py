@@ -47,7 +47,7 @@ class Case:
     dtype: torch.dtype = F32
     rows_dtype: torch.dtype = F32
     layout: str = "contiguous"  # of x and residual: contiguous, last, sliced; crossed: residual in the other
-    rows: str = "views"  # of weight and bias: views of a wider table, columns (inner stride 2)
+    rows: str = "views"  # of weight and bias: views of a wider table, apart (one of each), columns (inner stride 2)
     ids_dtype: torch.dtype = torch.int64
     eps: float = 1e-5
     programs: int = 1024  # programs wanted: how finely samples are sliced
@@ -70,6 +70,7 @@ class Case:
         table = table.to(DEVICE, self.rows_dtype)
         weight = table[:, : step * self.C : step]
         bias = table[:, step * self.C + 3 : 2 * step * self.C + 3 : step]
+        bias = bias.contiguous() if self.rows == "apart" else bias
         mean = torch.randn(self.T, self.C, generator=generator)
         var = torch.rand(self.T, self.C, generator=generator) + 0.2
         mean, var = (t.to(DEVICE) if self.statistics == "task" else t[0].to(DEVICE) for t in (mean, var))
@@ -117,7 +118,7 @@ def cases(draw, dtypes=KERNEL_DTYPES):
         dtype=dtype,
         rows_dtype=draw(st.sampled_from((dtype, F32))),
         layout=draw(st.sampled_from(("contiguous", "last", "last", "sliced", "crossed"))),
-        rows=draw(st.sampled_from(("views", "columns"))),
+        rows=draw(st.sampled_from(("views", "apart", "columns"))),
         ids_dtype=draw(st.sampled_from((torch.int64, torch.int32))),
         eps=draw(st.sampled_from((1e-5, 0.3))),
         programs=draw(st.sampled_from((1, 4, 1024))),

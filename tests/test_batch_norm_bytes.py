@@ -125,6 +125,9 @@ def test_task_id_out_of_range_reads_no_row(tensors, triton_backend):
         batch_norm_act(**leaves, task_ids=torch.tensor([0, T, -1]), **STATISTICS)
     for rows in (leaves["weight"], leaves["bias"], STATISTICS["mean"], STATISTICS["var"]):
         assert set(log.of("load", rows)) == set(range(C))
+    with accesses():
+        out, *_ = batch_norm_act_train(**leaves, task_ids=torch.tensor([0, T, -1]))
+        out.sum().backward()
 
 
 @pytest.mark.parametrize("last", [False, True])
