@@ -115,7 +115,7 @@ def operations(shape: Shape) -> dict[str, tuple[Callable, dict[str, Tensor], boo
     norm = {"x": tensor(), "weight": tensor(B, D), "bias": tensor(B, D)}
     wide = {"x": tensor(), "weight": tensor(4 * D, D), "bias": tensor(4 * D)}
     back = {"x": tensor(B, shape.N, 4 * D), "weight": tensor(D, 4 * D), "bias": tensor(D)}
-    pixels = {**norm, "x": tensor().transpose(1, 2).unsqueeze(-1)}  # (B, C, N, 1), channels-last
+    pixels = {**norm, "x": tensor().transpose(1, 2).unsqueeze(2)}  # (B, C, 1, N), channels-last
     statistics = {"mean": torch.zeros(D), "var": torch.ones(D), "act": "silu"}
     add, scale = {"residual": tensor()}, {"scale": tensor(D)}
     rows, narrow = (

@@ -234,9 +234,9 @@ def _our_norm_linear_gelu(x, weight, bias, task_ids, projection, offset):
 
 
 def _batch_norm_inputs(shape: Shape) -> Inputs:
-    """The norm's inputs with N tokens as pixels in a column, channels-last."""
+    """The norm's inputs with N tokens as pixels in a line, channels-last."""
     inputs = _norm_inputs(shape)
-    return {**inputs, "x": inputs["x"].transpose(1, 2).unsqueeze(-1)}
+    return {**inputs, "x": inputs["x"].transpose(1, 2).unsqueeze(2)}
 
 
 def _batch_norm_work(inputs: Inputs, training: bool) -> tuple[int, int]:
