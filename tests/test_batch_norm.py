@@ -21,14 +21,8 @@ LAUNCH = "hyperclip_fast.kernels.batch_norm_launch"
 EXAMPLES = {"gpu": 200, "interpreter": 50}.get(MODE, 30)
 NAMES = ("x", "weight", "bias", "residual")
 F32, F16 = torch.float32, torch.float16
-ACTS = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-    "hard_swish": F.hardswish,
-    "gelu": F.gelu,
-    "none": lambda x: x,
-}
+ACTS = {name: getattr(F, name) for name in ("relu", "relu6", "silu", "gelu")}
+ACTS |= {"hard_swish": F.hardswish, "none": lambda x: x}
 
 
 @dataclass(frozen=True)
@@ -101,16 +95,16 @@ if not MODE.startswith("ptxsim"):
 def cases(draw, dtypes=KERNEL_DTYPES):
     """Small calls of every kind."""
     dtype, mix = draw(st.sampled_from(dtypes)), draw(st.sampled_from(("any", "any", "identical", "none")))
-    (C, H, W), B = draw(st.sampled_from(SIZES)), draw(st.integers(1, 5))
     statistics = draw(st.sampled_from(("shared", "task", "batch", "batch")))
+    (C, H, W), B = draw(st.sampled_from(SIZES)), draw(st.integers(1, 5))
+    B = 2 if statistics == "batch" and H * W == 1 else B
+    T = draw(st.sampled_from((1, B))) if mix == "none" else draw(st.integers(1, 6))
     return Case(
-        B=2 if statistics == "batch" and H * W == 1 else B,
+        B=B,
         C=C,
         H=H,
         W=W,
-        T=draw(st.sampled_from((1, 2 if statistics == "batch" and H * W == 1 else B)))
-        if mix == "none"
-        else draw(st.integers(1, 6)),
+        T=T,
         mix=mix,
         statistics=statistics,
         act=draw(st.sampled_from(tuple(ACTS))),
@@ -326,10 +320,7 @@ def test_an_empty_batch(triton_backend):
 
 REFUSED_BY_KERNELS = {
     "x must be one of": {"x": torch.zeros(3, 12, 5, 4, dtype=torch.float64), "residual": None},
-    "weight must be torch.float32": {
-        "weight": torch.zeros(4, 12, dtype=F16),
-        "bias": torch.zeros(4, 12, dtype=F16),
-    },
+    "weight must be torch.float32": dict.fromkeys(("weight", "bias"), torch.zeros(4, 12, dtype=F16)),
     "task_ids must be on x's device": {"task_ids": torch.zeros(3, dtype=torch.int64, device="meta")},
     "mean must be on x's device": {"mean": torch.zeros(12, device="meta")},
 }
