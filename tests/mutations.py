@@ -27,6 +27,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NORM_TESTS = ("tests/test_kernel_bytes.py", "tests/test_layer_norm.py")  # the quick ones first
 LINEAR_TESTS = ("tests/test_linear_bytes.py", "tests/test_linear.py")
+BATCH_TESTS = ("tests/test_batch_norm_bytes.py", "tests/test_batch_norm.py")
 TESTS = {
     "layer_norm_triton": NORM_TESTS,
     "layer_norm_launch": NORM_TESTS,
@@ -34,6 +35,10 @@ TESTS = {
     "linear_triton": LINEAR_TESTS,
     "linear_launch": LINEAR_TESTS,
     "linear_op": LINEAR_TESTS,
+    "batch_norm_triton": BATCH_TESTS,
+    "batch_norm_sums_triton": BATCH_TESTS,
+    "batch_norm_launch": BATCH_TESTS,
+    "batch_norm_op": BATCH_TESTS,
 }
 MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
     "layer_norm_triton": {
@@ -315,6 +320,136 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
         ),
         "fused_linear_gelu": (("needs_grad and x.shape[2] > WIDEST_RECOMPUTED", "needs_grad"),),
         "fused_linear_add": (("_needs_grad(scale))\n", "_needs_grad(x))\n"),),
+    },
+    "batch_norm_triton": {
+        "_clamp": (
+            ("b_x <= LOW, LOW", "b_x <= LOW, HIGH"),
+            ("b_x >= HIGH, HIGH", "b_x >= HIGH, b_x"),
+        ),
+        "_activate": (
+            ("b_x <= 0.0, 0.0", "b_x <= 0.0, 1.0"),
+            ("_clamp(b_x, 0.0, 6.0)", "_clamp(b_x, 0.0, 3.0)"),
+            ("tl.sigmoid(b_x)", "tl.sigmoid(-b_x)"),
+            ("(1.0 / 6.0)", "(1.0 / 3.0)"),
+            ("_normal_cdf(b_x)", "_normal_cdf(-b_x)"),
+        ),
+        "_slope": (
+            ("b_x > 0.0, 1.0", "b_x > 0.0, 2.0"),
+            ("(b_x < 6.0)", "(b_x < 3.0)"),
+            ("b_x * (1.0 - b_gate)", "b_x * b_gate"),
+            ("b_x <= -3.0", "b_x <= 0.0"),
+            ("(1.0 / 3.0)", "(1.0 / 6.0)"),
+            ("_gelu_slope(b_x)", "_normal_cdf(b_x)"),
+        ),
+        "_spread": (
+            ("if CHANNELS_LAST", "if not CHANNELS_LAST"),
+            ("b_row[:, None]", "b_row[None, :]"),
+        ),
+        "_tile": (
+            ("outer = s if", "outer = c if"),
+            ("(b * OUTER + outer) * INNER", "b * OUTER * INNER"),
+            ("o_outer * INNER", "o_outer * BLOCK_I"),
+            ("outer + o_outer < OUTER", "outer + o_outer <= OUTER"),
+            ("inner + o_inner < INNER", "inner + o_inner <= INNER"),
+        ),
+        "_rstd": (
+            ("tl.cast(eps, tl.float32)", "1e-5"),
+            ("_load_row(var, row, stride", "_load_row(var, 0, stride"),
+        ),
+        "_fwd_kernel": (
+            ("(tl.program_id(0) // (rows * columns)).to(tl.int64)", "tl.program_id(0) // (rows * columns)"),
+            ("// columns % rows", "% rows"),
+            ("% columns * BLOCK_I", "% columns"),
+            ("_load_row(mean, row, stats_stride", "_load_row(mean, row, weight_stride"),
+            ("_load_row(weight, row, weight_stride", "_load_row(weight, row, bias_stride"),
+            ("_load_row(bias, row, bias_stride", "_load_row(bias, row, weight_stride"),
+            ("(b_x - _spread(b_mean, CHANNELS_LAST))", "b_x"),
+            (" + _spread(b_bias, CHANNELS_LAST)", ""),
+            ("_activate(b_x, ACT) + b_residual if", "_activate(b_x + b_residual, ACT) if"),
+            ("b_x.to(out.dtype.element_ty), mask=m_tile", "b_x.to(out.dtype.element_ty)"),
+        ),
+        "_bwd_kernel": (
+            ("% tiles) * BLOCK_C", "% tiles)"),
+            ("(tl.program_id(0) // tiles).to(tl.int64)", "tl.program_id(0) // tiles"),
+            ("% slices) * chunk", "% slices)"),
+            ("_load_row(mean, row, stats_stride", "_load_row(mean, row, weight_stride"),
+            ("_load_row(weight, row, weight_stride", "_load_row(weight, row, bias_stride"),
+            ("_load_row(bias, row, bias_stride", "_load_row(bias, row, weight_stride"),
+            ("sums + (C + o_c)", "sums + o_c"),
+            ("* b_rstd * b_rstd", "* b_rstd"),
+            ("tl.cdiv(S, BLOCK_S)", "S // BLOCK_S"),
+            ("s = tile * BLOCK_S", "s = first * BLOCK_S"),
+            (".to(tl.float32) - b_mean", ".to(tl.float32)"),
+            ("_slope(b_pre, ACT)", "_activate(b_pre, ACT)"),
+            ("b_pre += tl.load(residual", "b_pre = tl.load(residual"),
+            ("b_sum_weight += b_grad", "b_sum_weight = b_grad"),
+            ("b_sum_bias += b_grad", "b_sum_bias = b_grad"),
+            ("b_grad *= b_scale", "b_grad *= b_rstd"),
+            ("b_offset + b_centred * b_slope", "b_offset"),
+            ("axis=AXIS) * _rstd(var, row, stats_stride, eps, o_c, C)", "axis=AXIS)"),
+            ("tl.sum(b_sum_bias, axis=AXIS), mask=o_c < C", "tl.sum(b_sum_bias, axis=AXIS)"),
+        ),
+    },
+    "batch_norm_sums_triton": {
+        "_stats_kernel": (
+            ("% tiles) * BLOCK_C", "% tiles)"),
+            ("(tl.program_id(0) // tiles).to(tl.int64)", "tl.program_id(0) // tiles"),
+            ("% slices) * chunk", "% slices)"),
+            ("tl.minimum(S - s, BLOCK_S)", "tl.minimum(S, BLOCK_S)"),
+            (
+                "tl.where(m_tile, b_x - _spread(b_tile_mean, CHANNELS_LAST), 0.0)",
+                "b_x - _spread(b_tile_mean, CHANNELS_LAST)",
+            ),
+            ("(count * n / (count + n))", "n"),
+            ("b_m2 += tl.sum", "b_m2 = tl.sum"),
+            ("b_shift * (n / count)", "b_shift"),
+            ("b_m2, mask=o_c < C", "b_m2"),
+        ),
+        "_lines": (
+            ("first + tl.arange", "tl.arange"),
+            ("(o_p < P)[:, None] & ", ""),
+            (" & (o_c < C)[None, :]", ""),
+        ),
+        "_combine_kernel": (
+            ("tl.program_id(0) * BLOCK_C", "tl.program_id(0)"),
+            ("b_sum += b_count * ", "b_sum += "),
+            (" - b_mean[None, :]", ""),
+            ("b_m2 += tl.load(partial_m2", "b_m2 = tl.load(partial_m2"),
+            ("tl.where(m_lines, b_count * b_shift * b_shift, 0.0)", "b_count * b_shift * b_shift"),
+            ("b_mean, mask=o_c < C", "b_mean"),
+        ),
+        "_sums_kernel": (
+            ("tl.program_id(0) * BLOCK_C", "tl.program_id(0)"),
+            ("o_p // slices", "o_p"),
+            ("(row < T)", "(row <= T)"),
+            ("row[:, None] * weight_stride", "row[:, None] * C"),
+            ("(1 - r) * P * C", "r * P * C"),
+            ("b_weight * b_part", "b_part"),
+            ("b_sum += tl.where", "b_sum = tl.where"),
+            ("tl.cast(count, tl.float32)", "1.0"),
+            ("sums + r * C + o_c", "sums + o_c"),
+        ),
+    },
+    "batch_norm_launch": {
+        "_slices": (("_blocks(tiles, chunk), programs", "tiles, programs"),),
+        "launch_statistics": (("chunk=chunk * block_s", "chunk=chunk"),),
+        "_norm_arguments": (("0 if mean.dim() == 1 else _row_stride(mean)", "_row_stride(mean)"),),
+        "launch_backward": (
+            ("need_weight or two_passes", "need_weight"),
+            ("None if two_passes else grad_x", "grad_x"),
+            ("grad_residual if has_g else grad_out", "grad_out"),
+            ("None if has_g else residual", "residual"),
+            ('"none" if has_g else act', "act"),
+            ("0 if need_weight else 1", "0"),
+        ),
+    },
+    "batch_norm_op": {
+        "_rows": (("_dense_columns(bias)", "bias"),),
+        "_setup_context": ((" and not residual_after_act", ""),),
+        "_gradients": (
+            ("grad_residual if ctx.is_seen else grad_out", "grad_out"),
+            ("grad_rows[-1] if need_bias", "grad_rows[0] if need_bias"),
+        ),
     },
 }
 
