@@ -4,8 +4,9 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 MINUTES ?= 9
 KERNEL_TESTS = PYTHONPATH=$(TOOLS) OMP_NUM_THREADS=1
-KERNEL_FILES = tests/test_layer_norm.py tests/test_linear.py tests/test_norm_linear.py
-BYTE_FILES = tests/test_kernel_bytes.py tests/test_linear_bytes.py tests/test_norm_linear_bytes.py
+KERNEL_FILES = tests/test_layer_norm.py tests/test_linear.py tests/test_norm_linear.py tests/test_batch_norm.py
+BYTE_FILES = tests/test_kernel_bytes.py tests/test_linear_bytes.py tests/test_norm_linear_bytes.py \
+	tests/test_batch_norm_bytes.py
 
 .PHONY: demo test test-kernels mutate gpu-report lint clean
 

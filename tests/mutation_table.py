@@ -1,7 +1,10 @@
 """The mutations of the kernels, and the tests that must notice them; mutations.py applies them. Data."""
 
+from tests.mutation_table_batch_norm import BATCH_NORM
+
 NORM_TESTS = ("tests/test_kernel_bytes.py", "tests/test_layer_norm.py")  # the quick ones first
 LINEAR_TESTS = ("tests/test_linear_bytes.py", "tests/test_linear.py")
+BATCH_TESTS = ("tests/test_batch_norm_bytes.py", "tests/test_batch_norm.py")
 NORM_LINEAR_TESTS = ("tests/test_norm_linear_bytes.py", "tests/test_norm_linear.py")
 TESTS = {
     "layer_norm_triton": NORM_TESTS,
@@ -10,6 +13,10 @@ TESTS = {
     "linear_triton": LINEAR_TESTS,
     "linear_launch": LINEAR_TESTS,
     "linear_op": LINEAR_TESTS,
+    "batch_norm_triton": BATCH_TESTS,
+    "batch_norm_sums_triton": BATCH_TESTS,
+    "batch_norm_launch": BATCH_TESTS,
+    "batch_norm_op": BATCH_TESTS,
     "norm_linear_triton": NORM_LINEAR_TESTS,
     "norm_linear_launch": NORM_LINEAR_TESTS,
 }
@@ -339,4 +346,5 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
             ("GELU=gelu", "GELU=not gelu"),
         ),
     },
+    **BATCH_NORM,
 }
