@@ -1,0 +1,174 @@
+"""What comes from outside, made to do harm: every refusal is one ValueError that says what is wrong."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from hyperclip_fast.image_files import FORMATS, load_image, open_image
+
+RAMP = Image.linear_gradient("L").resize((40, 30))
+WHOLE = {format: RAMP.convert("RGB") for format in FORMATS}
+
+
+def encoded(image, format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def png_that_says(width, height):
+    """A PNG of a few hundred bytes whose header promises any number of pixels."""
+    chunks = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")):
+        chunks += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return chunks
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_opens_from_bytes_and_file(tmp_path, format):
+    content = encoded(WHOLE[format], format)
+    (tmp_path / "file").write_bytes(content)
+    image = open_image(content)
+    assert image.mode == "RGB" and image.size == (40, 30)
+    assert image.tobytes() == open_image(tmp_path / "file").tobytes() == open_image(str(tmp_path / "file")).tobytes()
+    assert np.abs(np.asarray(image, dtype=float) - np.asarray(WHOLE[format], dtype=float)).mean() < 4
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_truncated_file_is_refused(format):
+    content = encoded(Image.effect_noise((64, 64), 80).convert("RGB"), format)
+    for share in (0.02, 0.3, 0.7):
+        with pytest.raises(ValueError, match=r"source must be .*image.* got \d+ bytes"):
+            open_image(content[: int(share * len(content))])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    format=st.sampled_from(FORMATS),
+    changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=30),
+)
+def test_damaged_bytes_decode_or_are_refused(format, changes):
+    content = bytearray(encoded(WHOLE[format], format))
+    for place, value in changes:
+        content[place % len(content)] = value
+    try:
+        image = open_image(bytes(content), max_pixels=10_000)
+    except ValueError as error:
+        assert str(error).startswith("source must be ")
+    else:
+        assert image.mode == "RGB" and image.width * image.height <= 10_000
+
+
+@pytest.mark.parametrize("side", [10_000, 30_000, 2_000_000_000])
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(side):
+    with pytest.raises(ValueError, match=r"at most 64000000 pixels|whole image file"):
+        open_image(png_that_says(side, side))
+    with pytest.raises(ValueError, match=r"at most 1199 pixels, got .*40 x 30"):
+        open_image(encoded(RAMP, "PNG"), max_pixels=1199)
+    assert open_image(encoded(RAMP, "PNG"), max_pixels=1200).size == (40, 30)
+
+
+def tiled_tiff(side, tile):
+    """A grey TIFF of one deflated tile, which may be far larger than the picture."""
+    data = zlib.compress(bytes(min(tile * tile, 1 << 20)))
+    values = {256: side, 257: side, 258: 8, 259: 8, 262: 1, 277: 1, 322: tile, 323: tile, 324: 8, 325: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(values)) + entries + bytes(4)
+
+
+def test_a_tiff_of_one_huge_tile_is_refused():
+    assert open_image(tiled_tiff(16, 16)).size == (16, 16)
+    with pytest.raises(ValueError, match="at most 64000000 pixels"):
+        open_image(tiled_tiff(16, 32_768))
+
+
+def test_a_long_file_is_refused_before_it_is_read(tmp_path):
+    with open(tmp_path / "long.png", "wb") as file:
+        file.truncate(1 << 40)  # a terabyte of nothing
+    with pytest.raises(ValueError, match=r"at most 134217728 bytes, got .*long\.png"):
+        open_image(tmp_path / "long.png")
+    content = encoded(RAMP, "PNG")
+    with pytest.raises(ValueError, match=f"at most {len(content) - 1} bytes, got {len(content)} bytes"):
+        open_image(content, max_bytes=len(content) - 1)
+    assert open_image(content, max_bytes=len(content)).size == (40, 30)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"GIF89a",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
+        encoded(RAMP, "PPM"),
+        encoded(RAMP, "ICO"),
+    ],
+    ids=["empty", "header", "svg", "eps", "ppm", "ico"],
+)
+def test_other_formats_are_refused(content):
+    with pytest.raises(ValueError, match="source must be a whole image file"):
+        open_image(content)
+
+
+@pytest.mark.parametrize("place", ["", "missing.png", "a\0b.png"])
+def test_paths_that_are_no_files(tmp_path, place):
+    with pytest.raises(ValueError, match="source must be a whole image file"):
+        open_image(f"{tmp_path}/{place}")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I"])
+def test_every_mode_becomes_the_same_picture(mode):
+    grey = Image.new("L", (8, 8), 255)
+    if mode.startswith("I"):
+        image = Image.fromarray(np.full((8, 8), 65535, np.uint16 if mode == "I;16" else np.int32))
+        assert image.mode == mode
+    else:
+        image = grey.convert("RGB").convert("P").convert("PA") if mode == "PA" else grey.convert("RGB").convert(mode)
+    format = "TIFF" if mode in ("CMYK", "YCbCr", "RGBX", "I", "PA") else "PNG"
+    if mode == "PA":
+        image = image.convert("LA")
+    assert open_image(encoded(image, format)).getextrema() == ((255, 255),) * 3
+
+
+@pytest.mark.parametrize(
+    "values", [np.float32(0.5), np.int32(70_000), np.int32(-1)], ids=["float", "large", "negative"]
+)
+def test_values_without_a_range_are_refused(values):
+    with pytest.raises(ValueError, match=r"floating point|at most 16 bits"):
+        open_image(encoded(Image.fromarray(np.full((8, 8), values)), "TIFF"))
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "palette", "colour key"])
+def test_transparency_is_white(kind):
+    if kind == "palette":
+        image = Image.new("P", (8, 8), 1)
+        image.putpalette([0, 0, 0, 200, 0, 0])
+        content = encoded(image, "PNG", transparency=1)
+    elif kind == "colour key":
+        content = encoded(Image.new("RGB", (8, 8), (9, 8, 7)), "PNG", transparency=(9, 8, 7))
+    else:
+        content = encoded(Image.new("RGBA", (8, 8), (200, 0, 0, 0)).convert(kind), "PNG")
+    assert torch.equal(load_image(content, 8), torch.ones(3, 8, 8))
+
+
+def test_half_transparent_is_half_white():
+    assert open_image(encoded(Image.new("RGBA", (2, 2), (0, 0, 0, 128)), "PNG")).getpixel((0, 0)) == (127, 127, 127)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_followed(orientation):
+    upright = Image.new("RGB", (6, 4), "white")
+    upright.putpixel((0, 0), (255, 0, 0))
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transposition that EXIF's orientation reverses
+    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert open_image(encoded(stored, "PNG", exif=exif)).tobytes() == upright.tobytes()
