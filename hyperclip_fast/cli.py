@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from hyperclip_fast.bench.command import add_bench
+    from hyperclip_fast.clip_benchmark import add_clip_benchmark
 
     parser = argparse.ArgumentParser(
         prog="hyperclip",
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_specialize(commands)
     _add_export(commands)
     add_bench(commands)
+    add_clip_benchmark(commands)
     return parser
 
 

@@ -238,7 +238,6 @@ class HyperCLIP(
         """
         return self.rows(*self.stack_tasks(tasks))
 
-    @torch.no_grad()
     def specialize(self, class_names: Sequence[str]) -> nn.Module:
         """A plain timm model, in eval mode, that holds this task's row; its output is the (B, E) image embedding.
 
@@ -247,9 +246,14 @@ class HyperCLIP(
         Raises:
             ValueError: for no class names.
         """
-        params = self.adapt([class_names])
+        with torch.no_grad():
+            return self.stock_model(self.adapt([class_names]))
+
+    @torch.no_grad()
+    def stock_model(self, params: NormParams, task: int = 0) -> nn.Module:
+        """A plain timm model, in eval mode, that holds row `task` of `params`, wherever that comes from."""
         model = timm.create_model(self.config.image_tower.removeprefix("hyper_"), **self.config.timm_kwargs())
-        model.load_state_dict({**self.image.state_dict(), **params.state_dict(0)})
+        model.load_state_dict({**self.image.state_dict(), **params.state_dict(task)})
         return model.to(self.device).eval()
 
     def forward(
