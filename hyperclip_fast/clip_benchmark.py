@@ -14,6 +14,7 @@ import functools
 import sys
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from hyperclip_fast.extras import require
@@ -70,6 +71,16 @@ def register() -> None:
     models.MODEL_TYPES.append("hyperclip")
     metrics = require("clip_benchmark.metrics.zeroshot_classification", "clip_benchmark")
     metrics.evaluate = _specializing(metrics.evaluate)
+    try:
+        metrics.accuracy(torch.eye(2), torch.arange(2))
+    except TypeError:  # clip_benchmark 1.6 makes a float of an array of one number, which NumPy 2.4 refuses
+        metrics.accuracy = _accuracy
+
+
+def _accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[float]:
+    """clip_benchmark's: the share of targets (N,) among the k highest of the logits (N, C), for each k."""
+    hits = output.topk(max(topk), dim=1).indices == target[:, None]
+    return [hits[:, :k].any(1).double().mean().item() for k in topk]
 
 
 def _specializing(evaluate):
