@@ -240,14 +240,24 @@ def _check_task_ids(task_ids: torch.Tensor | Sequence[int], table: torch.Tensor)
 
 
 def save_safetensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file beside `path`, then rename: a reader never sees half a file."""
+    """Write a safetensors file beside `path`, then rename: never half a file. The same content is the same bytes."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        beside.write_bytes(serialize(tensors, metadata))  # safetensors' save_file makes files that only we may read
+        beside.write_bytes(_sorted(serialize(tensors, metadata)))  # its own save_file lets only us read the file
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _sorted(content: bytes) -> bytes:
+    """A safetensors file with its metadata in the order of their keys: safetensors writes them in any."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def load_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

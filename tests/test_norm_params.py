@@ -323,3 +323,15 @@ def test_a_spec_may_be_traced_before_its_first_use():
     table = torch.randn(4, 10)
     layers = torch.compile(lambda table: NormParams(spec, table).layers(), fullgraph=True, backend="eager")(table)
     assert torch.equal(layers[1][0], table[:, 4:7])
+
+
+def test_the_same_content_is_written_as_the_same_bytes(tmp_path):
+    metadata = {f"key {i}": "wert ä" * i for i in range(20)}
+    tensors = {"b": torch.randn(3, 5), "a": torch.arange(7), "c": torch.tensor(1.5, dtype=torch.bfloat16)}
+    contents = set()
+    for _ in range(8):
+        save_safetensors(tensors, tmp_path / "file", metadata)
+        contents.add((tmp_path / "file").read_bytes())
+        loaded, found = load_safetensors(tmp_path / "file")
+        assert found == metadata and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    assert len(contents) == 1 and len(loaded) == 3
