@@ -69,6 +69,25 @@ class NormSpec:
                 raise ValueError(f"modulate: {name} ({type(module).__name__}) must have a weight and a bias")
         return cls(tuple(found), tuple(module.weight.shape[0] for module in found.values()), modulate)
 
+    @classmethod
+    def from_state_dict(
+        cls, state_dict: Mapping[str, torch.Tensor], modulate: Iterable[str] = DEFAULT_MODULATE
+    ) -> "NormSpec":
+        """The layers of a state dict whose name matches a pattern, in its order.
+
+        Raises:
+            ValueError: if no layer matches, or one that matches lacks its weight or bias vector.
+        """
+        modulate = tuple(modulate)
+        found = {key.removesuffix(".weight").removesuffix(".bias"): None for key in state_dict if "." in key}
+        names = [name for name in found if any(fnmatch.fnmatchcase(name, pattern) for pattern in modulate)]
+        if not names:
+            raise ValueError(f"modulate must match a norm layer of the state dict, got {modulate}")
+        widths = [getattr(state_dict.get(f"{name}.weight"), "shape", ())[-1:] for name in names]
+        spec = cls(tuple(names), tuple(width[0] if width else 1 for width in widths), modulate)
+        spec.row(state_dict)  # each is there, and a vector
+        return spec
+
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Widths of the row's pieces: [w_0, b_0, w_1, b_1, ...]."""
@@ -145,6 +164,34 @@ class NormParams:
         """T: rows in the table."""
         return self.table.shape[0]
 
+    @classmethod
+    def from_state_dict(
+        cls,
+        *sources: torch.nn.Module | Mapping[str, torch.Tensor],
+        spec: NormSpec | None = None,
+        shared: torch.nn.Module | None = None,
+    ) -> "NormParams":
+        """One row of each fine-tuned model: rows need not come from a hypernetwork.
+
+        Args:
+            sources: models, or their state dicts, with the keys of the encoder.
+            spec: which layers; None: those of `shared`, or those that DEFAULT_MODULATE finds in the first source.
+            shared: the encoder that will serve the rows; a source must hold its other tensors, unless it holds only
+                norms.
+
+        Raises:
+            ValueError: for no source, one without a layer of the spec, or one whose other tensors are not `shared`'s.
+        """
+        if not sources:
+            raise ValueError("sources must be at least one model or state dict, got none")
+        dicts = [each.state_dict() if isinstance(each, torch.nn.Module) else each for each in sources]
+        if spec is None:
+            spec = NormSpec.from_state_dict(dicts[0]) if shared is None else NormSpec.from_model(shared)
+        if shared is not None:
+            for i, state_dict in enumerate(dicts):
+                _check_shared(i, state_dict, shared, spec)
+        return cls(spec, torch.stack([spec.row(state_dict).detach() for state_dict in dicts]))
+
     def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(weight (T, D_i), bias (T, D_i)) of every layer: views, by one split, whose backward is one cat."""
         pieces = self.table.split(self.spec.sizes, dim=1)
@@ -220,6 +267,14 @@ def _unflatten(spec: NormSpec, table, task_ids) -> NormParams:
     params = NormParams.__new__(NormParams)
     params.spec, params.table, params.task_ids = spec, table, task_ids
     return params
+
+
+def _check_shared(i: int, state_dict: Mapping[str, torch.Tensor], shared: torch.nn.Module, spec: NormSpec) -> None:
+    """Raise ValueError where a source's tensors beyond the rows differ from the encoder's: one encoder serves them."""
+    norms = {f"{name}.{kind}" for name in spec.names for kind in ("weight", "bias")}
+    for key, tensor in shared.state_dict().items():
+        if key in state_dict and key not in norms and not torch.equal(state_dict[key].to(tensor), tensor):
+            raise ValueError(f"sources must differ from the shared encoder in its norms only, source {i} does in {key}")
 
 
 def _check_task_ids(task_ids: torch.Tensor | Sequence[int], table: torch.Tensor) -> torch.Tensor:

@@ -102,8 +102,7 @@ class TaskBank:
             ValueError: for an empty name or class list.
         """
         for task in tasks:
-            if not isinstance(task, str) or not task.strip():
-                raise ValueError(f"task must be a non-empty name, got {task!r}")
+            _check_name(task)
         names, made = list(tasks), []
         for start in range(0, len(names), self.chunk):
             features, mask = self.model.stack_tasks([tasks[name] for name in names[start : start + self.chunk]])
@@ -113,6 +112,26 @@ class TaskBank:
         self._follow_model()
         for name, (row, embeddings) in zip(names, made):
             self._put(name, tuple(tasks[name]), row, embeddings)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def add_row(self, task: str, class_names: Sequence[str], row: NormParams) -> None:
+        """Add or replace a task whose row comes from elsewhere, such as from fine-tuning; its names are still embedded.
+
+        Args:
+            task: its name.
+            class_names: K of them.
+            row: the row (T = 1), of this encoder's spec.
+
+        Raises:
+            ValueError: for an empty name or class list, or a row of another spec.
+        """
+        if row.spec != self.model.image.norm_spec or row.num_tasks != 1:
+            raise ValueError(f"row must be one row of {self.model.image.norm_spec.num_params} parameters, got {row}")
+        _check_name(task)
+        features, _ = self.model.stack_tasks([class_names])
+        self._follow_model()
+        self._put(task, tuple(class_names), row.table[0], self.model.project_text(features)[0])
 
     def remove(self, task: str) -> None:
         """Remove a task; the last row moves into its place.
@@ -241,6 +260,11 @@ class TaskBank:
         place = self._index[task]
         self._table[place] = row
         self._classes[place], self._embeddings[place] = classes, embeddings
+
+
+def _check_name(task: str) -> None:
+    if not isinstance(task, str) or not task.strip():
+        raise ValueError(f"task must be a non-empty name, got {task!r}")
 
 
 def fingerprint(model: HyperCLIP) -> str:
