@@ -178,7 +178,7 @@ def read_tasks(path: str | Path) -> dict[str, list[str]]:
 
     try:
         tasks = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"--tasks must be a YAML or JSON file, {path} is not: {error}") from error
     if not isinstance(tasks, dict) or not tasks or not all(_is_task(names) for names in tasks.values()):
         example = '{"pets": ["cat", "dog"]}'

@@ -133,7 +133,7 @@ class NormSpec:
         try:
             fields = json.loads(text)
             return cls(fields["names"], fields["widths"], fields["modulate"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"text must be a NormSpec in JSON, got {text[:80]!r}") from error
 
 

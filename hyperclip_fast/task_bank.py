@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hyperclip_fast.hyperclip import HyperCLIP
+from hyperclip_fast.hyperclip import HyperCLIP, check_tasks
 from hyperclip_fast.hypernetwork import pad_classes
 from hyperclip_fast.norm_params import NormParams, load_safetensors, save_safetensors
 
@@ -103,6 +103,8 @@ class TaskBank:
         """
         for task in tasks:
             _check_name(task)
+        if tasks:
+            check_tasks(list(tasks.values()))
         names, made = list(tasks), []
         for start in range(0, len(names), self.chunk):
             features, mask = self.model.stack_tasks([tasks[name] for name in names[start : start + self.chunk]])
@@ -219,14 +221,17 @@ class TaskBank:
             raise ValueError(f"path must be a saved TaskBank, {path} lacks {sorted(missing)}")
         if metadata["model"] != fingerprint(model):
             raise ValueError(f"path must hold a bank made by this model, {path} was made by another one")
-        tasks = {task: tuple(classes) for task, classes in json.loads(metadata["tasks"]).items()}
-        table, embeddings = tensors["table"], tensors["class_embeddings"]
+        tasks = _tasks(metadata["tasks"], path)
         sizes = [len(classes) for classes in tasks.values()]
-        if len(table) != len(tasks) or len(embeddings) != sum(sizes):
-            raise ValueError(
-                f"path must hold {len(tasks)} rows and {sum(sizes)} class embeddings, "
-                f"{path} has {len(table)} and {len(embeddings)}"
-            )
+        shapes = {
+            "table": (len(tasks), model.image.norm_spec.num_params),
+            "class_embeddings": (sum(sizes), model.config.embed_dim),
+        }
+        for name, shape in shapes.items():
+            found = tensors.get(name, torch.empty(0))
+            if tuple(found.shape) != shape or not found.is_floating_point() or not found.isfinite().all():
+                raise ValueError(f"path must hold {name} {shape} of finite numbers, {path} has {tuple(found.shape)}")
+        table, embeddings = tensors["table"], tensors["class_embeddings"]
         bank = cls(model)
         bank._index = {task: i for i, task in enumerate(tasks)}
         bank._names, bank._classes = list(tasks), list(tasks.values())
@@ -260,6 +265,16 @@ class TaskBank:
         place = self._index[task]
         self._table[place] = row
         self._classes[place], self._embeddings[place] = classes, embeddings
+
+
+def _tasks(text: str, path: str | Path) -> dict[str, tuple[str, ...]]:
+    """Class names by task, from a bank's metadata."""
+    try:
+        tasks = {task: tuple(classes) for task, classes in json.loads(text).items()}
+        check_tasks(list(tasks.values()))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"path must be a saved TaskBank, {path} has damaged tasks: {error}") from error
+    return tasks
 
 
 def _check_name(task: str) -> None:

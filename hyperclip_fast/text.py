@@ -129,9 +129,14 @@ class HFTextTower(TextTower):
         transformers = require("transformers", "clip")
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local_only)
-            model = transformers.AutoModel.from_pretrained(source, local_files_only=local_only).float()
+            model = transformers.AutoModel.from_pretrained(
+                source,
+                local_files_only=local_only,
+                use_safetensors=True,  # never a pickle
+            ).float()
         except OSError as error:
-            raise ValueError(f"name must be hf:<hub id or folder> of a transformers model, got {source}") from error
+            wanted = "a transformers model with weights in safetensors"
+            raise ValueError(f"name must be hf:<hub id or folder> of {wanted}, got {source}") from error
         if not hasattr(model.config, "hidden_size"):
             raise ValueError(
                 f"name must be hf:<hub id or folder> of a text encoder, got {source}, {type(model).__name__}"

@@ -1,8 +1,13 @@
 """What comes from outside, made to do harm: every refusal is one ValueError that says what is wrong."""
 
+import ast
 import io
+import json
+import pickle
 import struct
+import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +15,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 
+import hyperclip_fast.hyperclip
+from hyperclip_fast import TaskBank
+from hyperclip_fast.archives import find_items, members
+from hyperclip_fast.cli import read_tasks
+from hyperclip_fast.hyperclip import load_model
 from hyperclip_fast.image_files import FORMATS, load_image, open_image
+from hyperclip_fast.norm_params import load_safetensors, save_safetensors
+from hyperclip_fast.text import create_text_tower, minilm_folder
+from tests.test_training import trainer
+from tests.towers import patch_text_tower, tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent
 
 RAMP = Image.linear_gradient("L").resize((40, 30))
 WHOLE = {format: RAMP.convert("RGB") for format in FORMATS}
@@ -172,3 +189,183 @@ def test_orientation_is_followed(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert open_image(encoded(stored, "PNG", exif=exif)).tobytes() == upright.tobytes()
+
+
+@pytest.fixture
+def bank(monkeypatch):
+    patch_text_tower(monkeypatch)
+    bank = TaskBank(tiny_model())
+    bank.add_many({"pets": ["cat", "dog"], "food": ["pizza", "sushi"]})
+    return bank
+
+
+def test_absurd_labels_are_refused_before_they_are_embedded(bank, monkeypatch):
+    def embed(texts):
+        raise AssertionError("embedded")
+
+    monkeypatch.setattr(bank.model, "text_features", embed)
+    many = [f"name {i}" for i in range(10_001)]
+    hundred = {f"task {i}": many[:10_000] for i in range(101)}
+    for tasks, match in (
+        ({"many": many}, "at most 10000 class names, got 10001"),
+        ({"long": ["cat", "x" * 1001]}, "at most 1000 characters, got 1001"),
+        (hundred, "at most 1000000 class names together, got 1010000"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            bank.add_many(tasks)
+        with pytest.raises(ValueError, match=match):
+            bank.model.adapt(list(tasks.values()))
+    assert bank.tasks == ("pets", "food")
+
+
+def test_the_limit_on_labels_is_not_below_it(bank, monkeypatch):
+    monkeypatch.setattr(hyperclip_fast.hyperclip, "MAX_CLASSES", 5)
+    bank.add("five", list("abcde"))
+    with pytest.raises(ValueError, match="at most 5 class names, got 6"):
+        bank.add("six", list("abcdef"))
+
+
+def test_a_task_file_of_nested_lists_is_refused(tmp_path):
+    for name, text in (("deep", "[" * 100_000), ("laughs", "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match="--tasks must"):
+            read_tasks(tmp_path / name)
+
+
+def changed(path, tensors=None, metadata=None):
+    """A safetensors file with other tensors or metadata."""
+    old, about = load_safetensors(path)
+    save_safetensors({**old, **(tensors or {})}, path, {**about, **(metadata or {})})
+
+
+@pytest.mark.parametrize(
+    "tensors, metadata",
+    [
+        ({"table": torch.ones(2, 3)}, {}),
+        ({"table": torch.ones(3, 320)}, {}),
+        ({"table": torch.full((2, 320), torch.nan)}, {}),
+        ({"table": torch.ones(2, 320, dtype=torch.int64)}, {}),
+        ({"class_embeddings": torch.ones(4, 15)}, {}),
+        ({}, {"tasks": "[1]"}),
+        ({}, {"tasks": "[" * 100_000}),
+        ({}, {"tasks": '{"pets": "cat", "food": "pie"}'}),
+        ({}, {"tasks": json.dumps({"pets": ["cat", "dog", "parrot"], "food": ["pizza"] * 9})}),
+        ({}, {"tasks": "no JSON"}),
+    ],
+    ids=lambda value: "-".join(f"{key} {str(each)[:20]}" for key, each in value.items()) or "as it was",
+)
+def test_a_bank_that_was_tampered_with_is_refused(bank, tmp_path, tensors, metadata):
+    path = tmp_path / "tasks.safetensors"
+    bank.save(path)
+    assert load_file(path)["table"].shape == (2, 320)
+    changed(path, tensors, metadata)
+    with pytest.raises(ValueError, match="path must"):
+        TaskBank.load(path, bank.model)
+
+
+class Payload:
+    """What runs when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_no_pickle_is_run(monkeypatch, tmp_path):
+    """A model, a training run and a text tower that hold a pickle: refused, and its code did not run."""
+    ran, model, run, tower = (tmp_path / name for name in ("ran", "model", "run", "tower"))
+    patch_text_tower(monkeypatch)
+    tiny_model().save_pretrained(model)
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(ran)))
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        load_model(model)
+    trainer(run)
+    torch.save({"model": Payload(ran)}, run / "checkpoint.pt")
+    with pytest.raises(ValueError, match="out must hold a whole checkpoint"):
+        trainer(run)
+    tower.mkdir()
+    for file in minilm_folder().iterdir():
+        if file.suffix != ".safetensors" and file.is_file():
+            (tower / file.name).write_bytes(file.read_bytes())
+    (tower / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(ran)))
+    with pytest.raises(ValueError, match="weights in safetensors"):
+        create_text_tower(f"hf:{tower}")
+    assert not ran.exists()
+
+
+def test_no_module_loads_pickles():
+    """Every torch.load says weights_only=True, and nothing else that unpickles is called."""
+    loads = 0
+    for folder in ("hyperclip_fast", "kernels", "bench", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if not isinstance(node, ast.Call):
+                    continue
+                called = ast.unparse(node.func)
+                assert called not in {"pickle.load", "pickle.loads", "joblib.load", "torch.jit.load"}, path
+                if called == "torch.load":
+                    loads += 1
+                    assert any(each.arg == "weights_only" and each.value.value is True for each in node.keywords), path
+    assert loads >= 1
+
+
+def shard(path, *members, mode="w"):
+    with tarfile.open(path, mode) as archive:
+        for name, kind in members:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/hostname"
+            content = encoded(RAMP, "PNG") if kind == tarfile.REGTYPE else b""
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("name", ["../a.png", "/etc/a.png", "a/../../b.png", "..\\a.png", "\\a.png"])
+def test_names_that_lead_out_of_an_archive_are_refused(tmp_path, name):
+    path = shard(tmp_path / "0.tar", ("good.png", tarfile.REGTYPE), (name, tarfile.REGTYPE))
+    with pytest.raises(ValueError, match="names stay inside"):
+        members(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["0.tar"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE])
+def test_members_that_are_no_files_are_refused(tmp_path, kind):
+    with pytest.raises(ValueError, match=r"plain files, 'a\.png' in .* is none"):
+        members(shard(tmp_path / "0.tar", ("a.png", kind)))
+
+
+def test_other_archives_are_refused(tmp_path):
+    good = shard(tmp_path / "good.tar", ("deep/a.png", tarfile.REGTYPE), ("a.txt", tarfile.REGTYPE))
+    (item,) = members(good)
+    assert item.name == f"{good}/deep/a.png" and open_image(item.read()).size == (40, 30)
+    assert find_items([tmp_path]) == [item]
+    content = good.read_bytes()
+    (tmp_path / "cut.tar").write_bytes(content[:600])
+    (tmp_path / "text.tar").write_text("no archive" * 99)
+    (tmp_path / "empty.tar").write_bytes(b"")
+    shard(tmp_path / "zip.tar", ("a.png", tarfile.REGTYPE), mode="w:gz")
+    shard(tmp_path / "none.tar", ("a.txt", tarfile.REGTYPE))
+    (tmp_path / "folder.tar").mkdir()
+    for name in ("cut", "text", "empty", "zip", "none", "folder", "missing"):
+        with pytest.raises(ValueError, match=f"paths must hold .*{name}.tar"):
+            find_items([tmp_path / f"{name}.tar"])
+    with pytest.raises(ValueError, match="comes twice"):
+        find_items([good, good])
+
+
+@settings(max_examples=40, deadline=None)
+@given(changes=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), min_size=1, max_size=20))
+def test_a_damaged_archive_is_read_or_refused(tmp_path_factory, changes):
+    path = shard(tmp_path_factory.mktemp("shard") / "0.tar", ("a.png", tarfile.REGTYPE), ("b.png", tarfile.REGTYPE))
+    content = bytearray(path.read_bytes())
+    for place, value in changes:
+        content[place] = value
+    path.write_bytes(content)
+    try:
+        for item in members(path):
+            open_image(item.read())
+    except ValueError as error:
+        assert str(error).startswith(("paths must hold", "source must be"))
