@@ -9,10 +9,10 @@ import csv
 import hashlib
 import json
 import warnings
+from collections import deque
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -69,7 +69,7 @@ class Embedder:
         manifest: Mapping[str, str] | None,
         config: EmbedConfig,
         out: Path,
-        threads: int = 2,
+        threads: int,
     ):
         self.bank, self.items, self.manifest, self.config = bank, items, manifest, config
         self.out, self.threads = out, threads
@@ -97,18 +97,25 @@ class Embedder:
         return Part(torch.cat(embeddings), tuple(name for name, _ in rows), tuple(task for _, task in rows), broken)
 
     def _pairs(self, items: Sequence[Item], broken: dict[str, str]) -> Iterator[tuple[str, str, Tensor]]:
-        """Each picture in each of its tasks; a few pictures are decoded ahead, in their order."""
-        decode = partial(_decode, size=self.bank.model.image_size)
+        """Each picture in each of its tasks."""
+        for item, image in self._decoded(items):
+            if isinstance(image, str):
+                broken[item.name] = image
+                warnings.warn(f"skipped {item.name}: {image}", stacklevel=2)
+                continue
+            for task in self.bank.tasks if self.manifest is None else (self.manifest[item.name],):
+                yield item.name, task, image
+
+    def _decoded(self, items: Sequence[Item]) -> Iterator[tuple[Item, Tensor | str]]:
+        """Pictures in their order; those of the next batch are decoded while this one is embedded."""
+        waiting: deque[tuple[Item, Future]] = deque()
         with ThreadPoolExecutor(self.threads) as pool:
-            for start in range(0, len(items), 4 * self.threads):
-                ahead = items[start : start + 4 * self.threads]
-                for item, image in zip(ahead, pool.map(decode, ahead)):
-                    if isinstance(image, str):
-                        broken[item.name] = image
-                        warnings.warn(f"skipped {item.name}: {image}", stacklevel=2)
-                        continue
-                    for task in self.bank.tasks if self.manifest is None else (self.manifest[item.name],):
-                        yield item.name, task, image
+            for item in items:
+                waiting.append((item, pool.submit(_decode, item, self.bank.model.image_size)))
+                if len(waiting) > self.config.batch_size:
+                    first, image = waiting.popleft()
+                    yield first, image.result()
+            yield from ((item, image.result()) for item, image in waiting)
 
 
 def _decode(item: Item, size: int) -> Tensor | str:
@@ -132,6 +139,7 @@ def embed(
     model: str | None = None,
     manifest: str | Path | None = None,
     ray_workers: int = 0,
+    threads: int = 2,
     progress: bool = False,
 ) -> dict:
     """Embed every picture for its tasks into the folder `out`; a run that was stopped goes on.
@@ -145,6 +153,7 @@ def embed(
         manifest: a CSV file with the columns image and task; None: every picture in every task.
         ray_workers: actors on the Ray cluster that this process is connected to, or on a local one; 0: no Ray. They
             read `paths` and `model` and write `out`, so these must lie where every node sees them.
+        threads: that decode, in each process.
         progress: show a bar.
 
     Returns:
@@ -153,6 +162,8 @@ def embed(
     Raises:
         ValueError: for bad input, or a folder that holds another run.
     """
+    if ray_workers < 0 or threads < 1:
+        raise ValueError(f"ray_workers must not be negative and threads at least 1, got {ray_workers} and {threads}")
     config, out = config or EmbedConfig(), Path(out)
     items = find_items(paths)
     clip = tasks.model if isinstance(tasks, TaskBank) else load_model(model, config.device)
@@ -163,9 +174,9 @@ def embed(
     parts = -(-len(items) // config.part_size)
     missing = [number for number in range(parts) if not part_path(out, number, config).exists()]
     if ray_workers:
-        done = _on_ray((model, items, table, config, out), missing, ray_workers)
+        done = _on_ray((model, items, table, config, out, threads), missing, ray_workers)
     else:
-        done = map(Embedder(bank, items, table, config, out).write, missing)
+        done = map(Embedder(bank, items, table, config, out, threads).write, missing)
     for _ in require("tqdm", "embed").tqdm(done, "embed", len(missing), unit="part") if progress else done:
         pass
     return _close_run(out, parts, items, bank, config)
@@ -258,9 +269,9 @@ def _close_run(out: Path, parts: int, items: Sequence[Item], bank: TaskBank, con
 class _RayWorker:
     """An Embedder in an actor: rows {"part": number} in, {"part", "broken"} out."""
 
-    def __init__(self, model, items, manifest, config, out):
+    def __init__(self, model, items, manifest, config, out, threads):
         bank = TaskBank.load(out / "tasks.safetensors", load_model(model, config.device))
-        self.embedder = Embedder(bank, items, manifest, config, out)
+        self.embedder = Embedder(bank, items, manifest, config, out, threads)
 
     def __call__(self, row: dict) -> dict:
         return {"part": row["part"], "broken": self.embedder.write(int(row["part"]))}

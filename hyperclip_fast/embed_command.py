@@ -22,6 +22,7 @@ def add_embed(commands) -> None:
     parser.add_argument("--format", choices=FORMATS, default="safetensors", help="default: %(default)s")
     parser.add_argument("--part-size", type=int, default=1024, metavar="N", help="images a file; default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=64, metavar="B", help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="that decode; default: %(default)s")
     parser.add_argument("--ray", type=int, default=0, metavar="N", help="N workers on a Ray cluster (extra: ray)")
     parser.add_argument("--model", metavar="DIR", help="a trained model's folder or hub id; default: the demo model")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps, ...; default: %(default)s")
@@ -31,13 +32,12 @@ def add_embed(commands) -> None:
 def _embed(args: argparse.Namespace) -> None:
     from hyperclip_fast.cli import read_labels, read_tasks
 
-    if args.ray < 0:
-        raise ValueError(f"--ray must be a number of workers, got {args.ray}")
     config = EmbedConfig(args.format, args.part_size, args.batch_size, args.device)
     if args.bank is not None:
         tasks = TaskBank.load(args.bank, load_model(args.model, args.device))
     else:
         tasks = {"labels": read_labels(args.labels)} if args.labels is not None else read_tasks(args.tasks)
-    index = embed(args.images, tasks, args.out, config, args.model, args.manifest, args.ray, progress=True)
+    options = {"ray_workers": args.ray, "threads": args.threads, "progress": True}
+    index = embed(args.images, tasks, args.out, config, args.model, args.manifest, **options)
     print(f"{args.out}: {index['images'] - len(index['broken'])} images, {len(index['tasks'])} tasks", end="")
     print(f"; {len(index['broken'])} broken, named in index.json" if index["broken"] else "")

@@ -15,6 +15,7 @@ import torch
 
 from hyperclip_fast.extras import require
 from hyperclip_fast.norm_params import NormParams, load_safetensors, save_safetensors
+from hyperclip_fast.timm_names import timm_name
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KEY = re.compile(r"base_model\.model\.(.+)\.ln_tuning_layers\.(weight|bias)")
@@ -24,7 +25,7 @@ def load_ln_adapters(folders: Sequence[str | Path], base: NormParams) -> NormPar
     """One row of each adapter.
 
     Args:
-        folders: what `PeftModel.save_pretrained` wrote for LNTuningConfig.
+        folders: what `PeftModel.save_pretrained` wrote for LNTuningConfig on a timm or transformers encoder.
         base: the encoder's `base_params` (T = 1).
 
     Raises:
@@ -48,7 +49,7 @@ def _tuned(folder: Path, kept: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     tuned = {}
     for key, tensor in load_safetensors(folder / WEIGHTS)[0].items():
         match = KEY.fullmatch(key)
-        name = f"{match[1]}.{match[2]}" if match else key
+        name = f"{timm_name(match[1])}.{match[2]}" if match else key
         if name not in kept:
             raise ValueError(f"folders must hold adapters that tune the rows' layers only, {folder} has {key}")
         tuned[name] = tensor.to(kept[name])

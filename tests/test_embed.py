@@ -247,7 +247,7 @@ def test_command_line(source, tmp_path, capsys):
     assert len(rows(tmp_path / "out", "safetensors")) == 10
     for more, message in (
         (["--labels", "a,b", "--part-size", "0"], "part_size and batch_size must be at least 1"),
-        (["--labels", "a,b", "--ray", "-1"], "--ray must be"),
+        (["--labels", "a,b", "--ray", "-1"], "ray_workers must not be negative"),
         (["--labels", "a,b"], "same pictures, tasks and options"),
         (["--labels", "a,a"], "--labels must be"),
     ):

@@ -8,9 +8,11 @@ from examples.thousand_norm_sets import Tasks, accuracy, fine_tune, serve
 from hyperclip_fast import HyperViT, NormParams, NormSpec, TaskBank
 from hyperclip_fast.data import resize, to_rgb
 from hyperclip_fast.peft_adapters import load_ln_adapters, save_ln_adapter
+from hyperclip_fast.timm_names import timm_name, timm_norms
 from tests.towers import patch_text_tower, tiny_model
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+KINDS = ("weight", "bias")
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
@@ -68,6 +70,8 @@ def test_refused_sources():
         NormParams.from_state_dict(tuned(0), cut)
     with pytest.raises(ValueError, match="at least one model"):
         NormParams.from_state_dict()
+    with pytest.raises(ValueError, match="a transformers vision encoder's"):
+        timm_norms(vit.state_dict())
 
 
 def peft_model(folder, seed, modules):
@@ -108,6 +112,69 @@ def test_peft_loads_a_row_that_we_wrote(tmp_path):
     assert torch.equal(back.table[0], params.table[1])
     with pytest.raises(ValueError, match="new or an empty folder"):
         save_ln_adapter(params, folder)
+
+
+def twins():
+    """A random transformers ViT, and the timm model with the same weights."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**sizes, intermediate_size=128, layer_norm_eps=1e-6)
+    theirs = transformers.ViTModel(config, add_pooling_layer=False).eval()
+    ours = timm.create_model("vit_tiny_patch16_224", **{**SIZES, "num_classes": 0}).eval()
+    state = theirs.state_dict()
+    renamed = {
+        "cls_token": state["embeddings.cls_token"],
+        "pos_embed": state["embeddings.position_embeddings"],
+        **{f"patch_embed.proj.{kind}": state[f"embeddings.patch_embeddings.projection.{kind}"] for kind in KINDS},
+        **timm_norms(state),
+    }
+    for i in range(2):
+        for kind in KINDS:
+            parts = [state[f"layers.{i}.attention.{name}_proj.{kind}"] for name in "qkv"]
+            renamed[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
+            renamed[f"blocks.{i}.attn.proj.{kind}"] = state[f"layers.{i}.attention.o_proj.{kind}"]
+            for name in ("fc1", "fc2"):
+                renamed[f"blocks.{i}.mlp.{name}.{kind}"] = state[f"layers.{i}.mlp.{name}.{kind}"]
+    ours.load_state_dict(renamed)
+    return theirs, ours
+
+
+def test_norms_tuned_in_transformers_become_rows(tmp_path):
+    peft = pytest.importorskip("peft")
+    theirs, ours = twins()
+    vit = HyperViT.from_timm(ours)
+    adapted = peft.get_peft_model(theirs, peft.LNTuningConfig(target_modules=["layernorm_before", "layernorm"]))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        adapted.save_pretrained(tmp_path / "adapter")
+        from_adapter = load_ln_adapters([tmp_path / "adapter"], vit.base_params)
+        expected = adapted(IMAGES).last_hidden_state[:, 0]
+        torch.testing.assert_close(vit(IMAGES, from_adapter), expected, atol=1e-5, rtol=1e-4)
+        merged = adapted.merge_and_unload()
+        params = NormParams.from_state_dict(timm_norms(merged.state_dict()), shared=vit)
+    assert torch.equal(params.table, from_adapter.table)
+
+
+@pytest.mark.parametrize(
+    "layer, name",
+    [
+        ("vit.encoder.layer.11.layernorm_before", "blocks.11.norm1"),
+        ("deit.encoder.layer.0.layernorm_after", "blocks.0.norm2"),
+        ("vision_model.encoder.layers.3.layer_norm1", "blocks.3.norm1"),
+        ("encoder.layer.2.norm2", "blocks.2.norm2"),
+        ("vit.layernorm", "norm"),
+        ("vision_model.post_layernorm", "norm"),
+        ("dinov2.layernorm", "norm"),
+        ("head.layernorm", "head.layernorm"),
+        ("blocks.3.norm1", "blocks.3.norm1"),
+        ("vision_model.pre_layrnorm", "vision_model.pre_layrnorm"),
+    ],
+)
+def test_names_of_norms(layer, name):
+    assert timm_name(layer) == name
 
 
 def test_refused_adapters(tmp_path):
