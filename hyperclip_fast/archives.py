@@ -39,7 +39,7 @@ def find_items(paths: Iterable[str | Path]) -> list[Item]:
     """Pictures in files, folders (at any depth) and shards, in an order that depends on the names only.
 
     Args:
-        paths: image files, folders of them, .tar files, or folders of .tar files.
+        paths: image files, .tar files, and folders that hold some at any depth.
 
     Raises:
         ValueError: for a path without pictures, or a shard that `members` refuses.
@@ -49,7 +49,7 @@ def find_items(paths: Iterable[str | Path]) -> list[Item]:
         shards = [path] if path.suffix == ".tar" else sorted(path.rglob("*.tar"))
         for shard in shards:
             items += members(shard)
-        if not shards:
+        if path not in shards and (not shards or _holds_images(path)):
             items += [Item(str(file), str(file), None, file.stat().st_size) for file in find_images([path])]
     seen: set[str] = set()
     for item in items:
@@ -57,6 +57,10 @@ def find_items(paths: Iterable[str | Path]) -> list[Item]:
             raise ValueError(f"paths must name every picture once, {item.name} comes twice")
         seen.add(item.name)
     return items
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.rglob("*"))
 
 
 def members(shard: str | Path) -> list[Item]:

@@ -102,10 +102,11 @@ def run(arguments: Sequence[str]) -> None:
     register()
     cli = require("clip_benchmark.cli", "clip_benchmark")
     arguments = list(arguments)
-    if arguments[:1] == ["eval"] and "--model_type" not in arguments:
+    given = {argument.partition("=")[0] for argument in arguments}
+    if arguments[:1] == ["eval"] and "--model_type" not in given:
         arguments += ["--model_type", "hyperclip"]
         for option, value in (("--model", MODELS[0]), ("--pretrained", DEMO)):
-            arguments += [] if option in arguments else [option, value]
+            arguments += [] if option in given else [option, value]
     before, sys.argv = sys.argv, ["clip_benchmark", *arguments]
     try:
         cli.main()

@@ -19,6 +19,7 @@ from hyperclip_fast.extras import require
 
 MAX_PIXELS = 64_000_000  # 256 MB as RGBA, while it is decoded
 MAX_BYTES = 128 << 20  # of a file: MAX_PIXELS of a photograph as PNG take about as much
+MAX_RATIO = 16  # of a picture's sides; a longer one loses its ends, far from the centre square
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of TIFF
@@ -105,7 +106,17 @@ def image_transform(size: int) -> Callable[[Any], Tensor]:
     An exported folder's config.json tells timm to do the same.
     """
     half = (0.5,) * 3
-    return timm.data.create_transform((3, size, size), mean=half, std=half, interpolation="bilinear", crop_pct=1.0)
+    prepare = timm.data.create_transform((3, size, size), mean=half, std=half, interpolation="bilinear", crop_pct=1.0)
+    return lambda image: prepare(_without_ends(image))
+
+
+def _without_ends(image):
+    """The middle of a strip: of 2 x 30,000,000 pixels, made S high, would come more than any memory holds."""
+    half = MAX_RATIO * min(image.size) // 2
+    (x, y), (width, height) = (side // 2 for side in image.size), image.size
+    if max(image.size) <= 2 * half:
+        return image
+    return image.crop((max(0, x - half), max(0, y - half), min(width, x + half), min(height, y + half)))
 
 
 class _Refused(Exception):

@@ -186,7 +186,8 @@ class NormParams:
             raise ValueError("sources must be at least one model or state dict, got none")
         dicts = [each.state_dict() if isinstance(each, torch.nn.Module) else each for each in sources]
         if spec is None:
-            spec = NormSpec.from_state_dict(dicts[0]) if shared is None else NormSpec.from_model(shared)
+            spec = NormSpec.from_state_dict(dicts[0]) if shared is None else getattr(shared, "norm_spec", None)
+        spec = spec or NormSpec.from_model(shared)
         if shared is not None:
             for i, state_dict in enumerate(dicts):
                 _check_shared(i, state_dict, shared, spec)

@@ -118,6 +118,17 @@ def test_a_long_file_is_refused_before_it_is_read(tmp_path):
     assert open_image(content, max_bytes=len(content)).size == (40, 30)
 
 
+@pytest.mark.parametrize("length", [2, 32, 33, 500, 10_000_000])
+def test_a_strip_is_its_middle_and_takes_no_memory(length):
+    """Scaled to 8 pixels of height, the longest would have 320 million."""
+    for turn in (None, Image.Transpose.ROTATE_90):
+        strip = Image.new("RGB", (length, 2), "black")
+        strip.paste("white", (length // 2 - 1, 0, length // 2 + 1, 2))
+        strip = strip.transpose(turn) if turn is not None else strip
+        pixels = load_image(encoded(strip, "PNG"), 8)
+        assert pixels.shape == (3, 8, 8) and pixels[:, 2:6, 2:6].min() > 0.9
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -342,6 +353,8 @@ def test_other_archives_are_refused(tmp_path):
     (item,) = members(good)
     assert item.name == f"{good}/deep/a.png" and open_image(item.read()).size == (40, 30)
     assert find_items([tmp_path]) == [item]
+    (tmp_path / "b.png").write_bytes(encoded(RAMP, "PNG"))
+    assert [each.name for each in find_items([tmp_path])] == [item.name, str(tmp_path / "b.png")]
     content = good.read_bytes()
     (tmp_path / "cut.tar").write_bytes(content[:600])
     (tmp_path / "text.tar").write_text("no archive" * 99)
