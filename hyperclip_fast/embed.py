@@ -119,10 +119,11 @@ class Embedder:
 
 
 def _decode(item: Item, size: int) -> Tensor | str:
-    """The picture, or what is wrong with it."""
+    """The picture, or what is wrong with it; a disk that fails stops the run, and no picture is blamed for it."""
+    content = item.read()
     try:
-        return load_image(item.read(), size)
-    except (ValueError, OSError) as error:
+        return load_image(content, size)
+    except ValueError as error:
         return str(error)
 
 

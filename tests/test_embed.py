@@ -210,6 +210,17 @@ def test_broken_pictures_are_named_as_they_are_met(source, tmp_path):
         embed([source / "photos"], TASKS, tmp_path / "out", model=source / "model")
 
 
+def test_a_disk_that_fails_breaks_no_picture(source, tmp_path):
+    run(source, tmp_path / "whole")
+    with (
+        mock.patch("hyperclip_fast.archives.Item.read", side_effect=OSError("disk")),
+        pytest.raises(OSError, match="disk"),
+    ):
+        run(source, tmp_path / "out")
+    run(source, tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
 def test_another_run_is_not_overwritten(source, tmp_path):
     run(source, tmp_path / "out")
     before = files(tmp_path / "out")
