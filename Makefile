@@ -24,7 +24,7 @@ test-kernels: $(VENV)/test.stamp
 
 # Small mistakes made in the kernels, one by one, in a copy of the project: the tests must notice each. Not part of test.
 mutate: $(VENV)/test.stamp
-	OMP_NUM_THREADS=1 $(RUN) tests/mutations.py
+	OMP_NUM_THREADS=1 $(RUN) -m tests.mutations
 
 # Tests and the whole benchmark on a machine with a GPU, into bench/results/. A .venv made here sees the packages that
 # PYTHON already has, so that a host's own PyTorch is kept.
