@@ -123,7 +123,7 @@ def test_a_strip_is_its_middle_and_takes_no_memory(length):
     """Scaled to 8 pixels of height, the longest would have 320 million."""
     for turn in (None, Image.Transpose.ROTATE_90):
         strip = Image.new("RGB", (length, 2), "black")
-        strip.paste("white", (length // 2 - 1, 0, length // 2 + 1, 2))
+        strip.paste("white", (length // 2 - 1, 0, length // 2 + 1 + length % 2, 2))
         strip = strip.transpose(turn) if turn is not None else strip
         pixels = load_image(encoded(strip, "PNG"), 8)
         assert pixels.shape == (3, 8, 8) and pixels[:, 2:6, 2:6].min() > 0.9
