@@ -20,8 +20,14 @@ DEMO = [*TRAIN, "matplotlib"]
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 EXECUTORCH = ["executorch>=1.0"]  # an export format with heavy dependencies
 BENCH = ["matplotlib", *EXPORT]  # plots, and a rival on the CPU
+CLIP_BENCHMARK = [*CLIP, "clip-benchmark>=1.6"]
+PEFT = ["peft>=0.11"]
+EMBED = ["pillow>=10.1", "tqdm", "pyarrow>=14"]
+RAY = [*EMBED, "ray[data]>=2.40"]
 REPORT = ["matplotlib", "pytest>=8", "hypothesis>=6.80"]  # what make gpu-report needs
-TEST = [*DEMO, *BENCH, *EXECUTORCH, "kernels>=0.15", "pytest>=8", "pytest-xdist", "hypothesis>=6.80", "ruff>=0.6"]
+INTEROP = [*CLIP_BENCHMARK, *PEFT, *RAY]
+TEST = [*DEMO, *BENCH, *EXECUTORCH, *INTEROP]
+TEST += ["kernels>=0.15", "pytest>=8", "pytest-xdist", "hypothesis>=6.80", "ruff>=0.6"]
 
 setup(
     name="hyperclip_fast",
@@ -50,6 +56,10 @@ setup(
         "bench": BENCH,
         "export": EXPORT,
         "executorch": EXECUTORCH,
+        "clip_benchmark": CLIP_BENCHMARK,
+        "peft": PEFT,
+        "embed": EMBED,
+        "ray": RAY,
         "report": REPORT,
         "test": TEST,
     },

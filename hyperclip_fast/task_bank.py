@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hyperclip_fast.hyperclip import HyperCLIP
+from hyperclip_fast.hyperclip import HyperCLIP, check_tasks
 from hyperclip_fast.hypernetwork import pad_classes
 from hyperclip_fast.norm_params import NormParams, load_safetensors, save_safetensors
 
@@ -102,8 +102,9 @@ class TaskBank:
             ValueError: for an empty name or class list.
         """
         for task in tasks:
-            if not isinstance(task, str) or not task.strip():
-                raise ValueError(f"task must be a non-empty name, got {task!r}")
+            _check_name(task)
+        if tasks:
+            check_tasks(list(tasks.values()))
         names, made = list(tasks), []
         for start in range(0, len(names), self.chunk):
             features, mask = self.model.stack_tasks([tasks[name] for name in names[start : start + self.chunk]])
@@ -113,6 +114,26 @@ class TaskBank:
         self._follow_model()
         for name, (row, embeddings) in zip(names, made):
             self._put(name, tuple(tasks[name]), row, embeddings)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def add_row(self, task: str, class_names: Sequence[str], row: NormParams) -> None:
+        """Add or replace a task whose row comes from elsewhere, such as from fine-tuning; its names are still embedded.
+
+        Args:
+            task: its name.
+            class_names: K of them.
+            row: the row (T = 1), of this encoder's spec.
+
+        Raises:
+            ValueError: for an empty name or class list, or a row of another spec.
+        """
+        if row.spec != self.model.image.norm_spec or row.num_tasks != 1:
+            raise ValueError(f"row must be one row of {self.model.image.norm_spec.num_params} parameters, got {row}")
+        _check_name(task)
+        features, _ = self.model.stack_tasks([class_names])
+        self._follow_model()
+        self._put(task, tuple(class_names), row.table[0], self.model.project_text(features)[0])
 
     def remove(self, task: str) -> None:
         """Remove a task; the last row moves into its place.
@@ -200,14 +221,17 @@ class TaskBank:
             raise ValueError(f"path must be a saved TaskBank, {path} lacks {sorted(missing)}")
         if metadata["model"] != fingerprint(model):
             raise ValueError(f"path must hold a bank made by this model, {path} was made by another one")
-        tasks = {task: tuple(classes) for task, classes in json.loads(metadata["tasks"]).items()}
-        table, embeddings = tensors["table"], tensors["class_embeddings"]
+        tasks = _tasks(metadata["tasks"], path)
         sizes = [len(classes) for classes in tasks.values()]
-        if len(table) != len(tasks) or len(embeddings) != sum(sizes):
-            raise ValueError(
-                f"path must hold {len(tasks)} rows and {sum(sizes)} class embeddings, "
-                f"{path} has {len(table)} and {len(embeddings)}"
-            )
+        shapes = {
+            "table": (len(tasks), model.image.norm_spec.num_params),
+            "class_embeddings": (sum(sizes), model.config.embed_dim),
+        }
+        for name, shape in shapes.items():
+            found = tensors.get(name, torch.empty(0))
+            if tuple(found.shape) != shape or not found.is_floating_point() or not found.isfinite().all():
+                raise ValueError(f"path must hold {name} {shape} of finite numbers, {path} has {tuple(found.shape)}")
+        table, embeddings = tensors["table"], tensors["class_embeddings"]
         bank = cls(model)
         bank._index = {task: i for i, task in enumerate(tasks)}
         bank._names, bank._classes = list(tasks), list(tasks.values())
@@ -241,6 +265,21 @@ class TaskBank:
         place = self._index[task]
         self._table[place] = row
         self._classes[place], self._embeddings[place] = classes, embeddings
+
+
+def _tasks(text: str, path: str | Path) -> dict[str, tuple[str, ...]]:
+    """Class names by task, from a bank's metadata."""
+    try:
+        tasks = {task: tuple(classes) for task, classes in json.loads(text).items()}
+        check_tasks(list(tasks.values()))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"path must be a saved TaskBank, {path} has damaged tasks: {error}") from error
+    return tasks
+
+
+def _check_name(task: str) -> None:
+    if not isinstance(task, str) or not task.strip():
+        raise ValueError(f"task must be a non-empty name, got {task!r}")
 
 
 def fingerprint(model: HyperCLIP) -> str:

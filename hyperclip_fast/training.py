@@ -7,6 +7,7 @@ not. A run's folder holds config.json, log.jsonl, checkpoint.pt (for resuming) a
 import json
 import math
 import os
+import pickle
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -148,7 +149,7 @@ class Trainer:
         path.write_text(json.dumps(settings, indent=2) + "\n")
         checkpoint = self.out / "checkpoint.pt"
         if checkpoint.exists():
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            state = _load_checkpoint(checkpoint)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]
@@ -233,6 +234,15 @@ class Trainer:
         print(f"held out {self.evaluate(tasks)}")
         self.model.eval().save_pretrained(self.out / "model")
         return self.model
+
+
+def _load_checkpoint(path: Path) -> dict:
+    """Tensors and numbers only: a pickle of anything else is refused, not run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"out must hold a whole checkpoint of a run, got {path}: {reason}") from error
 
 
 def _cut_log(path: Path, step: int) -> None:

@@ -338,3 +338,15 @@ def test_layers_without_a_bias():
     assert "biases" not in NormSpec(spec.names, spec.widths).to_json()  # older files and ours are the same
     with pytest.raises(ValueError, match="biases must have one entry a name, got 1 for 3"):
         NormSpec(spec.names, spec.widths, biases=(True,))
+
+
+def test_the_same_content_is_written_as_the_same_bytes(tmp_path):
+    metadata = {f"key {i}": "wert ä" * i for i in range(20)}
+    tensors = {"b": torch.randn(3, 5), "a": torch.arange(7), "c": torch.tensor(1.5, dtype=torch.bfloat16)}
+    contents = set()
+    for _ in range(8):
+        save_safetensors(tensors, tmp_path / "file", metadata)
+        contents.add((tmp_path / "file").read_bytes())
+        loaded, found = load_safetensors(tmp_path / "file")
+        assert found == metadata and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    assert len(contents) == 1 and len(loaded) == 3

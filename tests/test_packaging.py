@@ -75,7 +75,7 @@ def test_wheel_has_metadata_and_the_command(wheel):
         scripts = archive.read(f"{info}/entry_points.txt").decode()
     assert "hyperclip = hyperclip_fast.cli:main" in scripts
     assert "\nLicense: Apache-2.0\n" in metadata or "\nLicense-Expression: Apache-2.0\n" in metadata
-    for extra in ("clip", "train", "demo", "bench", "export", "executorch", "report", "test"):
+    for extra in ("clip", "train", "demo", "bench", "export", "executorch", "report", "ray", "peft", "test"):
         assert f"Provides-Extra: {extra}" in metadata
     hard = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert {line.split()[1].split(">")[0] for line in hard} >= {"torch", "timm", "einops", "safetensors", "triton"}
