@@ -1,4 +1,4 @@
-"""The command line: hyperclip demo | classify | train | evaluate | specialize | export | bench."""
+"""The command line: hyperclip demo | classify | train | evaluate | specialize | export | serve | bench."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ EPILOG = """examples:
   hyperclip evaluate --model runs/demo/model
   hyperclip specialize --labels "cat,dog" --out cat_or_dog/
   hyperclip export mixed --out mixed.onnx
+  hyperclip serve --bank tasks.safetensors
   hyperclip bench model --models vit_tiny_patch16_224 --batches 16
 
 A task is a list of class names. A tasks file maps names of tasks to lists of class names, in YAML or JSON:
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from hyperclip_fast.bench.command import add_bench
+    from hyperclip_fast.serve_command import add_serve
 
     parser = argparse.ArgumentParser(
         prog="hyperclip",
@@ -56,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_specialize(commands)
     _add_export(commands)
+    add_serve(commands)
     add_bench(commands)
     return parser
 
