@@ -31,7 +31,7 @@ SERVE = [
     "python-multipart>=0.0.18",
     "pillow>=10.1",
 ]
-RAY = [*SERVE, "ray[serve]>=2.47"]  # the same server on a cluster
+RAY = [*SERVE, "ray[serve]>=2.60"]  # the same server on a cluster
 TEST = [
     *DEMO,
     *BENCH,

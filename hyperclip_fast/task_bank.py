@@ -94,7 +94,7 @@ class TaskBank:
         """
         self._follow_model()
         place = self._find(task)
-        return Task(self._classes[place], self._embeddings[place], self._table[place].clone())
+        return Task(self._classes[place], self._embeddings[place].clone(), self._table[place].clone())
 
     @property
     def params(self) -> NormParams:
