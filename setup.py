@@ -19,7 +19,7 @@ TRAIN = [
 DEMO = [*TRAIN, "matplotlib"]
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 EXECUTORCH = ["executorch>=1.0"]  # an export format with heavy dependencies
-BENCH = ["matplotlib", *EXPORT]  # plots, and a rival on the CPU
+BENCH = ["matplotlib", "aiohttp>=3.9", *EXPORT]  # plots, a load on the server, and a rival on the CPU
 REPORT = ["matplotlib", "pytest>=8", "hypothesis>=6.80"]  # what make gpu-report needs
 SERVE = [
     *CLIP,

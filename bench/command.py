@@ -14,6 +14,7 @@ from .mixes import MIXES
 from .operations import OPERATIONS
 from .report import Report, header
 from .runner import Case, run_case
+from .serving import add_serving
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODELS = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")
@@ -44,6 +45,7 @@ def add_bench(commands) -> None:
     model = kinds.add_parser("model", help=text, description=text)
     _add_list(model, "model", "models", str, "NAME")
     _add_common(model, "model", list(ENGINES), model_cases.TOWERS.values())
+    add_serving(kinds)
 
 
 def _add_common(
