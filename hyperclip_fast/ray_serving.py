@@ -6,7 +6,6 @@ A batch brings its tasks along, so model replicas know no tasks and need not agr
 and adds and saves them as the server on one machine does.
 """
 
-import functools
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -18,9 +17,8 @@ from torch import Tensor
 
 from hyperclip_fast.batching import ModelThread, Ranked
 from hyperclip_fast.hyperclip import load_model
-from hyperclip_fast.server import ServeOptions, Service, create_app
+from hyperclip_fast.server import ServeOptions, bank_service, create_app
 from hyperclip_fast.task_bank import Task
-from hyperclip_fast.task_registry import read_bank, write_bank
 
 
 class RayOptions(BaseModel):
@@ -78,23 +76,17 @@ class Ingress:
     """
 
     def __init__(self, replicas: DeploymentHandle, options: RayOptions):
-        model = load_model(options.model)
-        thread = ModelThread(model)
-        path = Path(options.bank)
+        async def classify(images: list[Tensor], tasks: list[Task], topk: list[int]) -> list[Ranked]:
+            return await replicas.classify.remote(images, tasks, topk)
+
         serve_options = ServeOptions(
             max_batch=options.max_batch,
             max_wait=options.max_wait_ms / 1000,
             at_once=options.replicas,
             places=options.places,
         )
-
-        async def classify(images: list[Tensor], tasks: list[Task], topk: list[int]) -> list[Ranked]:
-            return await replicas.classify.remote(images, tasks, topk)
-
-        save = functools.partial(write_bank, path, model)
-        self.service = Service(model.image_size, thread.make, classify, save, serve_options)
-        self.service.registry.fill(read_bank(path, model))
-        thread.warm_up()
+        runner = ModelThread(load_model(options.model))
+        self.service = bank_service(Path(options.bank), runner, serve_options, classify)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self.service)

@@ -1,7 +1,6 @@
 """`hyperclip serve`: arguments, the model's thread, and a process that ends without losing what it accepted."""
 
 import argparse
-import functools
 import signal
 import socket
 from pathlib import Path
@@ -51,20 +50,14 @@ def _serve(args: argparse.Namespace) -> int:
 
     from hyperclip_fast.batching import ModelThread
     from hyperclip_fast.hyperclip import load_model
-    from hyperclip_fast.server import Service, create_app
-    from hyperclip_fast.task_registry import read_bank, write_bank
+    from hyperclip_fast.server import bank_service, create_app
 
-    model = load_model(args.model, args.device)
-    tasks = read_bank(Path(args.bank), model)
-    runner = ModelThread(model, args.threads)
-    save = functools.partial(write_bank, Path(args.bank), model)
-    service = Service(model.image_size, runner.make, runner.classify, save, options)
-    service.registry.fill(tasks)
-    runner.warm_up()
+    runner = ModelThread(load_model(args.model, args.device), args.threads)
+    service = bank_service(Path(args.bank), runner, options)
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     with socket.create_server((args.host, args.port), family=family) as listening:
         host = f"[{args.host}]" if ":" in args.host else args.host
-        print(f"Serving {len(tasks)} tasks at http://{host}:{listening.getsockname()[1]}", flush=True)
+        print(f"Serving {len(service.registry)} tasks at http://{host}:{listening.getsockname()[1]}", flush=True)
         config = uvicorn.Config(
             create_app(service),
             log_level="warning",
@@ -77,8 +70,12 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _until_stopped(server, listening: socket.socket) -> None:
-    """Run until SIGTERM or SIGINT, which the server raises again once it has shut down: that must not kill us."""
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    """Run until SIGTERM or SIGINT. The server raises the signal again once it has shut down: that must not kill us."""
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         server.run(sockets=[listening])
     finally:
@@ -101,6 +98,8 @@ def serve_options(args: argparse.Namespace):
             least = 0.001
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not value >= least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if args.port > 65535:
+        raise ValueError(f"--port must be at most 65535, got {args.port}")
     limits = TaskLimits(args.max_tasks, args.max_ad_hoc, args.max_classes, args.max_length)
     return ServeOptions(
         max_batch=args.max_batch,

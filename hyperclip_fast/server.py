@@ -7,6 +7,7 @@ Everything but decoding and the model runs on the event loop.
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,12 +21,12 @@ from pydantic import BaseModel, ConfigDict
 from starlette.datastructures import FormData, UploadFile
 from torch import Tensor
 
-from hyperclip_fast.batching import Batcher, Classify, Ranked
+from hyperclip_fast.batching import Batcher, Classify, ModelThread, Ranked
 from hyperclip_fast.http_errors import RequestError, add_error_handlers
 from hyperclip_fast.http_limits import Limited, Metrics, Observed
 from hyperclip_fast.image_files import MAX_PIXELS, image_transform, open_image
 from hyperclip_fast.task_bank import Task
-from hyperclip_fast.task_registry import TaskLimits, TaskRegistry
+from hyperclip_fast.task_registry import TaskLimits, TaskRegistry, read_bank, write_bank
 
 PAGE = Path(__file__).with_name("static") / "index.html"
 PAGE_POLICY = (
@@ -131,6 +132,28 @@ class Service:
             return self._transform(open_image(content, max_pixels=self.options.max_pixels))
         except ValueError as error:
             raise RequestError(422, "bad_image", str(error)) from error
+
+
+def bank_service(
+    path: Path, runner: ModelThread, options: ServeOptions | None = None, classify: Classify | None = None
+) -> Service:
+    """A service of the tasks in a file, warm.
+
+    Args:
+        path: the file; it need not exist yet.
+        runner: makes the tasks.
+        options: see ServeOptions.
+        classify: runs the batches; None: the runner.
+
+    Raises:
+        ValueError: if the file is no bank of the runner's model.
+    """
+    model = runner.model
+    save = functools.partial(write_bank, path, model)
+    service = Service(model.image_size, runner.make, classify or runner.classify, save, options)
+    service.registry.fill(read_bank(path, model))
+    runner.warm_up()
+    return service
 
 
 class TaskBody(BaseModel):

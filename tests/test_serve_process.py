@@ -39,7 +39,7 @@ async def put_tasks(client):
 
 async def metric(client, name):
     lines = (await client.get("/metrics")).text.splitlines()
-    return next(float(line.split()[-1]) for line in lines if line.startswith(f"{name} "))
+    return next(float(line.split()[-1]) for line in lines if line.startswith(f"hyperclip_{name} "))
 
 
 def ask(client, task):
@@ -54,15 +54,15 @@ def test_a_signal_under_load_loses_no_accepted_request(model, tmp_path):
         async with httpx.AsyncClient(base_url=process.address, timeout=30, limits=limits) as client:
             await put_tasks(client)
             asked = [asyncio.create_task(ask(client, task)) for task in ["pets", "food"] * 20]
-            while await metric(client, "hyperclip_pending_requests") < 40:
-                await asyncio.sleep(0.01)
+            while await metric(client, "waiting_images") + await metric(client, "batch_images_sum") < 40:
+                await asyncio.sleep(0.01)  # from here on each has its task
             assert (await client.delete("/v1/tasks/food")).status_code == 204  # requests for it are waiting
             assert (await client.put("/v1/tasks/last", json={"classes": ["x"]})).status_code == 201
-            assert await metric(client, "hyperclip_waiting_images") > 10
+            assert await metric(client, "waiting_images") > 10
             process.send_signal(signal.SIGTERM)
             return await asyncio.gather(*asked)
 
-    with serving(str(tmp_path / "model"), bank, "--max-batch", "4", slow=0.15) as process:
+    with serving(str(tmp_path / "model"), bank, "--max-batch", "4", slow=0.25) as process:
         answers = asyncio.run(run(process))
         assert process.wait(timeout=20) == 0, process.log.read_text()
         log = process.log.read_text()
@@ -167,6 +167,8 @@ def test_what_serve_refuses(model, tmp_path, capsys):
     for option, value in (("--max-batch", "0"), ("--max-mib", "nan"), ("--port", "-1"), ("--max-wait-ms", "-1")):
         assert main(["serve", "--model", folder, "--bank", str(tmp_path / "new.safetensors"), option, value]) == 2
         assert f"{option} must be at least" in capsys.readouterr().err
+    assert main(["serve", "--model", folder, "--bank", str(tmp_path / "new.safetensors"), "--port", "70000"]) == 2
+    assert "at most 65535" in capsys.readouterr().err
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert main(["serve", "--model", folder, "--bank", str(tmp_path / "new.safetensors"), "--port", port]) == 2

@@ -1,7 +1,6 @@
 """The server's routes in one process: answers equal the bank's, and everything bad is refused with a JSON error."""
 
 import asyncio
-import functools
 import io
 import json
 import time
@@ -14,9 +13,9 @@ from starlette.testclient import TestClient
 
 from hyperclip_fast.batching import ModelThread
 from hyperclip_fast.image_files import load_image
-from hyperclip_fast.server import ServeOptions, Service, create_app
+from hyperclip_fast.server import ServeOptions, bank_service, create_app
 from hyperclip_fast.task_bank import TaskBank
-from hyperclip_fast.task_registry import TaskLimits, read_bank, write_bank
+from hyperclip_fast.task_registry import TaskLimits
 from tests.towers import patch_text_tower, tiny_model
 
 TASKS = {"pets": ["cat", "dog", "parrot"], "food": ["pizza", "sushi"]}
@@ -47,9 +46,7 @@ def path(tmp_path):
 @pytest.fixture
 def service(model, path):
     thread = ModelThread(model, threads=1)
-    made = Service(model.image_size, thread.make, thread.classify, functools.partial(write_bank, path, model), OPTIONS)
-    made.registry.fill(read_bank(path, model))
-    yield made
+    yield bank_service(path, thread, OPTIONS)
     thread.close()
 
 
