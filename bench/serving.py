@@ -106,15 +106,13 @@ def run_serving(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def server_process(
-    arguments: Sequence[str], command: Sequence[str] = COMMAND, stderr: Any = None
-) -> Iterator[subprocess.Popen]:
+def server_process(arguments: Sequence[str], command: Sequence[str], stderr: Any) -> Iterator[subprocess.Popen]:
     """A `hyperclip serve` process on a free port; it is told to stop at the end.
 
     Args:
         arguments: of serve, apart from --port.
         command: what runs hyperclip.
-        stderr: a file for the process's messages; None: ours.
+        stderr: a file for the process's messages.
     """
     process = subprocess.Popen(
         [*command, "serve", "--port", "0", *arguments], stdout=subprocess.PIPE, stderr=stderr, text=True
@@ -155,12 +153,12 @@ async def _measure(args: argparse.Namespace, folder: Path, report: Report) -> No
         processes = {}
         for mode, more in MODES.items():
             arguments = [*common, *more, "--bank", str(folder / f"{mode}.safetensors")]
-            processes[mode] = stack.enter_context(server_process(arguments, stderr=log))
+            processes[mode] = stack.enter_context(server_process(arguments, COMMAND, log))
         addresses = {mode: address_of(process) for mode, process in processes.items()}
         async with _session(args.clients + 1) as session:
+            for task in tasks:
+                await asyncio.gather(*(_put(session, each, task, 0, args.classes) for each in addresses.values()))
             for address in addresses.values():
-                for task in tasks:
-                    await _put(session, address, task, 0, args.classes)
                 await _load(session, address, images, tasks, args.clients, 1.0, draw)  # warm
             for i in range(args.rounds):
                 for mode in reversed(MODES) if i % 2 else MODES:

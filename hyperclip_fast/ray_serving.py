@@ -1,6 +1,6 @@
 """The same server on a Ray cluster: one ingress with routes, tasks and batches; model replicas, as many as are wanted.
 
-    serve run hyperclip_fast.ray_serving:build_app bank=tasks.safetensors replicas=4 device=cuda gpus=1
+    serve run hyperclip_fast.ray_serving:build_app bank=/data/tasks.safetensors replicas=4 device=cuda gpus=1
 
 A batch brings its tasks along, so model replicas know no tasks and need not agree on any: the ingress alone has them,
 and adds and saves them as the server on one machine does.
@@ -9,7 +9,7 @@ and adds and saves them as the server on one machine does.
 from pathlib import Path
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
@@ -25,7 +25,7 @@ class RayOptions(BaseModel):
     """What `serve run` takes as key=value.
 
     Args:
-        bank: file of the tasks, where the ingress can read and write it.
+        bank: file of the tasks, as an absolute path where the ingress can read and write it.
         model: a trained model's folder on every node, or a hub id; None: the demo model.
         device: of the model replicas.
         replicas: of the model.
@@ -37,7 +37,7 @@ class RayOptions(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
-    bank: str
+    bank: Path
     model: str | None = None
     device: str = "cpu"
     replicas: int = Field(1, ge=1)
@@ -46,6 +46,13 @@ class RayOptions(BaseModel):
     max_batch: int = Field(32, ge=1)
     max_wait_ms: float = Field(2.0, ge=0)
     places: int = Field(256, ge=1)
+
+    @field_validator("bank")
+    @classmethod
+    def _absolute(cls, path: Path) -> Path:
+        if not path.is_absolute():  # the ingress runs in a folder of Ray's choosing
+            raise ValueError(f"bank must be an absolute path, got {path}")
+        return path
 
 
 @serve.deployment(max_ongoing_requests=2)  # one runs, the next is there already
@@ -86,7 +93,7 @@ class Ingress:
             places=options.places,
         )
         runner = ModelThread(load_model(options.model))
-        self.service = bank_service(Path(options.bank), runner, serve_options, classify)
+        self.service = bank_service(options.bank, runner, serve_options, classify)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self.service)

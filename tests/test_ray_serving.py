@@ -48,7 +48,7 @@ def address(tmp_path, monkeypatch):
     )
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
-        options = RayOptions(bank=str(tmp_path / "tasks.safetensors"), replicas=2, max_batch=8, max_wait_ms=50)
+        options = RayOptions(bank=tmp_path / "tasks.safetensors", replicas=2, max_batch=8, max_wait_ms=50)
         serve.run(build_app(options), route_prefix="/")
         yield f"http://127.0.0.1:{port}"
         serve.shutdown()
@@ -90,3 +90,12 @@ def test_the_same_answers_from_model_replicas(address, tmp_path):
     serve.shutdown()
     assert TaskBank.load(tmp_path / "tasks.safetensors", model).tasks == ("pets",)
     assert os.listdir(tmp_path) == ["tasks.safetensors"]
+
+
+def test_refused_options():
+    from hyperclip_fast.ray_serving import RayOptions
+
+    for wrong in ({"bank": "tasks.safetensors"}, {"bank": "/b", "replicas": "0"}, {"bank": "/b", "replica": "1"}, {}):
+        with pytest.raises(ValueError, match=r"absolute path|greater than|not permitted|required"):
+            RayOptions(**wrong)
+    assert RayOptions(bank="/b", replicas="3", gpus="0.5").replicas == 3  # as `serve run` gives them
