@@ -40,6 +40,7 @@ def address(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     ray.init(
+        "local",  # not another test's
         num_cpus=4,
         include_dashboard=False,
         object_store_memory=100 << 20,
