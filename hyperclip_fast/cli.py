@@ -1,4 +1,4 @@
-"""The command line: hyperclip demo | classify | embed | train | evaluate | specialize | export | bench, ..."""
+"""The command line: hyperclip demo | classify | embed | train | evaluate | specialize | export | serve | bench, ..."""
 
 import argparse
 import json
@@ -15,6 +15,7 @@ EPILOG = """examples:
   hyperclip evaluate --model runs/demo/model
   hyperclip specialize --labels "cat,dog" --out cat_or_dog/
   hyperclip export mixed --out mixed.onnx
+  hyperclip serve --bank tasks.safetensors
   hyperclip bench model --models vit_tiny_patch16_224 --batches 16
 
 A task is a list of class names. A tasks file maps names of tasks to lists of class names, in YAML or JSON:
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     from hyperclip_fast.bench.command import add_bench
     from hyperclip_fast.clip_benchmark import add_clip_benchmark
     from hyperclip_fast.embed_command import add_embed
+    from hyperclip_fast.serve_command import add_serve
 
     parser = argparse.ArgumentParser(
         prog="hyperclip",
@@ -59,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_specialize(commands)
     _add_export(commands)
+    add_serve(commands)
     add_bench(commands)
     add_clip_benchmark(commands)
     add_embed(commands)

@@ -33,6 +33,21 @@ class Prediction:
     probabilities: tuple[float, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What adapting to a task made, apart from any bank; never changed, so that threads and processes may share it.
+
+    Args:
+        classes: class names.
+        embeddings: (K, E), the class names'.
+        row: (P,), norm parameters.
+    """
+
+    classes: tuple[str, ...]
+    embeddings: Tensor
+    row: Tensor
+
+
 class TaskBank:
     """Named tasks of one HyperCLIP.
 
@@ -70,6 +85,16 @@ class TaskBank:
         """Class embeddings (K, E) of a task."""
         self._follow_model()
         return self._embeddings[self._find(task)]
+
+    def task(self, task: str) -> Task:
+        """A copy of a task that outlives its removal from the bank.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        self._follow_model()
+        place = self._find(task)
+        return Task(self._classes[place], self._embeddings[place].clone(), self._table[place].clone())
 
     @property
     def params(self) -> NormParams:
@@ -232,11 +257,25 @@ class TaskBank:
             if tuple(found.shape) != shape or not found.is_floating_point() or not found.isfinite().all():
                 raise ValueError(f"path must hold {name} {shape} of finite numbers, {path} has {tuple(found.shape)}")
         table, embeddings = tensors["table"], tensors["class_embeddings"]
+        parts = embeddings.to(model.device).split(sizes)
+        return cls._filled(model, dict(zip(tasks, zip(tasks.values(), parts))), table.to(model.device))
+
+    @classmethod
+    @torch.inference_mode(False)
+    def of(cls, model: HyperCLIP, tasks: Mapping[str, Task]) -> "TaskBank":
+        """A bank of ready tasks, at least one, that the same model made."""
+        parts = {name: (task.classes, task.embeddings.to(model.device)) for name, task in tasks.items()}
+        return cls._filled(model, parts, torch.stack([task.row for task in tasks.values()]).to(model.device))
+
+    @classmethod
+    def _filled(
+        cls, model: HyperCLIP, tasks: Mapping[str, tuple[tuple[str, ...], Tensor]], table: Tensor
+    ) -> "TaskBank":
+        """A bank of classes and class embeddings by task, and their rows (T, P)."""
         bank = cls(model)
         bank._index = {task: i for i, task in enumerate(tasks)}
-        bank._names, bank._classes = list(tasks), list(tasks.values())
-        bank._embeddings = list(embeddings.to(model.device).split(sizes))
-        bank._table = table.to(model.device)
+        bank._names, bank._classes = list(tasks), [classes for classes, _ in tasks.values()]
+        bank._embeddings, bank._table = [embeddings for _, embeddings in tasks.values()], table
         return bank
 
     def _find(self, task: str) -> int:
