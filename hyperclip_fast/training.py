@@ -1,111 +1,59 @@
-"""A trainer that is small but real: mixed batches of G tasks x K pairs, AdamW, cosine schedule, exact resume.
+"""The trainer: mixed batches of G tasks x K pairs, AdamW, one process or several, exact resume.
 
 Everything random in a step is drawn from (seed, step), so a run that is stopped and resumed is bit-equal to one that is
 not. A run's folder holds config.json, log.jsonl, checkpoint.pt (for resuming) and model/ (for `from_pretrained`).
 """
 
-import json
+import contextlib
 import math
-import os
-import pickle
+import signal
+import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from einops import rearrange
-from timm.optim import param_groups_weight_decay
+from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from hyperclip_fast.config import check_types, from_dict
-from hyperclip_fast.data import Pictures, TaskBatch, TaskSampler, augment, load_pictures, resize
+from hyperclip_fast import distributed
+from hyperclip_fast.data import Pictures
 from hyperclip_fast.evaluation import EvalTask, held_out_tasks, mean_accuracy, swap_test
 from hyperclip_fast.extras import require
-from hyperclip_fast.hyperclip import HyperCLIP, HyperCLIPConfig, config_from_dict
-from hyperclip_fast.losses import siglip_loss
+from hyperclip_fast.hyperclip import HyperCLIP, HyperCLIPConfig
+from hyperclip_fast.losses import balanced_bias
+from hyperclip_fast.objective import Inputs, Objective, backward_in_parts
+from hyperclip_fast.optimizer import (
+    clip_gradients,
+    create_optimizer,
+    freeze,
+    gradient_norms,
+    learning_rate,
+    set_learning_rate,
+    train_mode,
+)
+from hyperclip_fast.run_folder import RunFolder
+from hyperclip_fast.sources import Batch, Sampler, Source, TaskSource, hash_seed, step_seed
+from hyperclip_fast.train_config import DataConfig, RunConfig, TrainConfig
+from hyperclip_fast.train_data import create_source
 
-
-@dataclass
-class TrainConfig:
-    """How a model is trained.
-
-    Args:
-        steps: optimiser steps.
-        tasks_per_batch: G.
-        classes_per_task: K, one picture each.
-        lr: peak learning rate.
-        min_lr: learning rate at the end of the cosine.
-        warmup: steps of linear warm-up.
-        weight_decay: of matrices; vectors and timm's no_weight_decay names are spared.
-        betas: of AdamW.
-        clip: largest gradient norm.
-        mixed_groups: share of tasks that draw names from all groups.
-        seed: of initialisation, batches, augmentation and dropout.
-        log_every: steps between log lines.
-        eval_every: steps between swap tests on held-out names; 0: only at the end.
-        save_every: steps between checkpoints.
-        picture_size: side of the rendered pictures.
-    """
-
-    steps: int = 4000
-    tasks_per_batch: int = 8
-    classes_per_task: int = 16
-    lr: float = 1e-3
-    min_lr: float = 1e-5
-    warmup: int = 200
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.98)
-    clip: float = 1.0
-    mixed_groups: float = 0.25
-    seed: int = 0
-    log_every: int = 20
-    eval_every: int = 500
-    save_every: int = 500
-    picture_size: int = 64
-
-    def __post_init__(self):
-        check_types(self)
-        for name in ("steps", "tasks_per_batch", "log_every", "save_every", "picture_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.classes_per_task < 2:
-            raise ValueError(f"classes_per_task must be at least 2, got {self.classes_per_task}")
-
-
-def load_config(path: str | Path) -> tuple[HyperCLIPConfig, TrainConfig]:
-    """Read {"model": {...}, "train": {...}} from a YAML or JSON file.
-
-    Raises:
-        ValueError: for a file that is neither, keys that are no fields, or values of another type.
-    """
-    import yaml
-
-    try:
-        sections = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"config must be YAML or JSON, {path} is not: {error}") from error
-    if not isinstance(sections, dict) or not set(sections) <= {"model", "train"}:
-        raise ValueError(f"config must have the sections model and train, got {sections if sections else 'nothing'}")
-    return config_from_dict(sections.get("model") or {}), from_dict(TrainConfig, sections.get("train") or {}, "train")
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then cosine from lr to min_lr."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+STOP_EVERY = 10  # steps after which several processes ask each other whether one was told to stop
 
 
 class Trainer:
-    """One model, one data set, one run folder.
+    """One model, one data set, one run folder. In several processes, one Trainer each: see `distributed.processes`.
 
     Args:
         model_config: what to train.
         config: how.
         out: the run's folder; a checkpoint in it is resumed.
-        pictures: the data; None: OpenMoji and digits, rendered at `config.picture_size`.
+        pictures: the data, and its held-out part for the swap test; None: what `data` says.
         device: where to train.
+        sampler: mixed batches of other pictures, see `sources.Sampler`.
+        source: batches of any other data, see `sources.Source`.
+        data: what to train on; its defaults are OpenMoji and digits, rendered at `config.picture_size`.
 
     Raises:
         ValueError: if `out` holds a run with another configuration.
@@ -118,138 +66,249 @@ class Trainer:
         out: str | Path,
         pictures: Pictures | None = None,
         device: str | torch.device = "cpu",
+        sampler: Sampler | None = None,
+        source: Source | None = None,
+        data: DataConfig | None = None,
     ):
-        self.config, self.out, self.device = config, Path(out), torch.device(device)
+        self.config, self.out, self.device, self.share = config, Path(out), torch.device(device), distributed.share()
+        if config.balance_bias:
+            model_config = replace(model_config, init_logit_bias=balanced_bias(sum(config.class_range) / 2))
         torch.manual_seed(config.seed)
         self.model = HyperCLIP(model_config).to(self.device)
-        self.pictures = pictures or load_pictures(size=config.picture_size)
-        self.sampler = TaskSampler(
-            self.pictures.subset(~self.pictures.held_out),
-            tasks_per_batch=config.tasks_per_batch,
-            classes_per_task=config.classes_per_task,
-            seed=config.seed,
-            mixed_groups=config.mixed_groups,
-        )
-        no_decay = [f"image.{name}" for name in self.model.image.no_weight_decay()]
-        groups = param_groups_weight_decay(self.model, config.weight_decay, no_weight_decay_list=no_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
-        self.features = None if model_config.train_text else self.model.text_features(self.pictures.names)
-        self.step = 0
-        self._open_run()
+        freeze(self.model, config.freeze)
+        train_mode(self.model, config.freeze)
+        self.pictures, self.source = pictures, source
+        if sampler is not None:
+            self.source = TaskSource(sampler, sampler.names, config, self.model.image_size, self.share)
+        elif source is None:
+            run = RunConfig(model_config, config, data or DataConfig())
+            self.source, self.pictures = create_source(run, self.model.image_size, self.share, self.device, pictures)
+        self.features = self._known_features()
+        self._places = {name: i for i, name in enumerate(self.source.names)}
+        self._prepare_model()
+        self.optimizer = create_optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
+        self.step, self.broken, self.stopped, self._images = 0, 0, None, 0
+        self._norms: dict[str, Tensor] = {}
+        self._stream: Iterator[Batch] | None = None
+        self._stream_state: Any = None
+        settings = {"model": asdict(self.model.config), "train": asdict(config)}
+        settings |= {} if data is None else {"data": asdict(data)}
+        self.folder = RunFolder(out, settings, config.tensorboard, writes=self.share.rank == 0)
+        self._load(self.folder.resume())
 
-    def _settings(self) -> dict:
-        return {"model": asdict(self.model.config), "train": asdict(self.config)}
+    @property
+    def _trains_text(self) -> bool:
+        return self.model.text is not None and "text" not in self.config.freeze
 
-    def _open_run(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        settings = json.loads(json.dumps(self._settings()))
-        path = self.out / "config.json"
-        if path.exists() and json.loads(path.read_text()) != settings:
-            raise ValueError(f"out must be a new folder, or a run with this configuration: {self.out} has another one")
-        path.write_text(json.dumps(settings, indent=2) + "\n")
-        checkpoint = self.out / "checkpoint.pt"
-        if checkpoint.exists():
-            state = _load_checkpoint(checkpoint)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
-        _cut_log(self.out / "log.jsonl", self.step)
+    def _known_features(self) -> Tensor | None:
+        if self._trains_text or not self.source.names:
+            return None
+        with torch.no_grad():
+            return self.model.text_features(self.source.names)
+
+    def _prepare_model(self) -> None:
+        """Checkpoint, average, wrap, compile: what the configuration asks for."""
+        config, model = self.config, self.model
+        model.image.set_grad_checkpointing(config.grad_checkpointing)
+        if config.grad_checkpointing and self._trains_text:
+            model.text.set_grad_checkpointing()
+        self.ema = None
+        if config.ema:
+            self.ema = ModelEmaV3(model, decay=config.ema, use_warmup=True)
+            self.ema.module._frozen_text = model._frozen_text  # one tower for both
+        spans = config.tasks_per_batch == 1 and self.share.world > 1
+        self.objective = Objective(model, self.share, spans, config.loss_chunk, config.precision)
+        world = self.share.world if config.accumulate == 1 else 1  # parts are averaged at the end, by no wrapper
+        self.wrapped = distributed.wrap(self.objective, config.parallel, world)
+        if config.compile:
+            for module in (model.image, model.hypernetwork):
+                if module is not None:
+                    module.compile()
+
+    def _load(self, state: dict[str, Any] | None) -> None:
+        if state is None:
+            return
+        distributed.load_states(self.model, self.optimizer, state)
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.step = state["step"]
+        self.broken = state["broken"] if self.share.rank == 0 else 0
+        streams = state["streams"]
+        if len(streams) != self.share.world and any(stream is not None for stream in streams):
+            raise ValueError(f"a stream is resumed by as many processes as before, {len(streams)}, got {self.share}")
+        self._stream_state = streams[self.share.rank] if len(streams) == self.share.world else None
 
     def save(self) -> None:
-        """Write the checkpoint beside, then rename it."""
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
-        beside = self.out / f".checkpoint.{os.getpid()}.tmp"
-        torch.save(state, beside)
-        os.replace(beside, self.out / "checkpoint.pt")
+        """Write the checkpoint; no process goes on before it is there."""
+        state = {
+            **distributed.states(self.model, self.optimizer),
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "step": self.step,
+            "broken": sum(distributed.collect(self.broken, self.share.world)),
+            "streams": distributed.collect(self._stream_state, self.share.world),
+        }
+        self.folder.save(state)
+        distributed.barrier(self.share.world)
 
     def log(self, entry: dict) -> None:
         """Append one JSON line."""
-        with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.step, **entry}) + "\n")
+        self.folder.log(self.step, entry)
 
-    def class_features(self, batch: TaskBatch) -> Tensor:
-        """Text features (G, K, E_text) of the batch's classes; computed once for all where the tower is frozen."""
+    def next_batch(self) -> Batch:
+        """The batch of this step."""
+        if self._stream is None:
+            self._stream = self.source.batches(self.step, self._stream_state)
+        batch = next(self._stream)
+        self._stream_state = batch.state
+        return batch
+
+    @torch.no_grad()
+    def inputs(self, batch: Batch) -> Inputs:
+        """A batch on the device; texts of a frozen tower are encoded, those that are known once for all."""
         if self.features is not None:
-            return self.features[batch.class_ids.to(self.features.device)]
-        texts = [[self.pictures.names[i] for i in task] for task in batch.class_ids.tolist()]
-        return self.model.stack_tasks(texts)[0]
-
-    def loss(self, batch: TaskBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """SigLIP loss of a batch, and its accuracy within the tasks."""
-        images = resize(augment(batch.images, generator, batch.can_flip), self.model.image_size).to(self.device)
-        out = self.model(images, self.class_features(batch), batch.task_ids.to(self.device))
-        features = rearrange(out["image_features"], "(g k) e -> g k e", g=len(batch.class_ids))
-        loss = siglip_loss(features, out["text_features"], out["logit_scale"], out["logit_bias"])
-        best = (features.detach() @ out["text_features"].detach().mT).argmax(-1)
-        right = (best == torch.arange(best.shape[1], device=best.device)).float().mean()
-        return loss, right
+            return Inputs.make(batch, self._places, self.device, self.features)
+        places = {text: i for i, text in enumerate(dict.fromkeys(text for task in batch.classes for text in task))}
+        table = None if self._trains_text else self.model.text_features(tuple(places))
+        return Inputs.make(batch, places, self.device, table)
 
     def train_step(self) -> dict[str, Tensor]:
-        """One optimiser step; everything random in it depends on (seed, step) alone."""
-        config = self.config
-        torch.manual_seed(config.seed * 1_000_003 + self.step)
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
-        self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, config)
-        loss, right = self.loss(self.sampler.batch(self.step), generator)
+        """One optimiser step; everything random in it depends on (seed, step) and the process alone."""
+        config, batch = self.config, self.next_batch()
+        inputs, seed = self.inputs(batch), step_seed(config.seed, self.step)
+        seed = hash_seed(seed, self.share.rank) if self.share.rank else seed
+        torch.manual_seed(seed)
+        train_mode(self.model, config.freeze)
+        set_learning_rate(self.optimizer, learning_rate(self.step, config))
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        self.optimizer.step()
+        loss, accuracy = self._backward(inputs, seed)
+        self.scaler.unscale_(self.optimizer)
+        self._norms = gradient_norms(self.model) if (self.step + 1) % config.log_every == 0 else {}
+        norm = clip_gradients(self.model, config.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.step += 1
-        return {"loss": loss.detach(), "accuracy": right, "grad_norm": norm}
+        self.broken += batch.broken
+        self._images = len(batch.images)
+        if self.ema is not None:
+            self.ema.update(self.model, self.step)
+        return {"loss": loss.detach(), "accuracy": accuracy, "grad_norm": norm}
 
-    def evaluate(self, tasks: list[EvalTask]) -> dict[str, float]:
+    def _backward(self, inputs: Inputs, seed: int) -> tuple[Tensor, Tensor]:
+        """The mean gradients of all processes, scaled; loss and accuracy of this one."""
+        config, world = self.config, self.share.world
+        if config.accumulate > 1:
+            done = backward_in_parts(self.objective, inputs, config.accumulate, seed, self.scaler.scale)
+            distributed.average_gradients(list(self.model.parameters()), world)
+            return done
+        loss, accuracy = self.wrapped(inputs)
+        self.scaler.scale(loss).backward()
+        if config.parallel == "fsdp":
+            distributed.average_gradients(distributed.scalars(self.model), world)
+        return loss, accuracy
+
+    def measures(self, metrics: dict[str, Tensor], images_per_second: float) -> dict[str, float | None]:
+        """A log line: means over processes of a step's metrics, gradient norms by part, scale, bias, rate, speed.
+
+        A number that is not finite, as the norm where float16's scaler left out a step, is None.
+        """
+        scalars = {"logit_scale": self.model.logit_scale.exp(), "logit_bias": self.model.logit_bias}
+        values = distributed.mean({**metrics, **self._norms, **scalars}, self.share.world)
+        return {
+            **{name: round(value, 4) if math.isfinite(value) else None for name, value in values.items()},
+            "lr": learning_rate(self.step - 1, self.config),
+            "images_per_second": round(images_per_second * self.share.world, 1),
+            "broken": sum(distributed.collect(self.broken, self.share.world)),
+        }
+
+    def evaluate(self, tasks: list[EvalTask], model: HyperCLIP | None = None) -> dict[str, float]:
         """Mean held-out accuracy with the right, the base and a wrong row, logged; nothing for fewer than two tasks."""
         if len(tasks) < 2:
             return {}
-        result = {row: mean_accuracy(by_task) for row, by_task in swap_test(self.model, tasks).items()}
+        model = model or self.model
+        result = {row: mean_accuracy(by_task) for row, by_task in swap_test(model, tasks).items()}
         self.log({"held_out": {row: round(value, 4) for row, value in result.items()}})
         return result
 
+    def current_model(self) -> HyperCLIP:
+        """The model that the run gives, whole: the average of the weights where there is one."""
+        if self.ema is not None:
+            return self.ema.module
+        if self.share.world == 1 or self.config.parallel == "ddp":
+            return self.model
+        state = distributed.states(self.model, self.optimizer)["model"]
+        copy = HyperCLIP(self.model.config).to(self.device)
+        if state:  # the first process alone gets it
+            copy.load_state_dict(state)
+        return copy
+
     def train(self) -> HyperCLIP:
-        """Train to the last step, logging and saving on the way; returns the model, also written to out/model."""
+        """Train to the last step, logging and saving on the way; returns the model, also written to out/model.
+
+        On SIGTERM or SIGINT the step is finished and a checkpoint written; `stopped` then holds the signal.
+        """
         if self.step >= self.config.steps and (self.out / "model").is_dir():
-            return self.model.eval()  # finished in an earlier run
-        tqdm = require("tqdm", "train").tqdm
-        config, tasks, images, start = self.config, held_out_tasks(self.pictures), 0, time.perf_counter()
-        bar = tqdm(initial=self.step, total=config.steps, desc="train", unit="step", dynamic_ncols=True)
-        while self.step < config.steps:
+            return self.current_model().eval()  # finished in an earlier run
+        tasks = held_out_tasks(self.pictures) if self.pictures is not None and self.share.rank == 0 else []
+        with _signals_noted() as noted:
+            self._train(tasks, noted)
+        self.save()
+        model = self.current_model()
+        if self.stopped is None and self.share.rank == 0:
+            print(f"held out {self.evaluate(tasks, model)}" if tasks else f"trained {self.step} steps")
+            model.eval().save_pretrained(self.out / "model")
+        distributed.barrier(self.share.world)
+        return model
+
+    def _train(self, tasks: list[EvalTask], noted: list[int]) -> None:
+        config, first = self.config, self.share.rank == 0
+        bar = require("tqdm", "train").tqdm(
+            initial=self.step, total=config.steps, desc="train", unit="step", dynamic_ncols=True, disable=not first
+        )
+        images, start = 0, time.perf_counter()
+        while self.step < config.steps and self.stopped is None:
             metrics = self.train_step()
-            images += config.tasks_per_batch * config.classes_per_task
+            images += self._images
             bar.update()
             if self.step % config.log_every == 0:
-                values = {name: round(float(value), 4) for name, value in metrics.items()}
-                speed = round(images / (time.perf_counter() - start), 1)
-                self.log({**values, "lr": learning_rate(self.step - 1, config), "images_per_second": speed})
-                bar.set_postfix(values)
+                values = self.measures(metrics, images / (time.perf_counter() - start))
+                self.log(values)
+                bar.set_postfix({name: values[name] for name in metrics})
             if config.eval_every and self.step % config.eval_every == 0 and self.step < config.steps:
-                bar.write(f"step {self.step}: held out {self.evaluate(tasks)}")
+                model = None if self.pictures is None else self.current_model()
+                if first and tasks:
+                    bar.write(f"step {self.step}: held out {self.evaluate(tasks, model)}")
                 images, start = 0, time.perf_counter()
-            if self.step % config.save_every == 0:
+            if self.step % config.save_every == 0 and self.step < config.steps:
                 self.save()
+            if self.share.world == 1 or self.step % STOP_EVERY == 0:
+                told = distributed.any_process(bool(noted), self.share.world, self.device)
+                self.stopped = (noted or [signal.SIGTERM])[0] if told else None
         bar.close()
-        self.save()
-        print(f"held out {self.evaluate(tasks)}")
-        self.model.eval().save_pretrained(self.out / "model")
-        return self.model
+        self._stream = None  # ends its workers
 
 
-def _load_checkpoint(path: Path) -> dict:
-    """Tensors and numbers only: a pickle of anything else is refused, not run."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"out must hold a whole checkpoint of a run, got {path}: {reason}") from error
-
-
-def _cut_log(path: Path, step: int) -> None:
-    """Drop log lines beyond `step`: a resumed run writes them again."""
-    if not path.exists():
+@contextlib.contextmanager
+def _signals_noted() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT inside are noted in a list. A second Ctrl-C acts as it did before; SIGTERM may come to a whole
+    process group and from torchrun, too."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted  # only the main thread may set handlers
         return
-    lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(line + "\n" for line in lines))
-    os.replace(beside, path)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -10,7 +10,9 @@ from hyperclip_fast.data import Pictures
 from hyperclip_fast.evaluation import EvalTask, accuracy, held_out_tasks, predict, swap_test
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
-from hyperclip_fast.training import TrainConfig, Trainer, learning_rate, load_config
+from hyperclip_fast.optimizer import learning_rate
+from hyperclip_fast.train_config import TrainConfig, load_config
+from hyperclip_fast.training import Trainer
 from tests.towers import patch_text_tower, tiny_config, tiny_model
 
 CONFIG = TrainConfig(
@@ -122,6 +124,17 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
         ("model: {colour: red}", "unknown keys \\['colour'\\]"),
         ("train: {speed: 3}", "unknown keys \\['speed'\\]"),
         ("train: {steps: 0}", "steps must be at least 1"),
+        ("train: {warmup: -1}", "warmup must not be negative"),
+        ("train: {classes_per_task: [8, 4]}", "classes_per_task must be at least 2"),
+        ("train: {classes_per_task: many}", "classes_per_task must be int"),
+        ("train: {ema: 1.0}", "ema must lie"),
+        ("train: {schedule: steep}", "schedule must be one of"),
+        ("train: {precision: int8}", "precision must be one of"),
+        ("train: {freeze: [head]}", "freeze must name some of"),
+        ("train: {parallel: fsdp, ema: 0.9}", "go with ddp"),
+        ("data: {kind: video}", "kind must be one of"),
+        ("data: {crop: 0}", "crop and flip must lie"),
+        ("data: {workers: -1}", "workers must be at least 0"),
         ("train: {classes_per_task: 1}", "classes_per_task must be at least 2"),
         ("train: {steps: many}", "steps must be int, got 'many'"),
         ("train: {lr: fast}", "lr must be float, got 'fast'"),
@@ -190,5 +203,5 @@ def test_numbers_as_yaml_reads_them(tmp_path):
     (tmp_path / "config.yaml").write_text(
         "train: {lr: 1e-3, clip: 2, betas: [0, 0.98]}"
     )  # 1e-3 is a string in YAML 1.1
-    config = load_config(tmp_path / "config.yaml")[1]
+    config = load_config(tmp_path / "config.yaml").train
     assert (config.lr, config.clip, config.betas) == (1e-3, 2.0, (0.0, 0.98))

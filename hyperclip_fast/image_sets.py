@@ -1,0 +1,212 @@
+"""Image files with texts: a folder of images for each class, or a CSV or TSV table; and the batches made of them.
+
+Labels: a task is a set of class names, drawn anew each time, with one image of each. Captions: the pairs of an epoch
+come in random order, each once, and a task is the group of K that comes next; with G = 1 it is the whole batch. Every
+batch is a function of (seed, step), whoever loads it: processes may change from one run to its continuation.
+"""
+
+import csv
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hyperclip_fast.image_files import find_images
+from hyperclip_fast.sources import Batch, Share, draw_sizes, hash_seed, load, seeded, share_of_tasks
+from hyperclip_fast.train_config import DataConfig, TrainConfig
+
+ATTEMPTS = 100  # images tried for one place of a batch, before a set counts as unreadable
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """M image files, each with a text.
+
+    Args:
+        files: where they are.
+        texts: class names or captions.
+    """
+
+    files: tuple[str, ...]
+    texts: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def read_folder(path: str | Path, class_names: dict[str, str] | None = None) -> ImageSet:
+    """A folder with a folder of images for each class, whose name, with spaces for underscores, is the class's.
+
+    Args:
+        path: the folder.
+        class_names: class names by folder name, in place of these.
+
+    Raises:
+        ValueError: for a folder without such folders, or without images.
+    """
+    names = class_names or {}
+    folders = sorted(folder for folder in Path(path).glob("*") if folder.is_dir())
+    if not folders:
+        raise ValueError(f"path must be a folder with a folder for each class, got {path}")
+    pairs = [
+        (str(file), names.get(folder.name, folder.name.replace("_", " ")))
+        for folder in folders
+        for file in find_images(folder)
+    ]
+    return ImageSet(*zip(*pairs))
+
+
+def read_table(
+    path: str | Path, image_column: str = "filepath", text_column: str = "title", names: dict[str, str] | None = None
+) -> ImageSet:
+    """A CSV file, or a TSV file where its name ends so, with a header; lines without path or text are left out.
+
+    Args:
+        path: the file; images are relative to its folder.
+        image_column: name of the column of paths.
+        text_column: name of the column of texts.
+        names: class names by text, in place of the texts.
+
+    Raises:
+        ValueError: for a file without these columns, or without lines.
+    """
+    path = Path(path)
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        found = reader.fieldnames or []
+        if not {image_column, text_column} <= set(found):
+            raise ValueError(f"path must be a table with columns {image_column} and {text_column}, {path} has {found}")
+        lines = [((line[image_column] or "").strip(), (line[text_column] or "").strip()) for line in reader]
+    pairs = [(str(path.parent / image), (names or {}).get(text, text)) for image, text in lines if image and text]
+    if not pairs:
+        raise ValueError(f"path must be a table with lines that have an image and a text, got {path}")
+    if len(pairs) < len(lines):
+        warnings.warn(f"{path}: {len(lines) - len(pairs)} lines without image or text left out", stacklevel=2)
+    return ImageSet(*zip(*pairs))
+
+
+class ImageSetSource(Dataset):
+    """Batches of an ImageSet, made by workers where the configuration has some.
+
+    Args:
+        images: the set.
+        config: of the training.
+        data: how to read it.
+        reader: see `transforms.create_reader`.
+        share: of this process.
+        pin: for a copy to a GPU.
+
+    Raises:
+        ValueError: for fewer classes, or captions, than a batch takes.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        config: TrainConfig,
+        data: DataConfig,
+        reader: Callable[[str], Tensor],
+        share: Share,
+        pin: bool = False,
+    ):
+        self.images, self.config, self.data, self.reader, self.share, self.pin = (
+            images,
+            config,
+            data,
+            reader,
+            share,
+            pin,
+        )
+        self.by_class: dict[str, list[int]] = defaultdict(list)
+        for i, text in enumerate(images.texts):
+            self.by_class[text].append(i)
+        self.labelled = data.tasks == "labels"
+        self.names = tuple(self.by_class) if self.labelled else ()
+        most, have = config.class_range[1], len(self.by_class) if self.labelled else len(images)
+        if have < (most if self.labelled else most * config.tasks_per_batch):
+            raise ValueError(f"classes_per_task must be at most what {data.path} has, {have} {data.tasks}, got {most}")
+        self._order = (-1, torch.empty(0, dtype=torch.long))
+
+    def batches(self, start: int, state: Any = None) -> Iterator[Batch]:
+        """The batches from step `start` on."""
+        return load(self, self.data.workers, self.pin, _count_from(start))
+
+    def __getitem__(self, step: int) -> Batch:
+        """This process's part of the batch of a step."""
+        sizes = draw_sizes(self.config, step)
+        parts, pairs, broken = share_of_tasks(sizes, self.share), [], 0
+        plan = self._labels(step, sizes) if self.labelled else self._captions(step, sum(sizes))
+        for start, stop in parts:
+            taken = {self.images.texts[i] for i in (plan[start:stop] if len(sizes) > 1 else plan)}
+            for place in range(start, stop):
+                image, text, failures = self._read(step, place, plan[place], taken)
+                taken.add(text)
+                pairs.append((image, text))
+                broken += failures
+        counts = tuple(stop - start for start, stop in parts)
+        texts = iter(text for _, text in pairs)
+        return Batch(
+            images=torch.stack([image for image, _ in pairs]),
+            labels=torch.cat([torch.arange(count) for count in counts]),
+            counts=counts,
+            classes=tuple(tuple(next(texts) for _ in range(count)) for count in counts),
+            broken=broken,
+        )
+
+    def _labels(self, step: int, sizes: list[int]) -> list[int]:
+        """An image of each class of each task of a step."""
+        generator = torch.Generator().manual_seed(hash_seed(self.config.seed, step, "labels"))
+        chosen = []
+        for size in sizes:
+            for name in torch.randperm(len(self.names), generator=generator)[:size].tolist():
+                files = self.by_class[self.names[name]]
+                chosen.append(files[int(torch.randint(len(files), (), generator=generator))])
+        return chosen
+
+    def _captions(self, step: int, count: int) -> list[int]:
+        """The pairs of a step: the next ones of the epoch."""
+        first = step * self.config.tasks_per_batch * self.config.class_range[1]
+        return [self._pair(first + i) for i in range(count)]
+
+    def _pair(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.images))
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(hash_seed(self.config.seed, epoch, "epoch"))
+            self._order = (epoch, torch.randperm(len(self.images), generator=generator))
+        return int(self._order[1][place])
+
+    def _read(self, step: int, place: int, wanted: int, taken: set[str]) -> tuple[Tensor, str, int]:
+        """The image and text for a place of a batch, and how many broken files came before one that could be read."""
+        first = wanted
+        for attempt in range(ATTEMPTS):
+            seed = hash_seed(self.config.seed, step, place, attempt)
+            with seeded(seed):
+                try:
+                    return self.reader(self.images.files[wanted]), self.images.texts[wanted], attempt
+                except (ValueError, OSError) as error:
+                    warnings.warn(f"skipped: {error}", stacklevel=2)
+            wanted = self._another(seed, first, attempt, taken)
+        raise ValueError(f"path must hold images that can be read, {ATTEMPTS} of {self.data.path} could not")
+
+    def _another(self, seed: int, first: int, attempt: int, taken: set[str]) -> int:
+        """An image in a broken one's place: of its class, if that has another, else of a class new to the task."""
+        generator = torch.Generator().manual_seed(seed)
+        if not self.labelled:
+            return int(torch.randint(len(self.images), (), generator=generator))
+        files = self.by_class[self.images.texts[first]]
+        others = [name for name in self.names if name not in taken] if attempt >= min(len(files), 8) - 1 else []
+        if others:
+            files = self.by_class[others[int(torch.randint(len(others), (), generator=generator))]]
+        return files[int(torch.randint(len(files), (), generator=generator))]
+
+
+def _count_from(start: int) -> Iterator[int]:
+    while True:
+        yield start
+        start += 1

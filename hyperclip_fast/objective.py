@@ -1,0 +1,201 @@
+"""One training step's forward and backward: class names -> rows -> images -> loss, in one pass or in parts.
+
+In parts, the gradients are still those of the whole batch, though every image is compared with every class of its task:
+all images are embedded without a graph, the loss gives the gradient at each embedding, and each part is then run again
+with a graph that starts from its share of that gradient (GradCache, arXiv 2101.06983). Rows are generated once; the
+parts' gradients at the rows add up and go through the hypernetwork in one pass. A text tower that is trained runs in
+parts, too.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hyperclip_fast.distributed import gather_texts
+from hyperclip_fast.hyperclip import HyperCLIP
+from hyperclip_fast.losses import siglip_loss
+from hyperclip_fast.norm_params import NormParams
+from hyperclip_fast.sources import Batch, Share, hash_seed
+
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch on the device. Texts that occur twice are encoded once: `index` says which text a class is.
+
+    Args:
+        images: (B, 3, S, S).
+        task_ids: (B,) int64.
+        counts: images of each task.
+        sizes: classes of each task.
+        labels: (B,) int64, class of each image among its task's.
+        paired: image k of every task shows class k, and there are no others.
+        index: (G, K) int64, index into the texts; anything on padding.
+        mask: (G, K) bool, False on padding; None: there is none.
+        texts: what to encode, for a text tower that is trained; else empty.
+        table: (U, E_text) what the texts are encoded to, for one that is not.
+    """
+
+    images: Tensor
+    task_ids: Tensor
+    counts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    labels: Tensor
+    paired: bool
+    index: Tensor
+    mask: Tensor | None
+    texts: tuple[str, ...] = ()
+    table: Tensor | None = None
+
+    @classmethod
+    def make(cls, batch: Batch, places: dict[str, int], device: torch.device, table: Tensor | None = None) -> "Inputs":
+        """The inputs of a batch.
+
+        Args:
+            batch: of a source.
+            places: the index of every text.
+            device: where the model is.
+            table: (U, E_text) the texts' features; None: the objective encodes them.
+        """
+        sizes = tuple(len(task) for task in batch.classes)
+        index = torch.zeros(len(sizes), max(sizes), dtype=torch.long)
+        for row, task in zip(index, batch.classes):
+            row[: len(task)] = torch.tensor([places[text] for text in task])
+        padded = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+        paired = sizes == batch.counts and torch.equal(batch.labels, torch.cat([torch.arange(n) for n in sizes]))
+        move = {"device": device, "non_blocking": True}
+        return cls(
+            images=batch.images.to(**move),
+            task_ids=batch.task_ids.to(**move),
+            counts=batch.counts,
+            sizes=sizes,
+            labels=batch.labels.to(**move),
+            paired=paired,
+            index=index.to(**move),
+            mask=None if min(sizes) == max(sizes) else padded.to(**move),
+            texts=() if table is not None else tuple(places),
+            table=table,
+        )
+
+
+class Objective(nn.Module):
+    """A model with its loss: what DDP and FSDP wrap.
+
+    Args:
+        model: what is trained.
+        share: of this process.
+        spans: every batch is one task, whose pairs lie on all processes: texts are brought together.
+        chunk: see `siglip_loss`.
+        precision: "float32", or a dtype of autocast.
+    """
+
+    def __init__(self, model: HyperCLIP, share: Share, spans: bool = False, chunk: int = 0, precision: str = "float32"):
+        super().__init__()
+        self.model, self.share, self.spans, self.chunk, self.precision = model, share, spans, chunk, precision
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of the towers."""
+        dtype = AUTOCAST.get(self.precision)
+        return torch.autocast(self.model.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Loss of a batch and its accuracy within the tasks."""
+        with self.autocast():
+            table = self.model.text_features(inputs.texts) if inputs.table is None else inputs.table
+            out = self.model(inputs.images, self.spread(table, inputs), inputs.task_ids, inputs.mask)
+        return self.compare(out["image_features"], out["text_features"], inputs)
+
+    def spread(self, table: Tensor, inputs: Inputs) -> Tensor:
+        """Features (U, E_text) of texts to those of the tasks' classes (G, K, E_text), all processes' if it spans."""
+        features = table[inputs.index]
+        return gather_texts(features) if self.spans else features
+
+    def compare(self, images: Tensor, classes: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Loss and accuracy of image embeddings (B, E) and class embeddings (G, K, E), in float32."""
+        with torch.autocast(images.device.type, enabled=False):
+            images, classes = images.float().split(inputs.counts), classes.float()
+            sizes = (classes.shape[1],) if self.spans else inputs.sizes
+            texts = [task[:size] for task, size in zip(classes, sizes)]
+            labels = (inputs.labels + self.share.rank * inputs.sizes[0] * self.spans).split(inputs.counts)
+            known = None if inputs.paired and not self.spans else labels
+            scale, bias = self.model.logit_scale.exp(), self.model.logit_bias
+            loss = siglip_loss(images, texts, scale, bias, known, self.chunk)
+            return loss, _accuracy(images, texts, labels, self.chunk)
+
+
+@torch.no_grad()
+def _accuracy(images: tuple[Tensor, ...], texts: list[Tensor], labels: tuple[Tensor, ...], chunk: int) -> Tensor:
+    """Share of images whose own class is the most similar one of its task, averaged over tasks."""
+    shares = []
+    for task, classes, shown in zip(images, texts, labels):
+        best = [(rows @ classes.T).argmax(1) for rows in task.split(chunk or len(task))]
+        shares.append((torch.cat(best) == shown).float().mean())
+    return torch.stack(shares).mean()
+
+
+def backward_in_parts(
+    objective: Objective, inputs: Inputs, parts: int, seed: int, scaled: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The gradients of a whole batch with a part of it in memory at a time; see the module's text.
+
+    Args:
+        objective: not wrapped; gradients are added to its parameters' own.
+        inputs: the batch.
+        parts: how many; at most one an image.
+        seed: of dropout, drawn anew for each part and the same in both of its passes.
+        scaled: what is done to the loss before backward.
+
+    Returns:
+        Loss and accuracy, without a graph.
+    """
+    parts = min(parts, len(inputs.images))
+    model, texts = objective.model, _split(inputs.texts, parts) if inputs.table is None else []
+    images = list(zip(inputs.images.tensor_split(parts), inputs.task_ids.tensor_split(parts)))
+    table = inputs.table
+    if table is None:
+        table = _without_graph([lambda i=i, t=t: _texts(objective, t, hash_seed(seed, i)) for i, t in enumerate(texts)])
+    features = objective.spread(table, inputs)
+    leaf = features.detach().requires_grad_(features.requires_grad)
+    with objective.autocast():
+        params, classes = model.rows(leaf, inputs.mask), model.project_text(leaf)
+    rows = params.table.detach().requires_grad_(params.table.requires_grad)
+
+    def embed(i: int) -> Tensor:
+        torch.manual_seed(hash_seed(seed, i))
+        with objective.autocast():
+            return model.encode_image(images[i][0], NormParams(params.spec, rows, images[i][1]))
+
+    embeddings = _without_graph([lambda i=i: embed(i) for i in range(parts)])
+    loss, accuracy = objective.compare(embeddings, classes, inputs)
+    scaled(loss).backward()
+    for i, grad in enumerate(embeddings.grad.tensor_split(parts)):
+        if (again := embed(i)).requires_grad:
+            again.backward(grad)
+    if rows.grad is not None:
+        params.table.backward(rows.grad)
+    if leaf.grad is not None:
+        features.backward(leaf.grad)
+        for i, (part, grad) in enumerate(zip(texts, table.grad.split([len(part) for part in texts]))):
+            _texts(objective, part, hash_seed(seed, i)).backward(grad)
+    return loss.detach(), accuracy
+
+
+def _split(texts: tuple[str, ...], parts: int) -> list[tuple[str, ...]]:
+    size = -(-len(texts) // parts)
+    return [texts[start : start + size] for start in range(0, len(texts), size)]
+
+
+def _texts(objective: Objective, texts: tuple[str, ...], seed: int) -> Tensor:
+    torch.manual_seed(seed)
+    with objective.autocast():
+        return objective.model.text_features(texts)
+
+
+def _without_graph(parts: list[Callable[[], Tensor]]) -> Tensor:
+    """The parts' results in one tensor, from which a new graph starts."""
+    with torch.no_grad():
+        return torch.cat([part() for part in parts]).requires_grad_()

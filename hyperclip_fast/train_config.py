@@ -1,0 +1,221 @@
+"""What is trained, how and on what: three dataclasses, a YAML file with a section each, and dotted changes to it.
+
+    model: {...}     HyperCLIPConfig        train: {...}     TrainConfig        data: {...}     DataConfig
+
+`load_config(path, ["train.lr=3e-4", "data.path=shards/{0000..0127}.tar"])`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from hyperclip_fast.config import check_types, from_dict
+from hyperclip_fast.hyperclip import HyperCLIPConfig, config_from_dict
+
+PARTS = ("image", "text", "hypernetwork", "logit")
+SCHEDULES = ("cosine", "linear", "constant")
+PRECISIONS = ("float32", "bfloat16", "float16")
+KINDS = ("pictures", "folder", "table", "shards")
+TRANSFORMS = ("timm", "open_clip", "plain")
+
+
+@dataclass
+class TrainConfig:
+    """How a model is trained. The batch, its tasks and every step are those of all processes together.
+
+    Args:
+        steps: optimiser steps.
+        tasks_per_batch: G.
+        classes_per_task: K, one picture each; or the least and the most, from which each task draws its own.
+        lr: peak learning rate.
+        min_lr: learning rate at the end of the schedule.
+        warmup: steps of linear warm-up.
+        schedule: from lr to min_lr, "cosine" or "linear"; or "constant".
+        weight_decay: of matrices; vectors and timm's no_weight_decay names are spared.
+        image_lr: peak for the image tower; None, here and in the next five: as the others have it.
+        text_lr: peak for text tower and projection.
+        hyper_lr: peak for the hypernetwork.
+        image_weight_decay: of the image tower's matrices.
+        text_weight_decay: of the matrices of text tower and projection.
+        hyper_weight_decay: of the hypernetwork's matrices.
+        freeze: parts that are not trained, of "image", "text", "hypernetwork", "logit" (scale and bias).
+        betas: of AdamW.
+        clip: largest gradient norm; 0: any.
+        accumulate: parts that a batch is split into, one in memory at a time; gradients are those of the whole batch.
+        precision: "float32"; or "bfloat16", "float16" by autocast, the latter with a gradient scaler.
+        grad_checkpointing: run the towers' blocks again in backward instead of keeping what is in them.
+        compile: torch.compile image tower and hypernetwork.
+        ema: decay of an average of the weights, which then is the model that the run gives; 0: none.
+        loss_chunk: images whose similarities are held at once, see `losses.siglip_loss`; 0: all.
+        balance_bias: start the logit bias at `losses.balanced_bias` of K in place of the model's init_logit_bias.
+        parallel: how several processes share the work, "ddp" or "fsdp" (parameters and optimiser state in shards).
+        mixed_groups: share of tasks that draw names from all groups.
+        seed: of initialisation, batches, augmentation and dropout.
+        log_every: steps between log lines.
+        eval_every: steps between swap tests on held-out names; 0: only at the end.
+        save_every: steps between checkpoints.
+        tensorboard: log for TensorBoard, too.
+        picture_size: side of the rendered pictures.
+    """
+
+    steps: int = 4000
+    tasks_per_batch: int = 8
+    classes_per_task: int | tuple[int, int] = 16
+    lr: float = 1e-3
+    min_lr: float = 1e-5
+    warmup: int = 200
+    schedule: str = "cosine"
+    weight_decay: float = 0.05
+    image_lr: float | None = None
+    text_lr: float | None = None
+    hyper_lr: float | None = None
+    image_weight_decay: float | None = None
+    text_weight_decay: float | None = None
+    hyper_weight_decay: float | None = None
+    freeze: tuple[str, ...] = ()
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = 1.0
+    accumulate: int = 1
+    precision: str = "float32"
+    grad_checkpointing: bool = False
+    compile: bool = False
+    ema: float = 0.0
+    loss_chunk: int = 0
+    balance_bias: bool = False
+    parallel: str = "ddp"
+    mixed_groups: float = 0.25
+    seed: int = 0
+    log_every: int = 20
+    eval_every: int = 500
+    save_every: int = 500
+    tensorboard: bool = False
+    picture_size: int = 64
+
+    def __post_init__(self):
+        check_types(self)
+        for name in ("steps", "tasks_per_batch", "accumulate", "log_every", "save_every", "picture_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup", "clip", "loss_chunk", "eval_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 2 <= self.class_range[0] <= self.class_range[1]:
+            raise ValueError(f"classes_per_task must be at least 2, or two such numbers, got {self.classes_per_task}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
+        _check_choice(self, schedule=SCHEDULES, precision=PRECISIONS, parallel=("ddp", "fsdp"))
+        if self.parallel == "fsdp" and (self.accumulate > 1 or self.ema or self.precision == "float16"):
+            got = f"{self.accumulate}, {self.ema} and {self.precision}"
+            raise ValueError(f"accumulate, ema and float16 go with ddp, not fsdp, got {got}")
+        if not set(self.freeze) <= set(PARTS):
+            raise ValueError(f"freeze must name some of {PARTS}, got {self.freeze}")
+
+    @property
+    def class_range(self) -> tuple[int, int]:
+        """The least and the most classes of a task."""
+        sizes = self.classes_per_task
+        return (sizes, sizes) if isinstance(sizes, int) else sizes
+
+
+@dataclass
+class DataConfig:
+    """What a model is trained on.
+
+    Args:
+        kind: "pictures": OpenMoji and digits; "folder": a folder of image files for each class; "table": a CSV or TSV
+            file of image paths and texts; "shards": webdataset tar files, streamed.
+        sets: which pictures, of "openmoji" and "digits".
+        path: the folder, the table, or the shards, such as "shards/{0000..0127}.tar" (several: joined by "::").
+        tasks: what the texts of a folder or table are: "labels", of which each task draws a set, with one image each;
+            or "captions", of which a task is the group that comes next. Shards hold captions.
+        image_column: of the table; paths are relative to its folder.
+        text_column: of the table.
+        image_key: suffixes of the shards' images.
+        text_key: suffix of the shards' texts; "json:<field>" is a field of a JSON file.
+        class_names: YAML or JSON file that maps the folders' names, or the table's texts, to class names.
+        transform: "timm": timm.data.create_transform; "open_clip": open_clip.image_transform; "plain": the centre
+            square, as in use.
+        crop: smallest share of an image's area that a random crop keeps.
+        flip: share of images that timm's transform mirrors.
+        color_jitter: strength of timm's colour jitter.
+        auto_augment: timm's policy, such as "rand-m9-mstd0.5".
+        workers: processes that load images, in each training process; 0: none.
+        shuffle: samples of a stream that are read and shuffled together.
+    """
+
+    kind: str = "pictures"
+    sets: tuple[str, ...] = ("openmoji", "digits")
+    path: str = ""
+    tasks: str = "labels"
+    image_column: str = "filepath"
+    text_column: str = "title"
+    image_key: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
+    text_key: str = "txt"
+    class_names: str = ""
+    transform: str = "timm"
+    crop: float = 0.4
+    flip: float = 0.5
+    color_jitter: float = 0.0
+    auto_augment: str = ""
+    workers: int = 0
+    shuffle: int = 1000
+
+    def __post_init__(self):
+        check_types(self)
+        _check_choice(self, kind=KINDS, tasks=("labels", "captions"), transform=TRANSFORMS)
+        if not 0 < self.crop <= 1 or not 0 <= self.flip <= 1:
+            raise ValueError(f"crop and flip must lie in (0, 1] and [0, 1], got {self.crop} and {self.flip}")
+        if self.workers < 0 or self.shuffle < 1:
+            raise ValueError(f"workers must be at least 0, shuffle at least 1, got {self.workers} and {self.shuffle}")
+
+
+def _check_choice(config: TrainConfig | DataConfig, **choices: tuple[str, ...]) -> None:
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise ValueError(f"{name} must be one of {known}, got {getattr(config, name)!r}")
+
+
+class RunConfig(NamedTuple):
+    """The three sections of a file."""
+
+    model: HyperCLIPConfig
+    train: TrainConfig
+    data: DataConfig
+
+
+def load_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
+    """Read {"model": {...}, "train": {...}, "data": {...}} from a YAML or JSON file.
+
+    Args:
+        path: the file; sections and keys that it leaves out keep their defaults.
+        changes: each "section.key=value", with the value in YAML, in place of the file's.
+
+    Raises:
+        ValueError: for a file that is neither, keys that are no fields, or values of another type.
+    """
+    import yaml
+
+    try:
+        sections = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(sections, dict) or not set(sections) <= set(RunConfig._fields):
+            got = sections if sections else "nothing"
+            raise ValueError(f"config must have the sections model and train, or data, too, got {got}")
+        for change in changes:
+            section, key, value = _parse_change(change)
+            sections[section] = {**(sections.get(section) or {}), key: yaml.safe_load(value)}
+    except yaml.YAMLError as error:
+        raise ValueError(f"config must be YAML or JSON, {path} is not: {error}") from error
+    return RunConfig(
+        config_from_dict(sections.get("model") or {}),
+        from_dict(TrainConfig, sections.get("train") or {}, "train"),
+        from_dict(DataConfig, sections.get("data") or {}, "data"),
+    )
+
+
+def _parse_change(change: str) -> tuple[str, str, str]:
+    place, equals, value = change.partition("=")
+    section, dot, key = place.strip().partition(".")
+    if not equals or not dot or section not in RunConfig._fields:
+        raise ValueError(f"--set must be section.key=value with a section of {RunConfig._fields}, got {change!r}")
+    return section, key, value

@@ -1,0 +1,120 @@
+"""Two processes train as one does with the whole batch: the same losses, gradients and weights, by DDP and by FSDP2."""
+
+import json
+
+import pytest
+import torch
+from open_clip.loss import SigLipLoss
+from torch import distributed
+
+from hyperclip_fast.distributed import all_gather, share
+from hyperclip_fast.losses import siglip_loss
+from hyperclip_fast.optimizer import whole
+from hyperclip_fast.train_config import TrainConfig
+from hyperclip_fast.training import Trainer
+from tests.test_training import pictures
+from tests.towers import patch_text_tower, tiny_config
+
+ONE_TASK = {"tasks_per_batch": 1, "classes_per_task": 8}
+TWO_TASKS = {"tasks_per_batch": 2, "classes_per_task": 4}
+TOWER = {"train_text": True, "text_tower": "transformer:width=32,depth=2,heads=2,dim=24"}
+CASES = {
+    "captions": ({"train_text": True}, ONE_TASK),
+    "captions, frozen text": ({}, {**ONE_TASK, "loss_chunk": 3}),
+    "captions, baseline": ({"train_text": True, "conditioned": False}, ONE_TASK),
+    "captions in parts": ({"train_text": True}, {**ONE_TASK, "accumulate": 2}),
+    "tasks": ({}, TWO_TASKS),
+    "tasks of several sizes": ({"train_text": True}, {**TWO_TASKS, "classes_per_task": (2, 6)}),
+    "tasks, image tower frozen": ({}, {**TWO_TASKS, "freeze": ("image",)}),
+    "captions, fsdp": (TOWER, {**ONE_TASK, "parallel": "fsdp"}),
+}
+
+
+def steps(folder, name, count=3):
+    """Gradients of the first step, then losses, and weights after `count` steps."""
+    model, train = CASES[name]
+    config = TrainConfig(steps=4, log_every=1, eval_every=0, save_every=2, lr=1e-3, warmup=1, **train)
+    with pytest.MonkeyPatch.context() as patch:
+        if "text_tower" not in model:
+            patch_text_tower(patch)
+        trainer = Trainer(tiny_config(**model), config, folder / name, pictures())
+        losses, grads = [], {}
+        for step in range(count):
+            metrics = trainer.train_step()
+            losses.append(trainer.measures(metrics, 1.0))
+            if not step:
+                parameters = trainer.model.named_parameters()
+                grads = {n: whole(p.grad).clone() for n, p in parameters if p.grad is not None}
+        weights = {n: whole(p).detach().clone() for n, p in trainer.model.named_parameters()}
+        trainer.save()
+        again = Trainer(tiny_config(**model), config, folder / name, pictures())
+        assert again.step == count
+        return {"losses": losses, "grads": grads, "weights": weights, "trained": again.train().state_dict()}
+
+
+def exchange():
+    """open_clip's loss across processes, and ours of gathered texts: loss and gradients."""
+    place = share()
+    generator = torch.Generator().manual_seed(place.rank)
+    found = []
+    for ours in (True, False):
+        images, texts = (torch.randn(4, 6, generator=generator.manual_seed(i), requires_grad=True) for i in (1, 2))
+        images, texts = images.detach() * (place.rank + 1), texts.detach() - place.rank
+        images.requires_grad_(), texts.requires_grad_()
+        scale, bias = torch.tensor(3.0), torch.tensor(-2.0)
+        if ours:
+            labels = torch.arange(4) + 4 * place.rank
+            loss = siglip_loss([images], [torch.cat(all_gather(texts))], scale, bias, [labels])
+        else:
+            loss = SigLipLoss(rank=place.rank, world_size=place.world)(images, texts, scale, bias)
+        loss.backward()
+        found.append([loss.detach(), images.grad, texts.grad])
+    return found
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    results = {name: steps(folder / "two", name) for name in CASES}
+    torch.save({"cases": results, "exchange": exchange()}, folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    torch.multiprocessing.spawn(worker, (folder,), nprocs=2)
+    return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def close(ours, expected, scale=1.0):
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        bound = 2e-5 * max(float(value.abs().max()), scale)
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=bound, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_train_as_one(two, tmp_path, name):
+    folder, both = two
+    one = steps(tmp_path, name)
+    for rank in range(2):
+        result = both[rank]["cases"][name]
+        for ours, expected in zip(result["losses"], one["losses"]):
+            for key in ("loss", "accuracy", "grad_norm", "logit_bias"):
+                assert ours[key] == pytest.approx(expected[key], rel=1e-3, abs=2e-4), key
+        close(result["grads"], one["grads"], scale=0.1)
+        close(result["weights"], one["weights"])
+    close(both[0]["cases"][name]["trained"], one["trained"])
+    assert (folder / "two" / name / "model" / "model.safetensors").exists()
+    lines = [json.loads(line)["step"] for line in (folder / "two" / name / "log.jsonl").read_text().splitlines()]
+    assert lines[0] == 4
+
+
+@pytest.mark.slow
+def test_gathered_texts_give_what_open_clips_exchange_gives(two):
+    for rank in range(2):
+        ours, expected = two[1][rank]["exchange"]
+        for left, right in zip(ours, expected):
+            torch.testing.assert_close(left, right)
