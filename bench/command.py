@@ -15,6 +15,7 @@ from .mixes import MIXES
 from .operations import OPERATIONS
 from .report import Report, header
 from .runner import Case, run_case
+from .serving import add_serving
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODELS = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")
@@ -47,6 +48,7 @@ def add_bench(commands) -> None:
     model.add_argument("--img-size", type=int, metavar="S", help="side of the images; default: as each model has it")
     _add_common(model, "model", list(ENGINES), model_cases.TOWERS.values())
     add_encoders(kinds)
+    add_serving(kinds)
 
 
 def _add_common(

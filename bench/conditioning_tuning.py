@@ -33,7 +33,7 @@ def _norms(encoder: nn.Module, model: HyperCLIP) -> nn.Module:
 
 
 def _lora(encoder: nn.Module, model: HyperCLIP) -> nn.Module:
-    peft = require("peft", "evidence")
+    peft = require("peft", "peft")
     names = [name for name, part in encoder.named_modules() if name.startswith("blocks.") and type(part) is nn.Linear]
     return peft.get_peft_model(encoder, peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from hyperclip_fast.hyper_encoder import create_encoder
 
 from .machine import default_device, describe
-from .model_cases import input_side, model_cases
+from .model_cases import model_cases, side_of, size_options
 from .report import header
 from .runner import run_case
 
@@ -80,10 +80,10 @@ def encoder_figures(
 
 @torch.inference_mode()
 def _sizes_and_identity(name: str, side: int | None, device: torch.device) -> dict[str, Any]:
-    side, options = input_side(name, side)
     torch.manual_seed(0)
-    stock = timm.create_model(name, num_classes=0, **options).to(device).eval()
+    stock = timm.create_model(name, num_classes=0, **size_options(name, side)).to(device).eval()
     encoder = create_encoder(stock)
+    side = side_of(stock, side)
     images = torch.randn(2, 3, side, side, device=device)
     expected = stock(images)
 

@@ -63,14 +63,15 @@ class _Group:
     ):
         torch.manual_seed(0)
         self.training, self.dtype, self.device = training, dtype, device
-        side, given = input_side(name, options.get("img_size"))
-        given |= {key: value for key, value in options.items() if key != "img_size"}
+        side = options.get("img_size")
+        given = {key: value for key, value in options.items() if key != "img_size"} | size_options(name, side)
         hyper = create_encoder(name, num_classes=0, **given)
         stock = timm.create_model(name, num_classes=0, **given)
         self.stock = stock.to(device, dtype).train(training)
         self.hyper = hyper.to(device, dtype).train(training)
         _share_weights(stock, hyper)
         self.spec = self.hyper.norm_spec
+        side = side_of(stock, side)
         self.images = torch.randn(batch, 3, side, side, dtype=dtype, device=device)
         self.base = self.hyper.base_params.table.detach()
         norms = any(isinstance(module, _BatchNorm) for module in self.stock.modules())
@@ -88,16 +89,14 @@ class _Group:
         return {name: tower.train(self.training) for name, tower in towers.items()}
 
 
-def input_side(name: str, side: int | None) -> tuple[int, dict[str, int]]:
-    """Side of the images that a model shall run on, and timm's options for it: some take images of any size.
+def size_options(name: str, side: int | None) -> dict[str, int]:
+    """timm's option for images of this side: empty for None, as the model has it, and for models that take any size."""
+    return {"img_size": side} if side is not None and "img_size" in model_options(name) else {}
 
-    Args:
-        name: of a timm model.
-        side: None: as the model has it.
-    """
-    if side is None:
-        return timm.get_pretrained_cfg(name).input_size[-1], {}
-    return side, {"img_size": side} if "img_size" in model_options(name) else {}
+
+def side_of(model: nn.Module, side: int | None) -> int:
+    """Side of a model's images: the one wished for, or, for None, its own."""
+    return model.pretrained_cfg["input_size"][-1] if side is None else side
 
 
 def _share_weights(model: nn.Module, source: nn.Module) -> None:

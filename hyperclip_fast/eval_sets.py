@@ -8,11 +8,9 @@ skin-tones      OpenMoji's hands in five skin tones, which are the groups
 scenes          held-out objects' scenes under six attributes
 """
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -20,7 +18,8 @@ from torch import Tensor
 from hyperclip_fast.data import load_pictures
 from hyperclip_fast.evaluation import EvalTask, held_out_tasks
 from hyperclip_fast.extras import require
-from hyperclip_fast.image_files import find_images, load_image
+from hyperclip_fast.image_files import load_image
+from hyperclip_fast.image_sets import read_folder
 from hyperclip_fast.openmoji import load_skin_tones
 from hyperclip_fast.scenes import VALUES, scene_tasks
 
@@ -80,17 +79,11 @@ def _one_a_question(tasks: list[EvalTask]) -> list[EvalTask]:
 
 
 def _read_folder(path: Path, size: int) -> EvalTask:
-    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-    if len(folders) < 2:
-        raise ValueError(f"data must be a folder with a folder for each class, {path} has {len(folders)} folders")
-    images, labels = [], []
-    tqdm = require("tqdm", "train").tqdm
-    for label, folder in enumerate(tqdm(folders, desc="images", unit="class")):
-        for file in find_images(folder):
-            images.append(_to_rgba(load_image(file, size)))
-            labels.append(label)
-    names = tuple(folder.name.replace("_", " ") for folder in folders)
-    return EvalTask(path.name, names, torch.stack(images), torch.tensor(labels))
+    found = read_folder(path)
+    names = tuple(sorted(set(found.texts)))
+    files = require("tqdm", "train").tqdm(found.files, desc="images", unit="image")
+    images = torch.stack([_to_rgba(load_image(file, size)) for file in files])
+    return EvalTask(path.name, names, images, torch.tensor([names.index(text) for text in found.texts]))
 
 
 def _to_rgba(image: Tensor) -> Tensor:
@@ -119,11 +112,11 @@ def _read_shards(path: Path, size: int) -> EvalTask:
     return EvalTask(path.stem, tuple(names), torch.stack(images), torch.tensor(labels))
 
 
-def _samples(path: Path) -> Iterator[tuple[BinaryIO, str]]:
-    """Image (an opened file) and class of each sample of one shard or a folder of them."""
+def _samples(path: Path) -> Iterator[tuple[bytes, str]]:
+    """Image file and class of each sample of one shard or a folder of them."""
     webdataset = require("webdataset", "train")
     shards = sorted(map(str, path.glob("*.tar"))) if path.is_dir() else [str(path)]
     for sample in webdataset.WebDataset(shards, shardshuffle=False, empty_check=False):
         kinds = [kind for kind in ("jpg", "jpeg", "png", "webp") if kind in sample]
         if kinds and "cls" in sample:
-            yield io.BytesIO(sample[kinds[0]]), sample["cls"].decode().strip()
+            yield sample[kinds[0]], sample["cls"].decode().strip()

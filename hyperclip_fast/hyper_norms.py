@@ -64,6 +64,7 @@ class LayerRows:
     """LayerNorm over the last dimension, or over channels (B, D, H, W)."""
 
     channels_first = False
+    stock: type[nn.Module]
     rows: Rows
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,14 +73,15 @@ class LayerRows:
         return self._norm(x)
 
     def _norm(self, x: Tensor) -> Tensor:
-        rows, dtype = self.rows, norm_dtype(self, x)
+        rows = self.rows
+        dtype = x.dtype if self.stock in (layers.LayerNormFp32, layers.LayerNorm2dFp32) else norm_dtype(self, x)
         rows.pieces(x)  # each sample's pieces lie together, so they are so many more tokens of it
         tokens = x.reshape(rows.batch, -1, x.shape[-1])
         return layer_norm(tokens, rows.weight, rows.biases(), rows.task_ids, self.eps, dtype).view(x.shape)
 
 
 class AffineRows:
-    """Any other norm: the stock one without affine parameters, each sample's weight and bias, then its activation."""
+    """Any other norm: the stock one as if not affine, each sample's weight and bias, then its activation."""
 
     channels_first = False
     stock: type[nn.Module]
@@ -96,8 +98,10 @@ class AffineRows:
         return finished(self, out.to(normed.dtype))
 
     def _normed(self, x: Tensor) -> Tensor:
-        bare = copied(self, self.stock)
-        bare.__dict__["_parameters"] = {"weight": None, "bias": None}
+        """The stock norm with weights 1 and biases 0: without them its dtype may be another, its kernel a slow one."""
+        bare, own = copied(self, self.stock), self._parameters.items()
+        neutral = {name: None if p is None else torch.full_like(p, name == "weight") for name, p in own}
+        bare.__dict__["_parameters"] = neutral
         bare.__dict__["_modules"] = dict.fromkeys(self._modules, _IDENTITY)  # dropout and activation come later
         return bare.forward(x)
 

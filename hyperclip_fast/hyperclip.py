@@ -33,6 +33,9 @@ from hyperclip_fast.norm_params import NormParams, save_safetensors
 from hyperclip_fast.text import TextTower, create_text_tower
 
 DEMO_MODEL = Path(__file__).with_name("assets") / "demo"
+MAX_CLASSES = 10_000  # names of a task: the hypernetwork attends among them all, 3 s for so many on one CPU core
+MAX_NAMES = 1_000_000  # names of all tasks of a call: 1.5 GB of text features
+MAX_CHARACTERS = 1_000  # of a name: text towers cut at 256 tokens or fewer
 
 
 @dataclass
@@ -266,9 +269,7 @@ class HyperCLIP(
         params = self.adapt([class_names])
         if images is not None:
             params = self._encoder_with_statistics().reestimate(images, params)
-        model = timm.create_model(self.config.image_tower.removeprefix("hyper_"), **self.config.timm_kwargs())
-        model = model.to(self.device, self.logit_scale.dtype).eval()
-        model.load_state_dict({**self.image.state_dict(), **params.state_dict(0)})
+        model = self.stock_model(params)
         image = next(model.parameters()).new_zeros(1, 3, self.image_size, self.image_size)
         return fuse_batch_norms(model, image) if fuse else model
 
@@ -276,6 +277,14 @@ class HyperCLIP(
         if not isinstance(self.image, HyperEncoder):
             raise ValueError(f"images must be None: {self.config.image_tower} has no BatchNorm to re-estimate")
         return self.image
+
+    @torch.no_grad()
+    def stock_model(self, params: NormParams, task: int = 0) -> nn.Module:
+        """A plain timm model, in eval mode, that holds row `task` of `params`, wherever that comes from."""
+        model = timm.create_model(self.config.image_tower.removeprefix("hyper_"), **self.config.timm_kwargs())
+        model = model.to(self.device, self.logit_scale.dtype).eval()
+        model.load_state_dict({**self.image.state_dict(), **params.state_dict(task)})
+        return model
 
     def forward(
         self,
@@ -311,12 +320,18 @@ class HyperCLIP(
 
 
 def check_tasks(tasks: Sequence[Sequence[str]]) -> None:
-    """Raise ValueError unless `tasks` is a non-empty list of non-empty lists of class names."""
+    """Raise ValueError unless `tasks` is a non-empty list of non-empty lists of class names, within the limits."""
     if isinstance(tasks, str) or not len(tasks):
         raise ValueError(f"tasks must be a non-empty list of lists of class names, got {tasks!r}")
     for task in tasks:
         if isinstance(task, str) or not len(task) or not all(isinstance(name, str) and name.strip() for name in task):
-            raise ValueError(f"a task must be a non-empty list of non-empty class names, got {task!r}")
+            raise ValueError(f"a task must be a non-empty list of non-empty class names, got {str(task)[:200]!r}")
+        if len(task) > MAX_CLASSES:
+            raise ValueError(f"a task must have at most {MAX_CLASSES} class names, got {len(task)}")
+        if (longest := max(map(len, task))) > MAX_CHARACTERS:
+            raise ValueError(f"a class name must have at most {MAX_CHARACTERS} characters, got {longest}")
+    if (total := sum(map(len, tasks))) > MAX_NAMES:
+        raise ValueError(f"tasks must have at most {MAX_NAMES} class names together, got {total}")
 
 
 def config_from_dict(values: dict) -> HyperCLIPConfig:

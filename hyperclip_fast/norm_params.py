@@ -81,6 +81,25 @@ class NormSpec:
                 raise ValueError(f"modulate: {name} ({type(module).__name__}) must have a weight and a bias")
         return cls(tuple(found), tuple(module.weight.shape[0] for module in found.values()), modulate)
 
+    @classmethod
+    def from_state_dict(
+        cls, state_dict: Mapping[str, torch.Tensor], modulate: Iterable[str] = DEFAULT_MODULATE
+    ) -> "NormSpec":
+        """The layers of a state dict whose name matches a pattern, in its order.
+
+        Raises:
+            ValueError: if no layer matches, or one that matches lacks its weight or bias vector.
+        """
+        modulate = tuple(modulate)
+        found = {key.removesuffix(".weight").removesuffix(".bias"): None for key in state_dict if "." in key}
+        names = [name for name in found if any(fnmatch.fnmatchcase(name, pattern) for pattern in modulate)]
+        if not names:
+            raise ValueError(f"modulate must match a norm layer of the state dict, got {modulate}")
+        widths = [getattr(state_dict.get(f"{name}.weight"), "shape", ())[-1:] for name in names]
+        spec = cls(tuple(names), tuple(width[0] if width else 1 for width in widths), modulate)
+        spec.row(state_dict)  # each is there, and a vector
+        return spec
+
     @cached_property
     def keys(self) -> tuple[str, ...]:
         """State-dict keys of the row's pieces: "<name>.weight" and, where there is one, "<name>.bias"."""
@@ -137,7 +156,7 @@ class NormSpec:
         try:
             fields = json.loads(text)
             return cls(fields["names"], fields["widths"], fields["modulate"], fields.get("biases", ()))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"text must be a NormSpec in JSON, got {text[:80]!r}") from error
 
 
@@ -167,6 +186,35 @@ class NormParams:
     def num_tasks(self) -> int:
         """T: rows in the table."""
         return self.table.shape[0]
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        *sources: torch.nn.Module | Mapping[str, torch.Tensor],
+        spec: NormSpec | None = None,
+        shared: torch.nn.Module | None = None,
+    ) -> "NormParams":
+        """One row of each fine-tuned model: rows need not come from a hypernetwork.
+
+        Args:
+            sources: models, or their state dicts, with the keys of the encoder.
+            spec: which layers; None: those of `shared`, or those that DEFAULT_MODULATE finds in the first source.
+            shared: the encoder that will serve the rows; a source must hold its other tensors, unless it holds only
+                norms.
+
+        Raises:
+            ValueError: for no source, one without a layer of the spec, or one whose other tensors are not `shared`'s.
+        """
+        if not sources:
+            raise ValueError("sources must be at least one model or state dict, got none")
+        dicts = [each.state_dict() if isinstance(each, torch.nn.Module) else each for each in sources]
+        if spec is None:
+            spec = NormSpec.from_state_dict(dicts[0]) if shared is None else getattr(shared, "norm_spec", None)
+        spec = spec or NormSpec.from_model(shared)
+        if shared is not None:
+            for i, state_dict in enumerate(dicts):
+                _check_shared(i, state_dict, shared, spec)
+        return cls(spec, torch.stack([spec.row(state_dict).detach() for state_dict in dicts]))
 
     def layers(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """(weight (T, D_i), bias (T, D_i) or None) of every layer: views, by one split, whose backward is one cat."""
@@ -245,6 +293,14 @@ def _unflatten(spec: NormSpec, table, task_ids) -> NormParams:
     return params
 
 
+def _check_shared(i: int, state_dict: Mapping[str, torch.Tensor], shared: torch.nn.Module, spec: NormSpec) -> None:
+    """Raise ValueError where a source's tensors beyond the rows differ from the encoder's: one encoder serves them."""
+    norms = {f"{name}.{kind}" for name in spec.names for kind in ("weight", "bias")}
+    for key, tensor in shared.state_dict().items():
+        if key in state_dict and key not in norms and not torch.equal(state_dict[key].to(tensor), tensor):
+            raise ValueError(f"sources must differ from the shared encoder in its norms only, source {i} does in {key}")
+
+
 def _check_task_ids(task_ids: torch.Tensor | Sequence[int], table: torch.Tensor) -> torch.Tensor:
     """Task ids as a (B,) integer tensor on the table's device; the range is checked where that costs no device sync."""
     if not isinstance(task_ids, torch.Tensor):
@@ -284,14 +340,24 @@ def check_params(params: object, spec: NormSpec, batch: int, fits: Callable[[Nor
 
 
 def save_safetensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file beside `path`, then rename: a reader never sees half a file."""
+    """Write a safetensors file beside `path`, then rename: never half a file. The same content is the same bytes."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        beside.write_bytes(serialize(tensors, metadata))  # safetensors' save_file makes files that only we may read
+        beside.write_bytes(_sorted(serialize(tensors, metadata)))  # its own save_file lets only us read the file
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _sorted(content: bytes) -> bytes:
+    """A safetensors file with its metadata in the order of their keys: safetensors writes them in any."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def load_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

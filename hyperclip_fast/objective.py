@@ -145,13 +145,14 @@ def backward_in_parts(
     Args:
         objective: not wrapped; gradients are added to its parameters' own.
         inputs: the batch.
-        parts: how many.
+        parts: how many; at most one an image.
         seed: of dropout, drawn anew for each part and the same in both of its passes.
         scaled: what is done to the loss before backward.
 
     Returns:
         Loss and accuracy, without a graph.
     """
+    parts = min(parts, len(inputs.images))
     model, texts = objective.model, _split(inputs.texts, parts) if inputs.table is None else []
     images = list(zip(inputs.images.tensor_split(parts), inputs.task_ids.tensor_split(parts)))
     table = inputs.table

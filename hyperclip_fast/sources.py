@@ -170,7 +170,9 @@ class TaskSource:
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, or this process's part of it."""
-        drawn, sizes = self.sampler.batch(step), draw_sizes(self.config, step)
+        drawn, (low, high) = self.sampler.batch(step), self.config.class_range
+        tasks, most = drawn.class_ids.shape
+        sizes = draw_sizes(self.config, step) if low < high else [most] * tasks
         generator = torch.Generator().manual_seed(step_seed(self.config.seed, step))
         images, classes = self._images(drawn, sizes, generator), []
         for task, size in zip(drawn.class_ids.tolist(), sizes):

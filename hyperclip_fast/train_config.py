@@ -105,8 +105,9 @@ class TrainConfig:
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
         _check_choice(self, schedule=SCHEDULES, precision=PRECISIONS, parallel=("ddp", "fsdp"))
-        if self.parallel == "fsdp" and (self.accumulate > 1 or self.ema):
-            raise ValueError(f"accumulate and ema go with ddp, not fsdp, got {self.accumulate} and {self.ema}")
+        if self.parallel == "fsdp" and (self.accumulate > 1 or self.ema or self.precision == "float16"):
+            got = f"{self.accumulate}, {self.ema} and {self.precision}"
+            raise ValueError(f"accumulate, ema and float16 go with ddp, not fsdp, got {got}")
         if not set(self.freeze) <= set(PARTS):
             raise ValueError(f"freeze must name some of {PARTS}, got {self.freeze}")
 

@@ -141,7 +141,7 @@ class Trainer:
         self._stream_state = streams[self.share.rank] if len(streams) == self.share.world else None
 
     def save(self) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint; no process goes on before it is there."""
         state = {
             **distributed.states(self.model, self.optimizer),
             "scaler": self.scaler.state_dict(),
@@ -151,6 +151,7 @@ class Trainer:
             "streams": distributed.collect(self._stream_state, self.share.world),
         }
         self.folder.save(state)
+        distributed.barrier(self.share.world)
 
     def log(self, entry: dict) -> None:
         """Append one JSON line."""

@@ -28,32 +28,32 @@ def _empty_like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(B, H, W, C, dtype=x.dtype, device=x.device).permute(0, 3, 1, 2)
 
 
-def _slices(x: torch.Tensor, layout: dict) -> tuple[int, int, int]:
-    """(pixels of a slice, slices of a sample, programs of one slice) for kernels that add over pixels."""
+def _slices(x: torch.Tensor, layout: dict) -> tuple[int, int, int, int]:
+    """(pixels of a tile, tiles of a slice, slices of a sample, programs of a slice) where kernels add over pixels."""
     B, C, H, W = x.shape
     block_s, block_c = layout["BLOCK_O"], layout["BLOCK_I"]
     if not layout["CHANNELS_LAST"]:
         block_s, block_c = block_c, block_s
-    tiles = _blocks(H * W, block_s)
-    wanted = min(tiles, _blocks(PROGRAMS, max(B * _blocks(C, block_c), 1)))
-    chunk = _blocks(tiles, wanted) * block_s
-    return chunk, _blocks(H * W, chunk), _blocks(C, block_c)
+    tiles, programs = _blocks(H * W, block_s), _blocks(C, block_c)
+    chunk = _blocks(tiles, min(tiles, _blocks(PROGRAMS, max(B * programs, 1))))
+    return block_s, chunk, _blocks(tiles, chunk), programs
 
 
 def launch_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance (C,) float32 of each channel of x (B, C, H, W), dense and not empty."""
     B, C, H, W = x.shape
     layout = _layout(x)
-    chunk, slices, tiles = _slices(x, layout)
+    block_s, chunk, slices, programs = _slices(x, layout)
     partial_mean, partial_m2 = (torch.empty(B * slices, C, dtype=torch.float32, device=x.device) for _ in range(2))
     mean, var = (torch.empty(C, dtype=torch.float32, device=x.device) for _ in range(2))
-    partials = {"partial_mean": partial_mean, "partial_m2": partial_m2, "chunk": chunk, "slices": slices}
-    _stats_kernel[(B * slices * tiles,)](x=x, **partials, **layout)
+    partials = {"partial_mean": partial_mean, "partial_m2": partial_m2, "slices": slices}
+    _stats_kernel[(B * slices * programs,)](x=x, chunk=chunk, **partials, **layout)
     block_p, block_c, warps = COMBINE_CONFIG
     _combine_kernel[(_blocks(C, block_c),)](
         mean=mean,
         var=var,
         S=H * W,
+        chunk=chunk * block_s,
         P=B * slices,
         count=float(B * H * W),
         C=C,
@@ -129,7 +129,7 @@ def launch_backward(
     """
     B, C = x.shape[:2]
     layout = _layout(x)
-    chunk, slices, tiles = _slices(x, layout) if x.numel() else (1, 1, 1)
+    _, chunk, slices, programs = _slices(x, layout) if x.numel() else (1, 1, 1, 1)
     two_passes = is_batch and need_x
     sum_weight, sum_bias = need_weight or two_passes, need_bias or two_passes
     kinds = sum_weight + sum_bias
@@ -138,7 +138,7 @@ def launch_backward(
     grad_residual = _empty_like(x) if need_residual else None
     arguments = _norm_arguments(weight, bias, task_ids, mean, var, eps) | layout | {"chunk": chunk, "slices": slices}
     if x.numel():
-        _bwd_kernel[(B * slices * tiles,)](
+        _bwd_kernel[(B * slices * programs,)](
             grad_out=grad_out,
             x=x,
             residual=residual,
@@ -152,7 +152,7 @@ def launch_backward(
         )
         if two_passes:
             has_g = grad_residual is not None  # g is written already: the second pass reads it
-            _bwd_kernel[(B * slices * tiles,)](
+            _bwd_kernel[(B * slices * programs,)](
                 grad_out=grad_residual if has_g else grad_out,
                 x=x,
                 residual=None if has_g else residual,

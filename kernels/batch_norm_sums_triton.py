@@ -33,10 +33,11 @@ def _stats_kernel(
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
     tiles = tl.cdiv(C, BLOCK_C)
     c, part = (tl.program_id(0) % tiles) * BLOCK_C, (tl.program_id(0) // tiles).to(tl.int64)
-    b, first = part // slices, (part % slices) * chunk
+    b, first = part // slices, (tl.program_id(0) // tiles % slices) * chunk
     b_mean, b_m2 = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     count = 0.0
-    for s in range(first, tl.minimum(first + chunk, S), BLOCK_S):
+    for tile in range(first, tl.minimum(first + chunk, tl.cdiv(S, BLOCK_S))):
+        s = tile * BLOCK_S
         start, o_tile, m_tile = _tile(b, c, s, OUTER, INNER, CHANNELS_LAST, BLOCK_O, BLOCK_I)
         b_x = tl.load(x + start + o_tile, mask=m_tile, other=0.0).to(tl.float32)
         n = tl.minimum(S - s, BLOCK_S).to(tl.float32)

@@ -174,39 +174,41 @@ def _bwd_kernel(
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
     tiles = tl.cdiv(C, BLOCK_C)
     c, part = (tl.program_id(0) % tiles) * BLOCK_C, (tl.program_id(0) // tiles).to(tl.int64)
-    b, first = part // slices, (part % slices) * chunk
+    b, first = part // slices, (tl.program_id(0) // tiles % slices) * chunk
     o_c = c + tl.arange(0, BLOCK_C)
     row = _row_of_sample(task_ids, b, T)
     b_mean = _spread(_load_row(mean, row, stats_stride, o_c, C), CHANNELS_LAST)
     b_rstd = _spread(_rstd(var, row, stats_stride, eps, o_c, C), CHANNELS_LAST)
-    b_weight = _spread(_load_row(weight, row, weight_stride, o_c, C), CHANNELS_LAST)
+    b_scale = _spread(_load_row(weight, row, weight_stride, o_c, C), CHANNELS_LAST) * b_rstd
     b_bias = _spread(_load_row(bias, row, bias_stride, o_c, C), CHANNELS_LAST)
+    if sums is not None:
+        b_offset = _spread(tl.load(sums + o_c, mask=o_c < C, other=0.0), CHANNELS_LAST) * b_rstd
+        b_slope = _spread(tl.load(sums + (C + o_c), mask=o_c < C, other=0.0), CHANNELS_LAST) * b_rstd * b_rstd
     b_sum_weight = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     b_sum_bias = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    for s in range(first, tl.minimum(first + chunk, S), BLOCK_S):
+    for tile in range(first, tl.minimum(first + chunk, tl.cdiv(S, BLOCK_S))):
+        s = tile * BLOCK_S
         start, o_tile, m_tile = _tile(b, c, s, OUTER, INNER, CHANNELS_LAST, BLOCK_O, BLOCK_I)
-        b_grad = tl.load(grad_out + start + o_tile, mask=m_tile, other=0.0).to(
-            tl.float32
-        )  # 0 outside: hides xhat there
-        b_xhat = (tl.load(x + start + o_tile, mask=m_tile, other=0.0).to(tl.float32) - b_mean) * b_rstd
+        b_grad = tl.load(grad_out + start + o_tile, mask=m_tile, other=0.0).to(tl.float32)  # 0 outside: hides x there
+        b_centred = tl.load(x + start + o_tile, mask=m_tile, other=0.0).to(tl.float32) - b_mean
         if ACT != "none":
-            b_pre = b_xhat * b_weight + b_bias
+            b_pre = b_centred * b_scale + b_bias
             if residual is not None:
                 b_pre += tl.load(residual + start + o_tile, mask=m_tile, other=0.0).to(tl.float32)
             b_grad *= _slope(b_pre, ACT)
         if grad_residual is not None:
             tl.store(grad_residual + start + o_tile, b_grad.to(grad_residual.dtype.element_ty), mask=m_tile)
         if partial_weight is not None:
-            b_sum_weight += b_grad * b_xhat
+            b_sum_weight += b_grad * b_centred
         if partial_bias is not None:
             b_sum_bias += b_grad
         if grad_x is not None:
-            b_grad *= b_weight
+            b_grad *= b_scale
             if sums is not None:
-                b_grad -= _spread(tl.load(sums + o_c, mask=o_c < C, other=0.0), CHANNELS_LAST)
-                b_grad -= b_xhat * _spread(tl.load(sums + C + o_c, mask=o_c < C, other=0.0), CHANNELS_LAST)
-            tl.store(grad_x + start + o_tile, (b_grad * b_rstd).to(grad_x.dtype.element_ty), mask=m_tile)
+                b_grad -= b_offset + b_centred * b_slope
+            tl.store(grad_x + start + o_tile, b_grad.to(grad_x.dtype.element_ty), mask=m_tile)
     if partial_weight is not None:
-        tl.store(partial_weight + part * C + o_c, tl.sum(b_sum_weight, axis=AXIS), mask=o_c < C)
+        b_sum = tl.sum(b_sum_weight, axis=AXIS) * _rstd(var, row, stats_stride, eps, o_c, C)
+        tl.store(partial_weight + part * C + o_c, b_sum, mask=o_c < C)
     if partial_bias is not None:
         tl.store(partial_bias + part * C + o_c, tl.sum(b_sum_bias, axis=AXIS), mask=o_c < C)

@@ -74,10 +74,10 @@ def test_a_folder_and_shards(folder, shards):
     check_colours(load_eval_set(str(shards / "0.tar"), 16).tasks[0], [0, 1, 2])
 
 
-@pytest.mark.parametrize("what", ["nothing here", "empty"])
-def test_no_data(tmp_path, what):
+@pytest.mark.parametrize("what, message", [("nothing here", "data must be"), ("empty", "a folder for each class")])
+def test_no_data(tmp_path, what, message):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="data must be"):
+    with pytest.raises(ValueError, match=message):
         load_eval_set(str(tmp_path / what), 16)
 
 

@@ -59,6 +59,19 @@ def test_every_kind_of_norm(kind, channels_last):
         bound(norm, Rows(weight[ids], None if bias is None else bias[ids], None, 4))(x[:-1])
 
 
+@pytest.mark.parametrize("kind", ROW_NORMS, ids=lambda kind: kind.__name__)
+def test_dtype_under_autocast_is_the_stock_norms(kind):
+    torch.manual_seed(0)
+    norm = make_norm(kind).eval()
+    x = torch.randn(2, *{nn.BatchNorm1d: (8, 5)}.get(kind, (8, 4, 8)), dtype=torch.bfloat16)
+    weight = norm.weight.detach().expand(2, 8)
+    bias = None if getattr(norm, "bias", None) is None else norm.bias.detach().expand(2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, ref = bound(norm, Rows(weight, bias, None, 2))(x), norm(x)
+    assert out.dtype == ref.dtype
+    assert_close(out.bfloat16(), ref.double(), kind.__name__, slack=2)
+
+
 def make_norm(kind):
     arguments = {nn.GroupNorm: (4, 8), layers.GroupNorm: (8, 4), layers.GroupNormAct: (8, 4)}.get(kind, (8,))
     norm = kind(*arguments)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hyperclip_fast.sources import Share, picture_source
+from hyperclip_fast.data import TaskBatch
+from hyperclip_fast.sources import Share, TaskSource, picture_source
 from hyperclip_fast.train_config import DataConfig, RunConfig, TrainConfig
 from hyperclip_fast.train_data import create_source
 from tests.image_data import SIDE, which, write_folder, write_shards, write_table
@@ -96,6 +97,19 @@ def test_processes_share_the_batch_of_one(tmp_path, kind, tasks, classes):
         classes_of = [[name for task in part.classes for name in task] for part in (whole, *parts)]
         assert classes_of[0] == classes_of[1] + classes_of[2]
         assert tasks == 1 or parts[0].classes + parts[1].classes == whole.classes
+
+
+def test_a_sampler_of_ones_own_gives_float_images_as_they_are(tmp_path):
+    class Own:
+        names = ("a", "b", "c")
+
+        def batch(self, step):
+            images = torch.full((4, 3, SIDE, SIDE), step / 10)
+            return TaskBatch(images, torch.tensor([0, 0, 1, 1]), torch.tensor([[0, 1], [2, 0]]), torch.ones(4) > 0)
+
+    batch = take(TaskSource(Own(), Own.names, TrainConfig(), SIDE, Share()), 1, start=3)[0]
+    assert torch.equal(batch.images, torch.full((4, 3, SIDE, SIDE), 0.3))
+    assert batch.classes == (("a", "b"), ("c", "a")) and batch.labels.tolist() == [0, 1, 0, 1]
 
 
 def test_processes_that_do_not_divide_the_batch_are_refused(tmp_path):
