@@ -32,7 +32,7 @@ from .machine import device_name
 
 CONFIG = "configs/conditioning.yaml"
 RESULTS = "bench/results/conditioning"
-OVERHEADS = "overheads.json"
+OVERHEADS, CONCLUSION = "overheads.json", "conclusion.md"  # beside the logs; the report quotes both
 LOOKS = 5  # times that held-out scenes are scored in a run, the end included
 POSITION_SCALE = 10.0  # of the first position embeddings, over timm's
 
@@ -178,9 +178,11 @@ def _report(args: argparse.Namespace) -> int:
     plots = draw(groups, folder)
     measured = folder / OVERHEADS
     overheads = overheads_table(json.loads(measured.read_text())) if measured.exists() else ""
+    words = folder / CONCLUSION
+    conclusion = words.read_text(encoding="utf-8") if words.exists() else ""
     path = folder.with_suffix(".md")
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text(report(folder, groups, plots, overheads), encoding="utf-8")
+    beside.write_text(report(folder, groups, plots, overheads, conclusion), encoding="utf-8")
     os.replace(beside, path)
     print(path)
     return 0

@@ -179,7 +179,8 @@ def findings(arms: dict[str, dict[int, Log]]) -> str:
 HEAD = """# What conditioning on class names is worth
 
 Made by `python -m hyperclip_fast.bench.conditioning report` from the logs in `{folder}`, which
-`python -m hyperclip_fast.bench.conditioning run` wrote; the queue is `configs/conditioning.yaml`. {machine}.
+`python -m hyperclip_fast.bench.conditioning run` wrote; the queue is `configs/conditioning.yaml`.
+Trained on: {machine}.
 
 A scene shows one to six copies of an OpenMoji picture; a task asks for the object, the ground's colour, the number, the
 size, the turn or the place, by its class names alone. Objects of the scenes below were held out from training, and so
@@ -196,7 +197,11 @@ seeds and scenes below were scored once, when a run had ended; the curves' scene
 
 
 def report(
-    folder: str | Path, groups: dict[str, dict[str, dict[int, Log]]], plots: Sequence[str], overheads: str = ""
+    folder: str | Path,
+    groups: dict[str, dict[str, dict[int, Log]]],
+    plots: Sequence[str],
+    overheads: str = "",
+    conclusion: str = "",
 ) -> str:
     """The whole report in Markdown.
 
@@ -205,9 +210,11 @@ def report(
         groups: logs by group, arm and seed.
         plots: names of the plots in `folder`.
         overheads: the table of overheads; empty: not measured.
+        conclusion: what somebody wrote of these figures.
     """
     first = next(iter(next(iter(next(iter(groups.values())).values())).values()))
     parts = [HEAD.format(folder=folder, machine=first["machine"])]
+    parts += ["## Conclusion", conclusion.strip()] if conclusion else []
     parts += [f"![{name}](conditioning/{name}.png)" for name in plots]
     for group, arms in groups.items():
         model, train = first_of(arms)["model"], first_of(arms)["train"]

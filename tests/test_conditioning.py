@@ -103,6 +103,7 @@ def test_run_and_report(plan, tmp_path, capsys):
     assert [line["step"] for line in logs["a-cross-0"][1:-1] if "accuracy" in line] == [2, 4]
     assert logs["b-norms-0"][-1]["parameters_per_task"] == 2 * 3 * 32
     assert 0 < logs["b-lora-0"][-1]["parameters_per_task"] != logs["b-norms-0"][-1]["parameters_per_task"]
+    (tmp_path / "logs" / "conclusion.md").write_text("Nothing follows from four steps.\n")
     assert conditioning.main(["report", "--results", str(tmp_path / "logs")]) == 0
     text = (tmp_path / "logs.md").read_text()
     assert (
