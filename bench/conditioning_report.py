@@ -85,17 +85,23 @@ def markdown(table: Table) -> str:
 
 
 def arms_table(arms: dict[str, dict[int, Log]]) -> Table:
-    """Accuracy, gain over the baseline, parameters and training time of every arm."""
+    """Accuracy, gain over the baseline, parameters and steps of every arm; rivals' steps come on top."""
     base = values(arms.get("baseline", {}))
-    head = ["arm", "seeds", "parameters", "of the encoder", "a task adds", "recall", "over baseline", "seconds"]
+    head = ["arm", "seeds", "parameters", "of the encoder", "a task adds", "recall", "over baseline", "steps"]
     table = [head]
     for arm, runs in arms.items():
         one, found = next(iter(runs.values())), values(runs)
         gain = "" if arm == "baseline" else spread(gains(found, base), "+")
-        seconds = statistics.median(log["last"]["seconds"] for log in runs.values())
-        extra = one["last"].get("parameters_per_task", 0)
+        steps, extra = one["last"]["step"], one["last"].get("parameters_per_task", 0)
         sizes = [f"{one[key]:,}" for key in ("parameters", "image_parameters")]
-        cells = [str(len(runs)), *sizes, f"{extra:,}", spread(list(found.values())), gain, f"{seconds:.0f}"]
+        cells = [
+            str(len(runs)),
+            *sizes,
+            f"{extra:,}",
+            spread(list(found.values())),
+            gain,
+            f"{'+' if extra else ''}{steps:,}",
+        ]
         table.append([f"{arm}: {DESCRIPTIONS.get(arm, arm)}", *cells])
     return table
 
@@ -123,6 +129,16 @@ def swap_table(arms: dict[str, dict[int, Log]]) -> Table:
         drop = spread(gains(right, values(runs, "wrong")), "+")
         sibling = gains(values(runs, "right", "object"), values(runs, "sibling", "object"))
         table.append([arm, *cells, drop, spread(sibling, "+")])
+    return table
+
+
+def drops_table(arms: dict[str, dict[int, Log]]) -> Table:
+    """Right minus wrong by attribute, paired by seed."""
+    table = [["arm", *ATTRIBUTES]]
+    for arm, runs in arms.items():
+        if values(runs, "wrong"):
+            drops = [gains(values(runs, "right", a), values(runs, "wrong", a)) for a in ATTRIBUTES]
+            table.append([arm, *(spread(drop, "+").split(" (")[0] for drop in drops)])
     return table
 
 
@@ -230,6 +246,7 @@ def report(
         ]
         if any(values(runs, "wrong") for runs in arms.values()):
             parts += ["The swap test, mean over attributes:", markdown(swap_table(arms))]
+            parts += ["Right minus wrong, by attribute:", markdown(drops_table(arms))]
         if "cross" in arms:
             parts += ["Row made for (line) and attribute asked for (column), arm cross:"]
             parts += [markdown(matrix_table(arms["cross"]))]

@@ -6,7 +6,16 @@ import pytest
 import torch
 from hyperclip_fast.bench import conditioning, conditioning_overheads, conditioning_scores
 from hyperclip_fast.bench.conditioning_arms import load_runs
-from hyperclip_fast.bench.conditioning_report import arms_table, findings, gains, grouped, read_logs, spread, swap_table
+from hyperclip_fast.bench.conditioning_report import (
+    arms_table,
+    drops_table,
+    findings,
+    gains,
+    grouped,
+    read_logs,
+    spread,
+    swap_table,
+)
 from hyperclip_fast.bench.conditioning_scores import SceneTasks, all_scores
 
 from hyperclip_fast.scenes import ATTRIBUTES, scene_tasks
@@ -175,7 +184,7 @@ def test_objects_among_other_numbers_of_names(tasks):
 def log(arm, seed, right, **more):
     scores = {"right": dict.fromkeys(ATTRIBUTES, right), **{k: dict.fromkeys(ATTRIBUTES, v) for k, v in more.items()}}
     about = {"group": "g", "arm": arm, "seed": seed, "parameters": 10, "image_parameters": 5}
-    return {**about, "lines": [], "last": {"seconds": 1.0}, "scores": scores}
+    return {**about, "lines": [], "last": {"step": 7}, "scores": scores}
 
 
 def test_gains_are_paired_by_seed():
@@ -191,6 +200,8 @@ def test_gains_are_paired_by_seed():
     line = arms_table(arms)[2]
     assert line[5] == "50.0 ± 8.5 (44.0 to 56.0)" and line[6] == "+5.0 ± 1.4 (+4.0 to +6.0)"
     assert swap_table(arms)[1][-2] == "+20.0 ± 8.5 (+14.0 to +26.0)"
+    assert [row[-1] for row in arms_table(arms)] == ["steps", "7", "7"]
+    assert drops_table(arms)[1] == ["cross", *["+20.0 ± 8.5"] * 6]
     assert "cross over the baseline: +5.0 ± 1.4 (+4.0 to +6.0) points; all 2 seeds agree in sign" in findings(arms)
     assert (
         "right names over the same words dealt anew: +0.0 ± 8.5 (-6.0 to +6.0) points; the seeds disagree"
