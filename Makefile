@@ -4,8 +4,9 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 MINUTES ?= 9
 KERNEL_TESTS = PYTHONPATH=$(TOOLS) OMP_NUM_THREADS=1
-KERNEL_FILES = tests/test_layer_norm.py tests/test_linear.py tests/test_norm_linear.py
-BYTE_FILES = tests/test_kernel_bytes.py tests/test_linear_bytes.py tests/test_norm_linear_bytes.py
+KERNEL_FILES = tests/test_layer_norm.py tests/test_linear.py tests/test_norm_linear.py tests/test_batch_norm.py
+BYTE_FILES = tests/test_kernel_bytes.py tests/test_linear_bytes.py tests/test_norm_linear_bytes.py \
+	tests/test_batch_norm_bytes.py
 
 .PHONY: demo test test-kernels mutate gpu-report lint clean
 
@@ -24,7 +25,7 @@ test-kernels: $(VENV)/test.stamp
 
 # Small mistakes made in the kernels, one by one, in a copy of the project: the tests must notice each. Not part of test.
 mutate: $(VENV)/test.stamp
-	OMP_NUM_THREADS=1 $(RUN) tests/mutations.py
+	OMP_NUM_THREADS=1 $(RUN) -m tests.mutations
 
 # Tests and the whole benchmark on a machine with a GPU, into bench/results/. A .venv made here sees the packages that
 # PYTHON already has, so that a host's own PyTorch is kept.

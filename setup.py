@@ -21,9 +21,24 @@ TRAIN = [
 DEMO = [*TRAIN, "matplotlib"]
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 EXECUTORCH = ["executorch>=1.0"]  # an export format with heavy dependencies
-BENCH = ["matplotlib", *EXPORT]  # plots, and a rival on the CPU
+BENCH = ["matplotlib", "aiohttp>=3.9", *EXPORT]  # plots, a load on the server, and a rival on the CPU
+CLIP_BENCHMARK = [*CLIP, "clip-benchmark>=1.6"]
+PEFT = ["peft>=0.11"]
+EMBED = ["pillow>=10.1", "tqdm", "pyarrow>=14"]
 REPORT = ["matplotlib", "pytest>=8", "hypothesis>=6.80"]  # what make gpu-report needs
-TEST = [*DEMO, *BENCH, *EXECUTORCH, "kernels>=0.15", "pytest>=8", "pytest-xdist", "hypothesis>=6.80", "ruff>=0.6"]
+SERVE = [
+    *CLIP,
+    "fastapi>=0.115",
+    "uvicorn>=0.30",
+    "httptools>=0.6",
+    "uvloop>=0.19; sys_platform != 'win32'",
+    "prometheus_client>=0.20",
+    "python-multipart>=0.0.18",
+    "pillow>=10.1",
+]
+RAY = [*SERVE, *EMBED, "ray[serve,data]>=2.60"]  # the server and the bulk on a cluster
+TEST = [*DEMO, *BENCH, *EXECUTORCH, *CLIP_BENCHMARK, *PEFT, *RAY, "kernels>=0.15", "httpx>=0.27", "selenium>=4.20"]
+TEST += ["pytest>=8", "pytest-xdist", "hypothesis>=6.80", "ruff>=0.6"]
 
 setup(
     name="hyperclip_fast",
@@ -36,7 +51,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["hyperclip_fast*"]), "hyperclip_fast.kernels", "hyperclip_fast.bench"],
     package_dir={"hyperclip_fast.kernels": "kernels", "hyperclip_fast.bench": "bench"},
-    package_data={"hyperclip_fast": ["assets/**/*"]},
+    package_data={"hyperclip_fast": ["assets/**/*", "static/*"]},
     install_requires=[
         "torch>=2.8",
         "timm>=1.0.26",
@@ -52,6 +67,11 @@ setup(
         "bench": BENCH,
         "export": EXPORT,
         "executorch": EXECUTORCH,
+        "clip_benchmark": CLIP_BENCHMARK,
+        "peft": PEFT,
+        "embed": EMBED,
+        "serve": SERVE,
+        "ray": RAY,
         "report": REPORT,
         "test": TEST,
     },

@@ -1,4 +1,4 @@
-"""`hyperclip bench kernels` and `hyperclip bench model`: arguments, defaults for this device, and the run itself."""
+"""`hyperclip bench kernels`, `model` and `encoders`: arguments, defaults for this device, and the run itself."""
 
 import argparse
 from collections.abc import Iterable, Sequence
@@ -8,12 +8,14 @@ import torch
 from hyperclip_fast.extras import require
 
 from . import kernel_cases, model_cases, plots
+from .encoders import add_encoders
 from .engines import ENGINES
 from .machine import default_device, describe
 from .mixes import MIXES
 from .operations import OPERATIONS
 from .report import Report, header
 from .runner import Case, run_case
+from .serving import add_serving
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODELS = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")
@@ -43,7 +45,10 @@ def add_bench(commands) -> None:
     text = "time whole image towers, forward and training step"
     model = kinds.add_parser("model", help=text, description=text)
     _add_list(model, "model", "models", str, "NAME")
+    model.add_argument("--img-size", type=int, metavar="S", help="side of the images; default: as each model has it")
     _add_common(model, "model", list(ENGINES), model_cases.TOWERS.values())
+    add_encoders(kinds)
+    add_serving(kinds)
 
 
 def _add_common(
@@ -115,5 +120,5 @@ def _options(args: argparse.Namespace, device: torch.device) -> dict[str, list]:
     if args.seconds <= 0:
         raise ValueError(f"--seconds must be positive, got {args.seconds}")
     engines = ["eager", "compiled"] + (["graph"] if device.type == "cuda" and args.what == "model" else [])
-    more = {"operations": args.operations} if args.what == "kernels" else {}
+    more = {"operations": args.operations} if args.what == "kernels" else {"img_size": args.img_size}
     return {**options, **more, "steps": args.steps, "engines": args.engines or engines}

@@ -22,7 +22,16 @@ os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 import torch
 import torch.nn.functional as F
 from hyperclip_fast.bench.accesses import Step, steps
-from hyperclip_fast.kernels import layer_norm_launch, linear, linear_launch, linear_op, linear_table, norm_linear_launch
+from hyperclip_fast.kernels import (
+    batch_norm_launch,
+    layer_norm_launch,
+    linear,
+    linear_launch,
+    linear_op,
+    linear_table,
+    norm_linear_launch,
+)
+from hyperclip_fast.kernels.batch_norm import batch_norm_act
 from hyperclip_fast.kernels.layer_norm import add_layer_norm, layer_norm
 from hyperclip_fast.kernels.linear import linear_add, linear_gelu
 from hyperclip_fast.kernels.norm_linear import norm_linear, norm_linear_gelu
@@ -32,7 +41,7 @@ from torch import Tensor
 from hyperclip_fast import hyper_block, set_backend
 
 INFERENCE_ONLY = ("norm_linear", "norm_linear_gelu")  # in training they are layer_norm and a product
-SHARED = ("weight", "bias", "scale", "task_ids", "norm_weight", "norm_bias")
+SHARED = ("weight", "bias", "scale", "task_ids", "norm_weight", "norm_bias", "mean", "var")
 BATCH = 256  # the launches cut their work as for a batch of this size
 
 
@@ -67,6 +76,7 @@ def launches_of(shape: Shape, recompute: bool = True):
 
     with contextlib.ExitStack() as stack:
         for module, name, value in (
+            (batch_norm_launch, "PROGRAMS", batch_norm_launch.PROGRAMS // share),
             (norm_linear_launch, "PROGRAMS", norm_linear_launch.PROGRAMS // share),
             (layer_norm_launch, "BACKWARD_PROGRAMS", layer_norm_launch.BACKWARD_PROGRAMS // share),
             (linear_launch, "PASS_PROGRAMS", linear_launch.PASS_PROGRAMS // share),
@@ -105,6 +115,8 @@ def operations(shape: Shape) -> dict[str, tuple[Callable, dict[str, Tensor], boo
     norm = {"x": tensor(), "weight": tensor(B, D), "bias": tensor(B, D)}
     wide = {"x": tensor(), "weight": tensor(4 * D, D), "bias": tensor(4 * D)}
     back = {"x": tensor(B, shape.N, 4 * D), "weight": tensor(D, 4 * D), "bias": tensor(D)}
+    pixels = {**norm, "x": tensor().transpose(1, 2).unsqueeze(2)}  # (B, C, 1, N), channels-last
+    statistics = {"mean": torch.zeros(D), "var": torch.ones(D), "act": "silu"}
     add, scale = {"residual": tensor()}, {"scale": tensor(D)}
     rows, narrow = (
         {"norm_weight": tensor(B, D), "norm_bias": tensor(B, D)},
@@ -113,6 +125,12 @@ def operations(shape: Shape) -> dict[str, tuple[Callable, dict[str, Tensor], boo
     return {
         "layer_norm": (lambda **t: layer_norm(**t, task_ids=task_ids), norm, False),
         "add_layer_norm": (lambda **t: add_layer_norm(**t, task_ids=task_ids), {**norm, "delta": tensor()}, False),
+        "batch_norm_act": (lambda **t: batch_norm_act(**t, task_ids=task_ids, **statistics), pixels, False),
+        "batch_norm_act, residual": (
+            lambda **t: batch_norm_act(**t, task_ids=task_ids, **statistics),
+            {**pixels, "residual": pixels["x"]},
+            False,
+        ),
         "linear_gelu, recomputed": (linear_gelu, wide, True),
         "linear_gelu, kept": (linear_gelu, wide, False),
         "linear_add": (linear_add, {**back, **add}, False),

@@ -10,10 +10,10 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from hyperclip_fast import HyperViT
+from hyperclip_fast.hyper_encoder import create_encoder, model_options
 
 from .engines import ENGINES, captured
 from .mixes import make_task_ids
@@ -63,15 +63,19 @@ class _Group:
     ):
         torch.manual_seed(0)
         self.training, self.dtype, self.device = training, dtype, device
-        hyper = HyperViT.from_timm(name, num_classes=0, **options)
-        stock = timm.create_model(name, num_classes=0, **options)
-        size = stock.pretrained_cfg["input_size"] if "img_size" not in options else (3, *[options["img_size"]] * 2)
+        side = options.get("img_size")
+        given = {key: value for key, value in options.items() if key != "img_size"} | size_options(name, side)
+        hyper = create_encoder(name, num_classes=0, **given)
+        stock = timm.create_model(name, num_classes=0, **given)
         self.stock = stock.to(device, dtype).train(training)
         self.hyper = hyper.to(device, dtype).train(training)
         _share_weights(stock, hyper)
         self.spec = self.hyper.norm_spec
-        self.images = torch.randn(batch, *size, dtype=dtype, device=device)
+        side = side_of(stock, side)
+        self.images = torch.randn(batch, 3, side, side, dtype=dtype, device=device)
         self.base = self.hyper.base_params.table.detach()
+        norms = any(isinstance(module, _BatchNorm) for module in self.stock.modules())
+        self.is_coupled = training and norms  # an image's output depends on all images of the batch
 
     @cached_property
     def exact(self) -> nn.Module:
@@ -80,11 +84,19 @@ class _Group:
 
     @cached_property
     def towers(self) -> dict[str, nn.Module]:
-        ours = OurTower(self.hyper)
-        towers = {"stock": StockTower(self.stock), "ours": ours, "single": ours}
-        if isinstance(self.stock, VisionTransformer):
-            towers["naive"] = NaiveTower(self.stock, self.spec)
+        ours, naive = OurTower(self.hyper), NaiveTower(self.stock, self.spec)
+        towers = {"stock": StockTower(self.stock), "ours": ours, "single": ours, "naive": naive}
         return {name: tower.train(self.training) for name, tower in towers.items()}
+
+
+def size_options(name: str, side: int | None) -> dict[str, int]:
+    """timm's option for images of this side: empty for None, as the model has it, and for models that take any size."""
+    return {"img_size": side} if side is not None and "img_size" in model_options(name) else {}
+
+
+def side_of(model: nn.Module, side: int | None) -> int:
+    """Side of a model's images: the one wished for, or, for None, its own."""
+    return model.pretrained_cfg["input_size"][-1] if side is None else side
 
 
 def _share_weights(model: nn.Module, source: nn.Module) -> None:
@@ -123,12 +135,12 @@ class _Mixture:
 
     def _build(self, name: str, engine: str) -> Run:
         group = self.group
-        if name == "loop":
-            tower = LoopTower(group.stock, group.spec, self.table, self.task_ids)
-        elif name in group.towers:
+        if name != "loop":
             tower = group.towers[name]
+        elif group.is_coupled:
+            raise Unavailable("one pass a task has other batch statistics")
         else:
-            raise Unavailable(f"written for VisionTransformer, not for {type(group.stock).__name__}")
+            tower = LoopTower(group.stock, group.spec, self.table, self.task_ids)
         mixed = (self.table, self.task_ids)
         rows = {"stock": (), "loop": (), "single": (self.single, self.no_ids)}.get(name, mixed)
         inputs = (group.images, *rows)
@@ -141,7 +153,7 @@ class _Mixture:
         group = self.group
         model = group.hyper if name in ("ours", "single") else group.stock
         weights = dict(model.named_parameters())
-        own = [weights[f"{layer}.{kind}"] for layer in group.spec.names for kind in ("weight", "bias")]
+        own = [weights[key] for key in group.spec.keys]
         others = [weight for weight in weights.values() if all(weight is not mine for mine in own)]
         table = self.single if name == "single" else self.table
         leaves = [*others, *(own if name == "stock" else [table])]
@@ -180,19 +192,23 @@ class _Mixture:
     def _compute_exact(self, table: Tensor, task_ids: Tensor) -> list[Tensor]:
         group = self.group
         table = table.detach().double().requires_grad_(group.training)
-        keys = [f"{layer}.{kind}" for layer in group.spec.names for kind in ("weight", "bias")]
-        outputs = []
-        for probe in self.probes.tolist():
-            image = group.images[probe : probe + 1].double()
-            values = dict(zip(keys, table[int(task_ids[probe])].split(group.spec.sizes)))
-            outputs.append(torch.func.functional_call(group.exact, values, (image,)))
-        out = torch.cat(outputs)
+        if group.is_coupled:
+            out = NaiveTower(group.exact, group.spec)(group.images.double(), table, task_ids)[self.probes]
+        else:
+            out = torch.cat([self._one_exact(table, task_ids, probe) for probe in self.probes.tolist()])
         if not group.training:
             return [out.detach()]
-        first = next(weight for key, weight in group.exact.named_parameters() if key not in keys)
+        first = next(weight for key, weight in group.exact.named_parameters() if key not in group.spec.keys)
         incoming = self.incoming[self.probes].double()
         rows, weight = torch.autograd.grad(out, [table, first], incoming)
         return [out.detach(), rows, weight.unsqueeze(0)]
+
+    def _one_exact(self, table: Tensor, task_ids: Tensor, probe: int) -> Tensor:
+        """Output (1, D) of the stock model that holds the row of one image."""
+        group, row = self.group, table[int(task_ids[probe])]
+        values = dict(zip(group.spec.keys, row.split(group.spec.sizes)))
+        image = group.images[probe : probe + 1].double()
+        return torch.func.functional_call(group.exact, values, (image,))
 
 
 def _inference(forward: Callable[[], Tensor]) -> Run:

@@ -6,10 +6,10 @@ Naive and ours take (images, table (T, P), task_ids (B,)); the others hold their
 import copy
 
 import torch
-import torch.nn.functional as F
-from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from hyperclip_fast.hyper_encoder import HyperEncoder
+from hyperclip_fast.hyper_norms import ROW_NORMS
 from hyperclip_fast.hyper_vit import HyperViT
 from hyperclip_fast.norm_params import NormParams, NormSpec
 
@@ -26,9 +26,9 @@ class StockTower(nn.Module):
 
 
 class OurTower(nn.Module):
-    """HyperViT with rows as plain tensors, which is what exporters and ONNX Runtime take."""
+    """HyperViT or HyperEncoder with rows as plain tensors, which is what exporters and ONNX Runtime take."""
 
-    def __init__(self, model: HyperViT):
+    def __init__(self, model: HyperViT | HyperEncoder):
         super().__init__()
         self.model = model
 
@@ -37,30 +37,56 @@ class OurTower(nn.Module):
 
 
 class NaiveTower(nn.Module):
-    """Per-sample norms as one writes them first: every norm gathers its rows, multiplies and adds."""
+    """Per-sample norms as one writes them first: every norm gathers its rows, multiplies and adds.
 
-    def __init__(self, model: VisionTransformer, spec: NormSpec):
+    Args:
+        model: a stock model; all weights but the norms' are shared with it.
+        spec: the norms.
+    """
+
+    def __init__(self, model: nn.Module, spec: NormSpec):
         super().__init__()
-        self.model, self.spec = model, spec
+        self.model, self.spec = _copy_sharing(model), spec
+        self.norms = [NaiveNorm(self.model.get_submodule(name)) for name in spec.names]
+        for name, norm in zip(spec.names, self.norms):
+            self.model.set_submodule(name, norm)
 
     def forward(self, images: Tensor, table: Tensor, task_ids: Tensor) -> Tensor:
-        model, pieces = self.model, table.split(self.spec.sizes, dim=1)
-        rows = dict(zip(self.spec.names, zip(pieces[::2], pieces[1::2])))
+        for norm, (weight, bias) in zip(self.norms, NormParams(self.spec, table).layers()):
+            norm.rows = (weight[task_ids], None if bias is None else bias[task_ids])
+        return self.model(images)
 
-        def norm(name: str, module: nn.Module, x: Tensor) -> Tensor:
-            if name not in rows:
-                return module(x)
-            weight, bias = rows[name]
-            shape = (-1,) + (1,) * (x.dim() - 2) + (x.shape[-1],)
-            normed = F.layer_norm(x, x.shape[-1:], eps=module.eps)
-            return normed * weight[task_ids].view(shape) + bias[task_ids].view(shape)
 
-        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-        for i, block in enumerate(model.blocks):
-            x = x + block.drop_path1(block.ls1(block.attn(norm(f"blocks.{i}.norm1", block.norm1, x))))
-            x = x + block.drop_path2(block.ls2(block.mlp(norm(f"blocks.{i}.norm2", block.norm2, x))))
-        x = model.pool(norm("norm", model.norm, x))
-        return model.head(model.head_drop(norm("fc_norm", model.fc_norm, x)))
+class NaiveNorm(nn.Module):
+    """A norm without weight and bias, then each sample's own, then what timm keeps behind it in the same module.
+
+    Its weight is what it was, for models that look at it.
+    """
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.weight, self.first = norm.weight, ROW_NORMS[type(norm)].channels_first
+        self.behind = nn.Sequential(*(getattr(norm, name) for name in ("drop", "act") if hasattr(norm, name)))
+        for name in ("drop", "act"):
+            if hasattr(norm, name):
+                setattr(norm, name, nn.Identity())
+        self.norm = norm
+        norm.weight = None
+        if hasattr(norm, "bias"):
+            norm.bias = None
+        self.rows: tuple[Tensor, Tensor | None] = (self.weight.unsqueeze(0), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = (None if row is None else row.repeat_interleave(len(x) // len(row), 0) for row in self.rows)
+        shape = [len(x)] + [1] * (x.dim() - 1)
+        shape[1 if self.first else -1] = len(self.weight)
+        weight, bias = (0 if row is None else row.view(shape) for row in rows)
+        return self.behind(self.norm(x) * weight + bias)
+
+
+def _copy_sharing(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers are the model's."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 class LoopTower(nn.Module):
@@ -78,12 +104,12 @@ class LoopTower(nn.Module):
         self.twins = [self._twin(model, table[task]) for task in tasks]
 
     def _twin(self, model: nn.Module, row: Tensor) -> nn.Module:
-        twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-        pieces = iter(row.split(self.spec.sizes))
-        for name in self.spec.names:
+        twin = _copy_sharing(model)
+        for key, piece in zip(self.spec.keys, row.split(self.spec.sizes)):
+            name, _, kind = key.rpartition(".")
             module = twin.get_submodule(name)
-            del module.weight, module.bias
-            module.weight, module.bias = next(pieces), next(pieces)
+            delattr(module, kind)
+            setattr(module, kind, piece)
         return twin
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The command line: hyperclip demo | classify | train | evaluate | specialize | export | bench."""
+"""The command line: hyperclip demo | classify | embed | train | evaluate | specialize | export | serve | bench, ..."""
 
 import argparse
 import json
@@ -10,10 +10,12 @@ EPILOG = """examples:
   hyperclip demo
   hyperclip classify photos/ --labels "cat,dog,parrot"
   hyperclip classify photo.jpg --tasks tasks.yaml --json
+  hyperclip embed photos/ --tasks tasks.yaml --out embeddings/
   hyperclip train --config configs/demo.yaml --out runs/demo
   hyperclip evaluate --model runs/demo/model
   hyperclip specialize --labels "cat,dog" --out cat_or_dog/
   hyperclip export mixed --out mixed.onnx
+  hyperclip serve --bank tasks.safetensors
   hyperclip bench model --models vit_tiny_patch16_224 --batches 16
 
 A task is a list of class names. A tasks file maps names of tasks to lists of class names, in YAML or JSON:
@@ -42,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from hyperclip_fast.bench.command import add_bench
+    from hyperclip_fast.clip_benchmark import add_clip_benchmark
+    from hyperclip_fast.embed_command import add_embed
+    from hyperclip_fast.serve_command import add_serve
     from hyperclip_fast.train_command import add_train
 
     parser = argparse.ArgumentParser(
@@ -57,7 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_specialize(commands)
     _add_export(commands)
+    add_serve(commands)
     add_bench(commands)
+    add_clip_benchmark(commands)
+    add_embed(commands)
     return parser
 
 
@@ -141,7 +149,12 @@ def _is_task(names: object) -> bool:
     return bool(good) and len(set(names)) == len(names)
 
 
-def _labels(text: str) -> list[str]:
+def read_labels(text: str) -> list[str]:
+    """Class names from "cat,dog".
+
+    Raises:
+        ValueError: if there is none, or one comes twice.
+    """
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not _is_task(names):
         raise ValueError(f"--labels must be distinct class names separated by commas, got {text!r}")
@@ -158,7 +171,7 @@ def read_tasks(path: str | Path) -> dict[str, list[str]]:
 
     try:
         tasks = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"--tasks must be a YAML or JSON file, {path} is not: {error}") from error
     if not isinstance(tasks, dict) or not tasks or not all(_is_task(names) for names in tasks.values()):
         example = '{"pets": ["cat", "dog"]}'
@@ -175,7 +188,7 @@ def _classify(args: argparse.Namespace) -> None:
     from hyperclip_fast.task_bank import TaskBank
 
     tqdm = require("tqdm", "train").tqdm
-    tasks = {"labels": _labels(args.labels)} if args.labels is not None else read_tasks(args.tasks)
+    tasks = {"labels": read_labels(args.labels)} if args.labels is not None else read_tasks(args.tasks)
     if args.batch_size < 1 or args.topk < 1:
         raise ValueError(f"--batch-size and --topk must be at least 1, got {args.batch_size} and {args.topk}")
     files = find_images(args.images)
@@ -219,7 +232,7 @@ def _specialize(args: argparse.Namespace) -> None:
     from hyperclip_fast.export import save_specialized
     from hyperclip_fast.hyperclip import load_model
 
-    labels = _labels(args.labels)
+    labels = read_labels(args.labels)
     save_specialized(load_model(args.model, args.device), labels, args.out)
     print(f"A plain timm model for {len(labels)} classes: {args.out}")
     print(f'  load it with timm.create_model("local-dir:{args.out}", pretrained=True); classes.safetensors scores it')
@@ -232,7 +245,7 @@ def _export(args: argparse.Namespace) -> None:
 
     if (args.what == "specialized") != (args.labels is not None):
         raise ValueError(f"--labels must be given for specialized, and only there, got {args.labels!r} for {args.what}")
-    labels = _labels(args.labels) if args.labels is not None else None
+    labels = read_labels(args.labels) if args.labels is not None else None
     model = load_model(args.model)
     if labels is not None:
         graph = specialized_graph(model, labels)

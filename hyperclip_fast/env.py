@@ -17,7 +17,7 @@ from hyperclip_fast.kernels.linear_table import WIDEST, device_kind
 
 WIDTHS = {"Ti": 192, "S": 384, "B": 768, "L": 1024}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OPERATIONS = ("layer_norm", "add_layer_norm", *WIDEST, "attention")
+OPERATIONS = ("layer_norm", "add_layer_norm", "batch_norm_act", *WIDEST, "attention")
 TOKENS, HEAD_WIDTH = 197, 64
 
 

@@ -167,7 +167,7 @@ def text_graph(model: HyperCLIP) -> Graph:
         ("row", "class_embeddings"),
         inputs,
         {**_about_scores(model), **about},
-        {"L": tower.max_tokens} if 2 in axes else {},
+        {"L": tower.context_length} if 2 in axes else {},
     )
 
 

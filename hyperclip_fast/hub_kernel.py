@@ -23,6 +23,12 @@ from hyperclip_fast.kernels import layer_norm
 NAME = "hyperclip-fast"
 VERSION = 1  # of the interface: the hub's branch v1
 PUBLIC = {
+    "batch_norm": (
+        "batch_norm_act",
+        "batch_norm_act_train",
+        "batch_norm_act_reference",
+        "batch_norm_act_train_reference",
+    ),
     "layer_norm": ("layer_norm", "add_layer_norm", "layer_norm_reference", "add_layer_norm_reference"),
     "linear": ("linear_gelu", "linear_add", "linear_gelu_reference", "linear_add_reference"),
     "norm_linear": ("norm_linear", "norm_linear_gelu", "norm_linear_reference", "norm_linear_gelu_reference"),
@@ -37,7 +43,8 @@ tags: [kernels, triton]
 # hyperclip-fast {version}
 
 Layer norm with each sample's own weight and bias (row `task_ids[b]` of a table), fused with the residual add, and the
-products around it. Triton, forward and backward; plain PyTorch where there is no GPU.
+products around it; batch norm likewise, fused with activation and residual add. Triton, forward and backward; plain
+PyTorch where there is no GPU.
 
 ```python
 from kernels import get_kernel

@@ -55,7 +55,7 @@ def add_norm(
         x = x if delta is None else x + delta
         return norm(x), x
     weight, bias, task_ids = _rows(norm, row, task_ids)
-    out_dtype = out_dtype or _norm_dtype(norm, x)
+    out_dtype = out_dtype or norm_dtype(norm, x)
     if delta is None:
         return layer_norm(x, weight, bias, task_ids, norm.eps, out_dtype), x
     return add_layer_norm(x, delta, weight, bias, task_ids, norm.eps, out_dtype)
@@ -73,7 +73,7 @@ def _is_fusable(norm: nn.Module, x: Tensor) -> bool:
     return not (norm._forward_hooks or norm._forward_pre_hooks)
 
 
-def _norm_dtype(norm: nn.Module, x: Tensor) -> torch.dtype:
+def norm_dtype(norm: nn.Module, x: Tensor) -> torch.dtype:
     """What `norm(x)` would return: under autocast GPUs compute a layer norm in float32, timm's fast norm in 16 bits."""
     kind = x.device.type
     if type(norm) is LayerNormFp32 or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hyperclip_fast.hyper_block import MODULATED_NORMS, OWN_ROW, HyperBlock, Row, add_norm, is_heard
 from hyperclip_fast.kernels.dispatch import use_triton
-from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams, NormSpec
+from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams, NormSpec, check_params
 
 
 class HyperViT(VisionTransformer):
@@ -33,7 +33,7 @@ class HyperViT(VisionTransformer):
 
     def __init__(self, *args: Any, block_fn: type[nn.Module] = HyperBlock, **kwargs: Any):
         super().__init__(*args, block_fn=block_fn, **kwargs)
-        _to_hyper(self, DEFAULT_MODULATE)
+        to_hyper_vit(self, DEFAULT_MODULATE)
 
     @classmethod
     def from_timm(
@@ -56,12 +56,12 @@ class HyperViT(VisionTransformer):
                 timm's Block, or norms other than LayerNorm among the modulated.
         """
         if isinstance(model, str):
-            model = timm.create_model(_known_name(model), pretrained=pretrained, **kwargs)
+            model = timm.create_model(known_name(model), pretrained=pretrained, **kwargs)
         elif pretrained or kwargs:
             raise ValueError(f"pretrained and timm arguments go with a model's name, got a {type(model).__name__}")
         else:
             model = copy.deepcopy(model)
-        return _to_hyper(model, modulate)
+        return to_hyper_vit(model, modulate)
 
     def set_modulate(self, modulate: Iterable[str]) -> None:
         """Choose the generated layers by name pattern: any of norm_pre, blocks.*.norm1, blocks.*.norm2, norm, fc_norm.
@@ -94,16 +94,7 @@ class HyperViT(VisionTransformer):
         """Rows by layer name, and the task ids; the reference path gathers each sample's row here, once."""
         if params is None:
             return {}, None
-        if not isinstance(params, NormParams):
-            raise ValueError(f"params must be NormParams, got {type(params).__name__}")
-        if not self._fits(params.spec):
-            raise ValueError(
-                f"params must follow this encoder's spec, {len(self.norm_spec.names)} layers and P = "
-                f"{self.norm_spec.num_params}, got {len(params.spec.names)} layers and P = {params.spec.num_params}"
-            )
-        batch = params.num_tasks if params.task_ids is None else params.task_ids.shape[0]
-        if batch != x.shape[0] and not (params.task_ids is None and batch == 1):
-            raise ValueError(f"params must be for a batch of {x.shape[0]} images, got rows for {batch}")
+        check_params(params, self._spec, x.shape[0], self._fits)
         if self._spec == params.spec:  # read first, so that torch.compile sees a module's integers: static ones
             params = NormParams(self._spec, params.table, params.task_ids)
         if not use_triton(x):
@@ -113,9 +104,7 @@ class HyperViT(VisionTransformer):
         return dict(zip(params.spec.names, params.layers())), params.task_ids
 
     def _fits(self, spec: NormSpec) -> bool:
-        """Whether rows of `spec` serve this encoder: its own, or, once pruned, those of the encoder it came from."""
-        if self._spec == spec:
-            return True
+        """Whether rows of another spec serve this encoder: once pruned, those of the encoder it came from."""
         return self._is_pruned and set(zip(self._spec.names, self._spec.widths)) <= set(zip(spec.names, spec.widths))
 
     def _embed(self, x: Tensor, rows: dict[str, Row], task_ids: Tensor | None) -> Tensor:
@@ -309,10 +298,10 @@ def _pack(taken, prefix, final, output_dict):
     return taken if final is None else (final, taken)
 
 
-def _to_hyper(model: nn.Module, modulate: Iterable[str]) -> nn.Module:
+def to_hyper_vit(model: nn.Module, modulate: Iterable[str]) -> nn.Module:
     """Change the classes of a timm VisionTransformer's parts, in place: modules, names and weights stay."""
     if isinstance(model, FeatureGetterNet) and isinstance(model.model, VisionTransformer):
-        _to_hyper(model.model, modulate)._is_pruned = True  # timm has pruned it: rows of the whole encoder fit
+        to_hyper_vit(model.model, modulate)._is_pruned = True  # timm has pruned it: rows of the whole encoder fit
         model.__class__ = HyperFeatures
         return model
     if type(model) is not VisionTransformer and not isinstance(model, HyperViT):
@@ -331,7 +320,7 @@ def _to_hyper(model: nn.Module, modulate: Iterable[str]) -> nn.Module:
     return model
 
 
-def _known_name(name: str) -> str:
+def known_name(name: str) -> str:
     """timm's name of a model, without our prefix; names with a source, such as "hf-hub:...", are timm's to check."""
     name = name.removeprefix("hyper_")
     if ":" not in name and not timm.is_model(name.split(".")[0]):
@@ -345,7 +334,7 @@ def _register(name: str) -> None:
     """Register hyper_<name> with timm: timm's own entry point and pretrained weights, then the change of class."""
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _to_hyper(model_entrypoint(name)(pretrained=pretrained, **kwargs), DEFAULT_MODULATE)
+        return to_hyper_vit(model_entrypoint(name)(pretrained=pretrained, **kwargs), DEFAULT_MODULATE)
 
     entrypoint.__name__ = entrypoint.__qualname__ = f"hyper_{name}"
     entrypoint.__doc__ = f"HyperViT with the architecture and pretrained weights of timm's {name}."

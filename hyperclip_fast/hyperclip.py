@@ -25,13 +25,17 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hyperclip_fast.config import check_types, from_dict
-from hyperclip_fast.hyper_vit import HyperViT
+from hyperclip_fast.fuse import fuse_batch_norms
+from hyperclip_fast.hyper_encoder import HyperEncoder, create_encoder, model_options
 from hyperclip_fast.hypernetwork import HyperNetwork, pad_classes
 from hyperclip_fast.model_card import model_card
-from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams, save_safetensors
+from hyperclip_fast.norm_params import NormParams, save_safetensors
 from hyperclip_fast.text import TextTower, create_text_tower
 
 DEMO_MODEL = Path(__file__).with_name("assets") / "demo"
+MAX_CLASSES = 10_000  # names of a task: the hypernetwork attends among them all, 3 s for so many on one CPU core
+MAX_NAMES = 1_000_000  # names of all tasks of a call: 1.5 GB of text features
+MAX_CHARACTERS = 1_000  # of a name: text towers cut at 256 tokens or fewer
 
 
 @dataclass
@@ -39,15 +43,17 @@ class HyperCLIPConfig:
     """What a HyperCLIP is built from; stored flat as config.json.
 
     Args:
-        image_tower: name of a timm VisionTransformer.
-        img_size: image side in pixels; None, here and in the next four: as the named tower has it.
+        image_tower: name of a timm model: HyperViT runs a VisionTransformer, HyperEncoder any other.
+        img_size: image side in pixels; None, here and in the next six: as the named tower has it. A tower that takes
+            images of any size has no option for it; the other options are refused where the tower has none.
         patch_size: patch side in pixels.
         width: D.
         depth: blocks.
         num_heads: H.
         global_pool: pooling of the tokens.
         drop_path_rate: stochastic depth while training.
-        modulate: name patterns of the generated norm layers.
+        modulate: name patterns of the generated norm layers; None: the encoder's default.
+        freeze_statistics: BatchNorms keep to their running statistics in training.
         embed_dim: E, the space that images and class names share.
         text_tower: see `text.create_text_tower`.
         train_text: train the text tower, too; a frozen one is built at first use and never saved.
@@ -72,7 +78,8 @@ class HyperCLIPConfig:
     num_heads: int | None = None
     global_pool: str | None = None
     drop_path_rate: float | None = None
-    modulate: tuple[str, ...] = DEFAULT_MODULATE
+    modulate: tuple[str, ...] | None = None
+    freeze_statistics: bool = False
     embed_dim: int = 256
     text_tower: str = "minilm"
     train_text: bool = False
@@ -95,7 +102,12 @@ class HyperCLIPConfig:
         """Arguments of timm.create_model that differ from the named tower's own; its head is the projection to E."""
         names = {"width": "embed_dim"}
         keys = ("img_size", "patch_size", "width", "depth", "num_heads", "global_pool", "drop_path_rate")
-        kwargs = {names.get(key, key): getattr(self, key) for key in keys if getattr(self, key) is not None}
+        given = {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
+        known = model_options(self.image_tower) if given else frozenset()
+        kwargs = {names.get(key, key): value for key, value in given.items() if names.get(key, key) in known}
+        for key in set(given) - {"img_size"}:
+            if names.get(key, key) not in kwargs:
+                raise ValueError(f"{key} must be None, as {self.image_tower} has no such option, got {given[key]!r}")
         return {**kwargs, "num_classes": self.embed_dim}
 
 
@@ -119,7 +131,9 @@ class HyperCLIP(
         super().__init__()
         config = config_from_dict(config) if isinstance(config, dict) else replace(config)
         self.config = self._hub_mixin_config = config  # the second is what save_pretrained writes
-        self.image = HyperViT.from_timm(config.image_tower, modulate=config.modulate, **config.timm_kwargs())
+        self.image = create_encoder(config.image_tower, modulate=config.modulate, **config.timm_kwargs())
+        if config.freeze_statistics and isinstance(self.image, HyperEncoder):
+            self.image.freeze_statistics()
         self._frozen_text: list[TextTower] = []  # a list, so that it is no submodule: neither saved nor trained
         self.text = self._create_text_tower() if config.train_text else None
         if config.text_dim is None:
@@ -182,7 +196,7 @@ class HyperCLIP(
     @property
     def image_size(self) -> int:
         """S: the side of the images it takes, in pixels."""
-        return self.image.patch_embed.img_size[0]
+        return self.config.img_size or self.image.pretrained_cfg["input_size"][-1]
 
     @property
     def text_tower(self) -> TextTower:
@@ -239,18 +253,38 @@ class HyperCLIP(
         return self.rows(*self.stack_tasks(tasks))
 
     @torch.no_grad()
-    def specialize(self, class_names: Sequence[str]) -> nn.Module:
+    def specialize(self, class_names: Sequence[str], fuse: bool = False, images: Tensor | None = None) -> nn.Module:
         """A plain timm model, in eval mode, that holds this task's row; its output is the (B, E) image embedding.
 
         Score it against `encode_text(class_names)`.
 
+        Args:
+            class_names: the task.
+            fuse: fold each BatchNorm into the convolution before it; the state dict is no longer timm's.
+            images: (B, 3, S, S) unlabelled images of the task whose statistics its BatchNorms shall use.
+
         Raises:
-            ValueError: for no class names.
+            ValueError: for no class names, or images for an encoder without BatchNorm.
         """
         params = self.adapt([class_names])
+        if images is not None:
+            params = self._encoder_with_statistics().reestimate(images, params)
+        model = self.stock_model(params)
+        image = next(model.parameters()).new_zeros(1, 3, self.image_size, self.image_size)
+        return fuse_batch_norms(model, image) if fuse else model
+
+    def _encoder_with_statistics(self) -> HyperEncoder:
+        if not isinstance(self.image, HyperEncoder):
+            raise ValueError(f"images must be None: {self.config.image_tower} has no BatchNorm to re-estimate")
+        return self.image
+
+    @torch.no_grad()
+    def stock_model(self, params: NormParams, task: int = 0) -> nn.Module:
+        """A plain timm model, in eval mode, that holds row `task` of `params`, wherever that comes from."""
         model = timm.create_model(self.config.image_tower.removeprefix("hyper_"), **self.config.timm_kwargs())
-        model.load_state_dict({**self.image.state_dict(), **params.state_dict(0)})
-        return model.to(self.device).eval()
+        model = model.to(self.device, self.logit_scale.dtype).eval()
+        model.load_state_dict({**self.image.state_dict(), **params.state_dict(task)})
+        return model
 
     def forward(
         self,
@@ -286,12 +320,18 @@ class HyperCLIP(
 
 
 def check_tasks(tasks: Sequence[Sequence[str]]) -> None:
-    """Raise ValueError unless `tasks` is a non-empty list of non-empty lists of class names."""
+    """Raise ValueError unless `tasks` is a non-empty list of non-empty lists of class names, within the limits."""
     if isinstance(tasks, str) or not len(tasks):
         raise ValueError(f"tasks must be a non-empty list of lists of class names, got {tasks!r}")
     for task in tasks:
         if isinstance(task, str) or not len(task) or not all(isinstance(name, str) and name.strip() for name in task):
-            raise ValueError(f"a task must be a non-empty list of non-empty class names, got {task!r}")
+            raise ValueError(f"a task must be a non-empty list of non-empty class names, got {str(task)[:200]!r}")
+        if len(task) > MAX_CLASSES:
+            raise ValueError(f"a task must have at most {MAX_CLASSES} class names, got {len(task)}")
+        if (longest := max(map(len, task))) > MAX_CHARACTERS:
+            raise ValueError(f"a class name must have at most {MAX_CHARACTERS} characters, got {longest}")
+    if (total := sum(map(len, tasks))) > MAX_NAMES:
+        raise ValueError(f"tasks must have at most {MAX_NAMES} class names together, got {total}")
 
 
 def config_from_dict(values: dict) -> HyperCLIPConfig:

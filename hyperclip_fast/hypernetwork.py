@@ -48,7 +48,7 @@ class CrossPool(nn.Module):
         self.attn = nn.MultiheadAttention(width, num_heads, batch_first=True)
         self.norm = nn.LayerNorm(width)
         self.bottleneck = nn.Linear(width, bottleneck)
-        self.heads = nn.ModuleList(nn.Linear(bottleneck, 2 * d) for d in spec.widths)
+        self.heads = nn.ModuleList(nn.Linear(bottleneck, size) for size in spec.layer_sizes)
         for head in self.heads:
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
@@ -178,5 +178,6 @@ class HyperNetwork(nn.Module):
     def _base_row(self, base: NormParams | None, like: Tensor) -> Tensor:
         if base is not None:
             return base.table
-        pieces = [like.new_full((size,), float(i % 2 == 0)) for i, size in enumerate(self.spec.sizes)]
+        kinds = (float(key.endswith(".weight")) for key in self.spec.keys)
+        pieces = [like.new_full((size,), kind) for size, kind in zip(self.spec.sizes, kinds)]
         return torch.cat(pieces)

@@ -1,14 +1,15 @@
 """Rows of normalisation parameters, and which row each sample uses.
 
-A row holds what every modulated layer's `weight` and `bias` would be, layer after layer: [w_0, b_0, w_1, b_1, ...].
-NormSpec says which layers and how wide; NormParams holds the table (T, P) of T rows and the batch's task ids.
+A row holds what every modulated layer's `weight` and `bias` would be, layer after layer: [w_0, b_0, w_1, b_1, ...]; a
+layer without a bias, such as RMSNorm, has its weight there alone. NormSpec says which layers and how wide; NormParams
+holds the table (T, P) of T rows and the batch's task ids.
 """
 
 import fnmatch
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,23 +30,34 @@ class NormSpec:
         names: module names of the layers, in the encoder's order.
         widths: D of each layer.
         modulate: the name patterns (fnmatch) that chose them.
+        biases: whether each layer has a bias; empty: all have.
     """
 
     names: tuple[str, ...]
     widths: tuple[int, ...]
     modulate: tuple[str, ...] = field(default=DEFAULT_MODULATE, compare=False)
+    biases: tuple[bool, ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "names", tuple(self.names))
         object.__setattr__(self, "widths", tuple(int(width) for width in self.widths))
         object.__setattr__(self, "modulate", tuple(self.modulate))
+        object.__setattr__(self, "biases", tuple(map(bool, self.biases)) or (True,) * len(self.names))
         if len(self.names) != len(self.widths):
             raise ValueError(f"widths must have one entry a name, got {len(self.widths)} for {len(self.names)} names")
+        if len(self.biases) != len(self.names):
+            raise ValueError(f"biases must have one entry a name, got {len(self.biases)} for {len(self.names)} names")
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"names must be unique, got {self.names}")
         if any(width < 1 for width in self.widths):
             raise ValueError(f"widths must be positive, got {self.widths}")
-        for name in ("sizes", "offsets", "num_params"):  # now: up to Python 3.11 cached_property takes a lock, which
+        for name in (
+            "keys",
+            "sizes",
+            "layer_sizes",
+            "offsets",
+            "num_params",
+        ):  # now: up to Python 3.11 cached_property takes a lock, which
             getattr(self, name)  # torch.compile cannot trace
 
     @classmethod
@@ -69,20 +81,50 @@ class NormSpec:
                 raise ValueError(f"modulate: {name} ({type(module).__name__}) must have a weight and a bias")
         return cls(tuple(found), tuple(module.weight.shape[0] for module in found.values()), modulate)
 
+    @classmethod
+    def from_state_dict(
+        cls, state_dict: Mapping[str, torch.Tensor], modulate: Iterable[str] = DEFAULT_MODULATE
+    ) -> "NormSpec":
+        """The layers of a state dict whose name matches a pattern, in its order.
+
+        Raises:
+            ValueError: if no layer matches, or one that matches lacks its weight or bias vector.
+        """
+        modulate = tuple(modulate)
+        found = {key.removesuffix(".weight").removesuffix(".bias"): None for key in state_dict if "." in key}
+        names = [name for name in found if any(fnmatch.fnmatchcase(name, pattern) for pattern in modulate)]
+        if not names:
+            raise ValueError(f"modulate must match a norm layer of the state dict, got {modulate}")
+        widths = [getattr(state_dict.get(f"{name}.weight"), "shape", ())[-1:] for name in names]
+        spec = cls(tuple(names), tuple(width[0] if width else 1 for width in widths), modulate)
+        spec.row(state_dict)  # each is there, and a vector
+        return spec
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """State-dict keys of the row's pieces: "<name>.weight" and, where there is one, "<name>.bias"."""
+        kinds = (("weight", "bias") if bias else ("weight",) for bias in self.biases)
+        return tuple(f"{name}.{kind}" for name, own in zip(self.names, kinds) for kind in own)
+
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Widths of the row's pieces: [w_0, b_0, w_1, b_1, ...]."""
-        return tuple(width for width in self.widths for _ in range(2))
+        return tuple(width for width, bias in zip(self.widths, self.biases) for _ in range(1 + bias))
+
+    @cached_property
+    def layer_sizes(self) -> tuple[int, ...]:
+        """Columns of each layer: twice its width, or its width where it has no bias."""
+        return tuple(width * (1 + bias) for width, bias in zip(self.widths, self.biases))
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Column at which each layer's weight starts; its bias starts one width later."""
-        return tuple(2 * sum(self.widths[:i]) for i in range(len(self.widths)))
+        """Column at which each layer's weight starts; its bias, if it has one, starts one width later."""
+        return tuple(sum(self.layer_sizes[:i]) for i in range(len(self.widths)))
 
     @cached_property
     def num_params(self) -> int:
         """P: the length of a row."""
-        return 2 * sum(self.widths)
+        return sum(self.layer_sizes)
 
     def row(self, state_dict: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The row (P,) that a state dict holds, as "<name>.weight" and "<name>.bias".
@@ -91,18 +133,18 @@ class NormSpec:
             ValueError: if a tensor is missing or has another width.
         """
         pieces = []
-        for name, width in zip(self.names, self.widths):
-            for key in (f"{name}.weight", f"{name}.bias"):
-                piece = state_dict.get(key)
-                if piece is None or piece.shape != (width,):
-                    got = "nothing" if piece is None else f"shape {tuple(piece.shape)}"
-                    raise ValueError(f"state_dict must hold {key} of shape ({width},), got {got}")
-                pieces.append(piece)
+        for key, width in zip(self.keys, self.sizes):
+            piece = state_dict.get(key)
+            if piece is None or piece.shape != (width,):
+                got = "nothing" if piece is None else f"shape {tuple(piece.shape)}"
+                raise ValueError(f"state_dict must hold {key} of shape ({width},), got {got}")
+            pieces.append(piece)
         return torch.cat(pieces)
 
     def to_json(self) -> str:
         """This spec as JSON; `from_json` reads it back."""
-        return json.dumps({"names": self.names, "widths": self.widths, "modulate": self.modulate})
+        fields = {"names": self.names, "widths": self.widths, "modulate": self.modulate}
+        return json.dumps(fields if all(self.biases) else {**fields, "biases": self.biases})
 
     @classmethod
     def from_json(cls, text: str) -> "NormSpec":
@@ -113,8 +155,8 @@ class NormSpec:
         """
         try:
             fields = json.loads(text)
-            return cls(fields["names"], fields["widths"], fields["modulate"])
-        except (KeyError, TypeError, ValueError) as error:
+            return cls(fields["names"], fields["widths"], fields["modulate"], fields.get("biases", ()))
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"text must be a NormSpec in JSON, got {text[:80]!r}") from error
 
 
@@ -145,15 +187,45 @@ class NormParams:
         """T: rows in the table."""
         return self.table.shape[0]
 
-    def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(weight (T, D_i), bias (T, D_i)) of every layer: views, by one split, whose backward is one cat."""
-        pieces = self.table.split(self.spec.sizes, dim=1)
-        return list(zip(pieces[::2], pieces[1::2]))
+    @classmethod
+    def from_state_dict(
+        cls,
+        *sources: torch.nn.Module | Mapping[str, torch.Tensor],
+        spec: NormSpec | None = None,
+        shared: torch.nn.Module | None = None,
+    ) -> "NormParams":
+        """One row of each fine-tuned model: rows need not come from a hypernetwork.
 
-    def layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(weight (T, D_i), bias (T, D_i)) of layer i, views of the table."""
+        Args:
+            sources: models, or their state dicts, with the keys of the encoder.
+            spec: which layers; None: those of `shared`, or those that DEFAULT_MODULATE finds in the first source.
+            shared: the encoder that will serve the rows; a source must hold its other tensors, unless it holds only
+                norms.
+
+        Raises:
+            ValueError: for no source, one without a layer of the spec, or one whose other tensors are not `shared`'s.
+        """
+        if not sources:
+            raise ValueError("sources must be at least one model or state dict, got none")
+        dicts = [each.state_dict() if isinstance(each, torch.nn.Module) else each for each in sources]
+        if spec is None:
+            spec = NormSpec.from_state_dict(dicts[0]) if shared is None else getattr(shared, "norm_spec", None)
+        spec = spec or NormSpec.from_model(shared)
+        if shared is not None:
+            for i, state_dict in enumerate(dicts):
+                _check_shared(i, state_dict, shared, spec)
+        return cls(spec, torch.stack([spec.row(state_dict).detach() for state_dict in dicts]))
+
+    def layers(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """(weight (T, D_i), bias (T, D_i) or None) of every layer: views, by one split, whose backward is one cat."""
+        pieces = iter(self.table.split(self.spec.sizes, dim=1))
+        return [(next(pieces), next(pieces) if bias else None) for bias in self.spec.biases]
+
+    def layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(weight (T, D_i), bias (T, D_i) or None) of layer i, views of the table."""
         start, width = self.spec.offsets[i], self.spec.widths[i]
-        return self.table[:, start : start + width], self.table[:, start + width : start + 2 * width]
+        bias = self.table[:, start + width : start + 2 * width] if self.spec.biases[i] else None
+        return self.table[:, start : start + width], bias
 
     def __getitem__(self, task_ids: torch.Tensor | Sequence[int]) -> "NormParams":
         """The same rows for another batch: no copy."""
@@ -173,8 +245,7 @@ class NormParams:
     def state_dict(self, task: int = 0) -> dict[str, torch.Tensor]:
         """Row `task` as "<name>.weight" and "<name>.bias": what a stock model with that row holds."""
         pieces = self.table[task].split(self.spec.sizes)
-        keys = (f"{name}.{kind}" for name in self.spec.names for kind in ("weight", "bias"))
-        return {key: piece.detach().clone() for key, piece in zip(keys, pieces)}
+        return {key: piece.detach().clone() for key, piece in zip(self.spec.keys, pieces)}
 
     def save(self, path: str | Path) -> None:
         """Write table, task ids and spec into one safetensors file (beside, then renamed)."""
@@ -222,6 +293,14 @@ def _unflatten(spec: NormSpec, table, task_ids) -> NormParams:
     return params
 
 
+def _check_shared(i: int, state_dict: Mapping[str, torch.Tensor], shared: torch.nn.Module, spec: NormSpec) -> None:
+    """Raise ValueError where a source's tensors beyond the rows differ from the encoder's: one encoder serves them."""
+    norms = {f"{name}.{kind}" for name in spec.names for kind in ("weight", "bias")}
+    for key, tensor in shared.state_dict().items():
+        if key in state_dict and key not in norms and not torch.equal(state_dict[key].to(tensor), tensor):
+            raise ValueError(f"sources must differ from the shared encoder in its norms only, source {i} does in {key}")
+
+
 def _check_task_ids(task_ids: torch.Tensor | Sequence[int], table: torch.Tensor) -> torch.Tensor:
     """Task ids as a (B,) integer tensor on the table's device; the range is checked where that costs no device sync."""
     if not isinstance(task_ids, torch.Tensor):
@@ -239,15 +318,46 @@ def _check_task_ids(task_ids: torch.Tensor | Sequence[int], table: torch.Tensor)
     return task_ids.to(table.device)
 
 
+def check_params(params: object, spec: NormSpec, batch: int, fits: Callable[[NormSpec], bool] | None = None) -> None:
+    """Raise ValueError unless `params` are rows of an encoder for a batch.
+
+    Args:
+        params: what the encoder was given.
+        spec: the encoder's own.
+        batch: images in the batch.
+        fits: whether rows of another spec serve the encoder, too; None: only its own do.
+    """
+    if not isinstance(params, NormParams):
+        raise ValueError(f"params must be NormParams, got {type(params).__name__}")
+    if params.spec != spec and not (fits is not None and fits(params.spec)):
+        raise ValueError(
+            f"params must follow this encoder's spec, {len(spec.names)} layers and P = {spec.num_params}, "
+            f"got {len(params.spec.names)} layers and P = {params.spec.num_params}"
+        )
+    rows = params.num_tasks if params.task_ids is None else params.task_ids.shape[0]
+    if rows != batch and not (params.task_ids is None and rows == 1):
+        raise ValueError(f"params must be for a batch of {batch} images, got rows for {rows}")
+
+
 def save_safetensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file beside `path`, then rename: a reader never sees half a file."""
+    """Write a safetensors file beside `path`, then rename: never half a file. The same content is the same bytes."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        beside.write_bytes(serialize(tensors, metadata))  # safetensors' save_file makes files that only we may read
+        beside.write_bytes(_sorted(serialize(tensors, metadata)))  # its own save_file lets only us read the file
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _sorted(content: bytes) -> bytes:
+    """A safetensors file with its metadata in the order of their keys: safetensors writes them in any."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def load_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -5,6 +5,7 @@ Only the first process writes. Files are written beside and renamed.
 
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,13 @@ class RunFolder:
             self._write(file, (json.dumps(settings, indent=2) + "\n").encode())
 
     def resume(self) -> dict[str, Any] | None:
-        """The last checkpoint, where there is one; log lines of later steps are dropped: they will come again."""
+        """The last checkpoint, where there is one; log lines of later steps are dropped: they will come again.
+
+        Raises:
+            ValueError: if the checkpoint is cut short, or is a pickle of anything but tensors and numbers.
+        """
         file = self.path / "checkpoint.pt"
-        state = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
+        state = _load_checkpoint(file) if file.exists() else None
         step = state["step"] if state else 0
         if self.writes:
             self._cut_log(step)
@@ -79,3 +84,12 @@ class RunFolder:
         beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         beside.write_bytes(content)
         os.replace(beside, file)
+
+
+def _load_checkpoint(path: Path) -> dict[str, Any]:
+    """Tensors and numbers only: a pickle of anything else is refused, not run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"out must hold a whole checkpoint of a run, got {path}: {reason}") from error

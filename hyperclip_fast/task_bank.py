@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hyperclip_fast.hyperclip import HyperCLIP
+from hyperclip_fast.hyperclip import HyperCLIP, check_tasks
 from hyperclip_fast.hypernetwork import pad_classes
 from hyperclip_fast.norm_params import NormParams, load_safetensors, save_safetensors
 
@@ -31,6 +31,21 @@ class Prediction:
     task: str
     names: tuple[str, ...]
     probabilities: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What adapting to a task made, apart from any bank; never changed, so that threads and processes may share it.
+
+    Args:
+        classes: class names.
+        embeddings: (K, E), the class names'.
+        row: (P,), norm parameters.
+    """
+
+    classes: tuple[str, ...]
+    embeddings: Tensor
+    row: Tensor
 
 
 class TaskBank:
@@ -71,6 +86,16 @@ class TaskBank:
         self._follow_model()
         return self._embeddings[self._find(task)]
 
+    def task(self, task: str) -> Task:
+        """A copy of a task that outlives its removal from the bank.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        self._follow_model()
+        place = self._find(task)
+        return Task(self._classes[place], self._embeddings[place].clone(), self._table[place].clone())
+
     @property
     def params(self) -> NormParams:
         """All rows; index it with `task_ids` to get a batch's."""
@@ -102,8 +127,9 @@ class TaskBank:
             ValueError: for an empty name or class list.
         """
         for task in tasks:
-            if not isinstance(task, str) or not task.strip():
-                raise ValueError(f"task must be a non-empty name, got {task!r}")
+            _check_name(task)
+        if tasks:
+            check_tasks(list(tasks.values()))
         names, made = list(tasks), []
         for start in range(0, len(names), self.chunk):
             features, mask = self.model.stack_tasks([tasks[name] for name in names[start : start + self.chunk]])
@@ -113,6 +139,26 @@ class TaskBank:
         self._follow_model()
         for name, (row, embeddings) in zip(names, made):
             self._put(name, tuple(tasks[name]), row, embeddings)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def add_row(self, task: str, class_names: Sequence[str], row: NormParams) -> None:
+        """Add or replace a task whose row comes from elsewhere, such as from fine-tuning; its names are still embedded.
+
+        Args:
+            task: its name.
+            class_names: K of them.
+            row: the row (T = 1), of this encoder's spec.
+
+        Raises:
+            ValueError: for an empty name or class list, or a row of another spec.
+        """
+        if row.spec != self.model.image.norm_spec or row.num_tasks != 1:
+            raise ValueError(f"row must be one row of {self.model.image.norm_spec.num_params} parameters, got {row}")
+        _check_name(task)
+        features, _ = self.model.stack_tasks([class_names])
+        self._follow_model()
+        self._put(task, tuple(class_names), row.table[0], self.model.project_text(features)[0])
 
     def remove(self, task: str) -> None:
         """Remove a task; the last row moves into its place.
@@ -200,19 +246,36 @@ class TaskBank:
             raise ValueError(f"path must be a saved TaskBank, {path} lacks {sorted(missing)}")
         if metadata["model"] != fingerprint(model):
             raise ValueError(f"path must hold a bank made by this model, {path} was made by another one")
-        tasks = {task: tuple(classes) for task, classes in json.loads(metadata["tasks"]).items()}
-        table, embeddings = tensors["table"], tensors["class_embeddings"]
+        tasks = _tasks(metadata["tasks"], path)
         sizes = [len(classes) for classes in tasks.values()]
-        if len(table) != len(tasks) or len(embeddings) != sum(sizes):
-            raise ValueError(
-                f"path must hold {len(tasks)} rows and {sum(sizes)} class embeddings, "
-                f"{path} has {len(table)} and {len(embeddings)}"
-            )
+        shapes = {
+            "table": (len(tasks), model.image.norm_spec.num_params),
+            "class_embeddings": (sum(sizes), model.config.embed_dim),
+        }
+        for name, shape in shapes.items():
+            found = tensors.get(name, torch.empty(0))
+            if tuple(found.shape) != shape or not found.is_floating_point() or not found.isfinite().all():
+                raise ValueError(f"path must hold {name} {shape} of finite numbers, {path} has {tuple(found.shape)}")
+        table, embeddings = tensors["table"], tensors["class_embeddings"]
+        parts = embeddings.to(model.device).split(sizes)
+        return cls._filled(model, dict(zip(tasks, zip(tasks.values(), parts))), table.to(model.device))
+
+    @classmethod
+    @torch.inference_mode(False)
+    def of(cls, model: HyperCLIP, tasks: Mapping[str, Task]) -> "TaskBank":
+        """A bank of ready tasks, at least one, that the same model made."""
+        parts = {name: (task.classes, task.embeddings.to(model.device)) for name, task in tasks.items()}
+        return cls._filled(model, parts, torch.stack([task.row for task in tasks.values()]).to(model.device))
+
+    @classmethod
+    def _filled(
+        cls, model: HyperCLIP, tasks: Mapping[str, tuple[tuple[str, ...], Tensor]], table: Tensor
+    ) -> "TaskBank":
+        """A bank of classes and class embeddings by task, and their rows (T, P)."""
         bank = cls(model)
         bank._index = {task: i for i, task in enumerate(tasks)}
-        bank._names, bank._classes = list(tasks), list(tasks.values())
-        bank._embeddings = list(embeddings.to(model.device).split(sizes))
-        bank._table = table.to(model.device)
+        bank._names, bank._classes = list(tasks), [classes for classes, _ in tasks.values()]
+        bank._embeddings, bank._table = [embeddings for _, embeddings in tasks.values()], table
         return bank
 
     def _find(self, task: str) -> int:
@@ -241,6 +304,21 @@ class TaskBank:
         place = self._index[task]
         self._table[place] = row
         self._classes[place], self._embeddings[place] = classes, embeddings
+
+
+def _tasks(text: str, path: str | Path) -> dict[str, tuple[str, ...]]:
+    """Class names by task, from a bank's metadata."""
+    try:
+        tasks = {task: tuple(classes) for task, classes in json.loads(text).items()}
+        check_tasks(list(tasks.values()))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"path must be a saved TaskBank, {path} has damaged tasks: {error}") from error
+    return tasks
+
+
+def _check_name(task: str) -> None:
+    if not isinstance(task, str) or not task.strip():
+        raise ValueError(f"task must be a non-empty name, got {task!r}")
 
 
 def fingerprint(model: HyperCLIP) -> str:

@@ -42,6 +42,9 @@ class TextTower(nn.Module, ABC):
         ValueError: for a template without exactly one "{}".
     """
 
+    context_length: int  # tokens of a text at most
+    pad_id: int | None = None  # the token that fills up shorter texts; None: `tokenize` gives the full length
+
     def __init__(self, dim: int, trainable: bool = False, templates: Sequence[str] = ()):
         super().__init__()
         if isinstance(templates, str) or not all(isinstance(text, str) and text.count("{}") == 1 for text in templates):
@@ -76,10 +79,13 @@ class TextTower(nn.Module, ABC):
         """
         if isinstance(texts, str) or not len(texts) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"texts must be a non-empty list of strings, got {texts!r}")
+        return self.average(self.encode_prompts(self.fill(texts)).unflatten(0, (len(texts), -1)))
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Embed texts (k,) as they are, BATCH of them in a pass: (k, dim)."""
         with torch.no_grad() if self.frozen else nullcontext():
-            filled = self.fill(texts)
-            parts = [self(**self.tokenize(filled[i : i + BATCH])) for i in range(0, len(filled), BATCH)]
-            return self.average(torch.cat(parts).unflatten(0, (len(texts), -1)))
+            batches = (list(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH))
+            return torch.cat([self(**self.tokenize(batch)) for batch in batches])
 
     def fill(self, texts: Sequence[str]) -> list[str]:
         """Every text in every template, text after text; the bare texts where there are none."""
@@ -90,7 +96,7 @@ class TextTower(nn.Module, ABC):
         """Embeddings (K, M, dim) of K texts in M templates to one (K, dim) for each text."""
         if not self.templates:
             return embeddings[:, 0]
-        return F.normalize(F.normalize(embeddings, dim=-1).mean(1), dim=-1)
+        return average_prompts(embeddings)
 
     @abstractmethod
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
@@ -99,6 +105,11 @@ class TextTower(nn.Module, ABC):
     @abstractmethod
     def forward(self, input_ids: Tensor) -> Tensor:
         """Embed tokens (k, L): (k, dim)."""
+
+
+def average_prompts(embeddings: Tensor) -> Tensor:
+    """Embeddings (..., M, dim) of M prompts to that of their text (..., dim): normalised, averaged, normalised."""
+    return F.normalize(F.normalize(embeddings, dim=-1).mean(-2), dim=-1)
 
 
 class HFTextTower(TextTower):
@@ -118,9 +129,14 @@ class HFTextTower(TextTower):
         transformers = require("transformers", "clip")
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local_only)
-            model = transformers.AutoModel.from_pretrained(source, local_files_only=local_only).float()
+            model = transformers.AutoModel.from_pretrained(
+                source,
+                local_files_only=local_only,
+                use_safetensors=True,  # never a pickle
+            ).float()
         except OSError as error:
-            raise ValueError(f"name must be hf:<hub id or folder> of a transformers model, got {source}") from error
+            wanted = "a transformers model with weights in safetensors"
+            raise ValueError(f"name must be hf:<hub id or folder> of {wanted}, got {source}") from error
         if not hasattr(model.config, "hidden_size"):
             raise ValueError(
                 f"name must be hf:<hub id or folder> of a text encoder, got {source}, {type(model).__name__}"
@@ -130,10 +146,13 @@ class HFTextTower(TextTower):
         if getattr(self.model, "pooler", None) is not None:
             self.model.pooler = None  # unused here: it would get no gradient
         self.tokenizer = tokenizer
-        self.max_tokens = min(MAX_TOKENS, tokenizer.model_max_length)
+        self.context_length = min(MAX_TOKENS, tokenizer.model_max_length)
+        self.pad_id = tokenizer.pad_token_id
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        tokens = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=self.context_length, return_tensors="pt"
+        )
         return {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
     def set_grad_checkpointing(self) -> None:
@@ -170,6 +189,7 @@ class OpenCLIPTextTower(TextTower):
         )
         super().__init__(clip.text.output_dim, trainable, templates)
         self.text, self.tokenizer = clip.text, open_clip.get_tokenizer(model)
+        self.context_length = self.tokenizer.context_length
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         return {"input_ids": self.tokenizer(texts).to(self.device)}
@@ -250,6 +270,7 @@ class ScratchTextTower(TextTower):
             layers=config.depth,
             output_dim=config.dim,
         )
+        self.context_length = config.context_length
         self.tokenizer = open_clip.SimpleTokenizer(context_length=config.context_length)
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:

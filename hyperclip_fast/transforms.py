@@ -1,6 +1,5 @@
 """From an image file to what a model in training sees: timm's or open_clip's transforms, to [-1, 1]."""
 
-import io
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,31 +29,11 @@ def create_reader(config: DataConfig, size: int) -> Callable[[str | Path | bytes
 
 
 def _read_plain(size: int, file: str | Path | bytes) -> Tensor:
-    return load_image(_opened(file), size)
+    return load_image(file, size)
 
 
 def _read(transform: Callable[[Any], Tensor], file: str | Path | bytes) -> Tensor:
-    return transform(_on_white(open_image(_opened(file))))
-
-
-class _Bytes(io.BytesIO):
-    """Bytes that an error message can name."""
-
-    def __repr__(self) -> str:
-        return f"{len(self.getvalue())} bytes"
-
-
-def _opened(file: str | Path | bytes) -> str | Path | io.BytesIO:
-    return _Bytes(file) if isinstance(file, bytes) else file
-
-
-def _on_white(image):
-    """A Pillow RGBA image as RGB."""
-    if image.getextrema()[3][0] == 255:
-        return image.convert("RGB")
-    image_module = require("PIL.Image", "train")
-    ground = image_module.new("RGBA", image.size, "white")
-    return image_module.alpha_composite(ground, image).convert("RGB")
+    return transform(open_image(file))
 
 
 def _timm(config: DataConfig, size: int):

@@ -26,8 +26,9 @@ def layer_norm_reference(
     """The specification of `layer_norm` in plain PyTorch; with one row it is F.layer_norm, bit for bit."""
     out_dtype, width = out_dtype or x.dtype, (x.shape[-1],)
     if weight.shape[0] == 1:
-        if weight.dtype != x.dtype:
-            x = x.to(torch.promote_types(x.dtype, weight.dtype))
+        compute = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), out_dtype)
+        if weight.dtype != compute or x.dtype != compute:
+            x = x.to(compute)
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         return F.layer_norm(x, width, weight[0], bias[0], eps).to(out_dtype)
     if task_ids is not None:

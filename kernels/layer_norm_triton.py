@@ -29,7 +29,7 @@ def _row_of_sample(task_ids, b, T):
 
 
 @triton.jit
-def _load_row(table, row, stride, o_d, D: tl.constexpr):
+def _load_row(table, row, stride, o_d, D):
     """Columns o_d of a row in float32; NaN for row -1, so that a wrong task id shows and reads nothing."""
     b_row = tl.load(table + row * stride + o_d, mask=(o_d < D) & (row >= 0), other=0.0).to(tl.float32)
     return tl.where(row >= 0, b_row, float("nan"))

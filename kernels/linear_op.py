@@ -142,7 +142,7 @@ def _linear_add_gradients(ctx, grad_out, _grad_y):
     y_dtype, bias_dtype = x.dtype if need_y and scaled else None, ctx.bias_dtype if need_bias else None
     grad_y = grad_bias = grad_scale = None
     if y_dtype is not None or need_bias or need_scale:
-        arguments = (grad_out, y if need_scale else None, scale, keep, y_dtype, bias_dtype)
+        arguments = (grad_out, y, scale, keep, y_dtype, bias_dtype)
         if _is_eager(grad_out):
             grad_y, grad_bias, grad_scale = _launch(launch_linear_add_backward, grad_out, *arguments)
         else:

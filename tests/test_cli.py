@@ -115,7 +115,10 @@ def test_damaged_images_are_refused_by_name(model, photos, capsys):
     assert "red.png" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "classify", "train", "evaluate", "specialize", "bench"])
+COMMANDS = "demo classify embed train evaluate specialize export serve bench clip-benchmark"
+
+
+@pytest.mark.parametrize("command", COMMANDS.split())
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -365,7 +365,7 @@ def test_load_image_refuses(tmp_path, monkeypatch):
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.jpg").write_bytes(b"")
     for name in ("cut.png", "text.png", "empty.jpg", "missing.png"):
-        with pytest.raises(ValueError, match=f"path must be a whole image file, got .*{name}"):
+        with pytest.raises(ValueError, match=f"source must be a whole image file .* got .*{name}"):
             image_files.load_image(tmp_path / name, 8)
     whole = save(Image.new("L", (64, 64)), tmp_path / "whole.png")
     monkeypatch.setattr(image_files, "MAX_PIXELS", 4000)

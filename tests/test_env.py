@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from hyperclip_fast.kernels.batch_norm import batch_norm_act
 from hyperclip_fast.kernels.layer_norm import add_layer_norm, layer_norm
 from hyperclip_fast.kernels.linear import linear_add, linear_gelu
 from hyperclip_fast.kernels.linear_table import WIDEST
@@ -21,6 +22,7 @@ def call(operation, dtype, width):
     calls = {
         "layer_norm": lambda: layer_norm(x, row, row),
         "add_layer_norm": lambda: add_layer_norm(x, x, row, row),
+        "batch_norm_act": lambda: batch_norm_act(x.view(1, width, 1, 1), row, row, None, row[0], row[0]),
         "linear_gelu": lambda: linear_gelu(x, weight, bias),
         "linear_add": lambda: linear_add(x, weight, bias, x),
     }
@@ -35,7 +37,7 @@ def test_the_implementation_is_the_one_that_runs(dtype, backend, monkeypatch):
     set_backend(backend)
     try:
         with fake_h100(), torch.no_grad():
-            for operation in ("layer_norm", "add_layer_norm", "linear_gelu", "linear_add"):
+            for operation in ("layer_norm", "add_layer_norm", "batch_norm_act", "linear_gelu", "linear_add"):
                 for width in env.WIDTHS.values():
                     with Operators() as seen:
                         call(operation, env.DTYPES[dtype], width)
@@ -55,6 +57,7 @@ def test_the_report_of_a_gpu(monkeypatch):
         lines = [" ".join(line.split()) for line in env.report().splitlines()]
     lines = lines[next(i for i, line in enumerate(lines) if line.startswith("cuda:0: H100")) :]
     assert "layer_norm bf16 fp16 fp32 triton triton triton triton a GPU" in lines
+    assert "batch_norm_act bf16 fp16 fp32 triton triton triton triton a GPU" in lines
     table = 'the table, "large":'
     assert f"linear_gelu bf16 fp16 triton triton triton pytorch {table} up to D = 768" in lines
     assert f"linear_add bf16 fp16 pytorch pytorch pytorch pytorch {table} never" in lines

@@ -191,13 +191,14 @@ def test_attention_copies_nothing_on_its_way(option, mask):
     """From the packed product to proj's input, and back but for the one pass that packs d q, d k and d v."""
     _, hyper, x = make(option)
     masks = {"attn_mask": None, "is_causal": False, **MASKS[mask]}
-    h, forward = copies(lambda: run_attention(hyper.attn, hyper.attn.qkv(x), **masks))
+    packed = hyper.attn.qkv(x).unflatten(2, (3, HEADS, D // HEADS))
+    h, forward = copies(lambda: run_attention(hyper.attn, *packed.unbind(2), **masks))
     assert_close(hyper.attn.proj(h), hyper.attn(x, **MASKS[mask]).double())
     _, backward = copies(lambda: h.backward(torch.ones_like(h)))
-    packed, inside_norm = ("aten::cat", []), ("aten::contiguous", [B, N, HEADS, D // HEADS])
+    stacked, inside_norm = ("aten::cat", []), ("aten::contiguous", [B, N, HEADS, D // HEADS])
     norms = [inside_norm] * 2 if option == "norms" else []  # PyTorch's layer norm wants its q, and its k, dense
     assert forward == norms
-    assert [copy for copy in backward if copy != inside_norm] == [packed]
+    assert [copy for copy in backward if copy != inside_norm] == [stacked]
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from torch import nn
 from hyperclip_fast import HyperViT, NormParams
 from hyperclip_fast.hyper_vit import HyperFeatures
 
+from .helpers import assert_close
 from .vit_cases import OPTIONS, assert_same, hyper_pair, make_images, make_stock, random_rows, stock_with_row
 
 UNFUSABLE = {  # what timm builds from VisionTransformer and HyperViT refuses: parallel and post-norm blocks, RmsNorm
@@ -110,7 +111,7 @@ def test_features_and_head(option):
     for pre_logits in (False, True):
         assert torch.equal(vit.forward_head(tokens, pre_logits), stock.forward_head(ref, pre_logits))
     mixed = vit.forward_features(images, rows)
-    assert torch.equal(vit.forward_head(mixed, params=rows), vit(images, rows))
+    assert_close(vit.forward_head(mixed, params=rows), vit(images, rows).double())  # which leaves out unread tokens
     for task in (2, 5):
         model = stock_with_row(stock, rows, task)
         ref = model.forward_features(images)

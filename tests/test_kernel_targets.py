@@ -115,6 +115,46 @@ def norm_product_specs(target: str) -> dict[str, dict]:
     return found
 
 
+def batch_norm_specs() -> dict[str, dict]:
+    """As `specs`, of the batch norm: every tile, both formats, the dearest activation, all that is optional."""
+    from hyperclip_fast.kernels import batch_norm_launch as launch
+
+    pointers = dict.fromkeys(("mean", "var", "sums", "partial_mean", "partial_m2", "partials"), "*fp32")
+    pointers |= {"partial_weight": "*fp32", "partial_bias": "*fp32", "task_ids": "*i64"}
+    sizes = dict.fromkeys(("OUTER", "T", "S", "P", "C", "chunk", "slices"), "i32") | {"eps": "fp32", "count": "fp32"}
+    strides = dict.fromkeys(("weight_stride", "bias_stride", "stats_stride"), "i32")
+    streams = ("x", "residual", "out", "grad_out", "grad_x", "grad_residual")
+    later = dict.fromkeys(("grad_residual", "partial_weight", "partial_bias"))  # absent from the second pass
+    kernels = (
+        (launch._fwd_kernel, ("x", "residual"), ("out",), {}),
+        (launch._bwd_kernel, ("grad_out", "x", "residual"), ("grad_x", "grad_residual"), {"sums": None}),
+        (launch._bwd_kernel, ("grad_out", "x", "residual"), ("grad_x",), later),
+        (launch._stats_kernel, ("x",), (), {}),
+    )
+    found = {}
+    for inner, last, stream, rows in ((16, 1, "*bf16", "*fp32"), (32, 1, "*fp32", "*fp32"), (64, 0, "*bf16", "*bf16"),
+                                      (672, 1, "*bf16", "*fp32"), (784, 0, "*fp32", "*fp32")):  # fmt: skip
+        block_o, block_i, warps = launch.tile_config(inner)
+        arguments = pointers | sizes | strides | dict.fromkeys(streams, stream) | {"weight": rows, "bias": rows}
+        arguments |= {"INNER": inner, "CHANNELS_LAST": bool(last), "BLOCK_O": block_o, "BLOCK_I": block_i}
+        arguments |= {"ACT": "gelu", "RESIDUAL_AFTER": False}
+        for i, (fn, loads, stores, absent) in enumerate(kernels):
+            if i == 1 or inner == 672:
+                spec = {
+                    "fn": fn,
+                    "arguments": arguments | absent,
+                    "warps": warps,
+                    "elements": block_o * block_i,
+                }
+                found[f"batch norm {fn.__name__} {i} {inner} {stream}"] = {**spec, "loads": loads, "stores": stores}
+    block_p, block_c, warps = launch.COMBINE_CONFIG
+    for fn in (launch._combine_kernel, launch._sums_kernel):
+        arguments = pointers | sizes | strides | {"weight": "*bf16", "BLOCK_P": block_p, "BLOCK_C": block_c}
+        spec = {"fn": fn, "arguments": arguments, "warps": warps, "elements": block_p * block_c}
+        found[fn.__name__] = {**spec, "loads": (), "stores": ()}
+    return found
+
+
 def pass_specs(launch) -> dict[str, dict]:
     """As `specs`, of the passes of the products' backward, with a bfloat16 stream and with a float32 one."""
     block_m, block_n, warps = launch.PASS_CONFIG
@@ -139,7 +179,9 @@ def compile_kernel(spec: dict, target: str):
 
     names = spec["fn"].arg_names
     arguments = {name: spec["arguments"][name] for name in names}
-    constants = {name: value for name, value in arguments.items() if not isinstance(value, str) or name == "PRECISION"}
+    constants = {
+        name: value for name, value in arguments.items() if not isinstance(value, str) or name in ("PRECISION", "ACT")
+    }
     signature = {name: "constexpr" if name in constants else value for name, value in arguments.items()}
     aligned = [n for n, kind in signature.items() if kind.startswith("*") or n.endswith("_stride") or n == "F"]
     source = ASTSource(
@@ -209,7 +251,8 @@ def inspect(target: str) -> list[dict]:
         for width in widths
         for name, spec in specs(width, dtype).items()
     }
-    return [{"kernel": name, **inspect_kernel(spec, target)} for name, spec in (every | product_specs(target)).items()]
+    every |= product_specs(target) | batch_norm_specs()
+    return [{"kernel": name, **inspect_kernel(spec, target)} for name, spec in every.items()]
 
 
 def inspect_kernel(spec: dict, target: str) -> dict:
@@ -246,7 +289,7 @@ def reports(target: str) -> list[dict]:
 def test_compiles_within_the_bars(target):
     pytest.importorskip("triton")
     found = reports(target)
-    assert len(found) == 2 * sum(map(len, WIDTHS.values())) + 4 + (14 if target in AMD else 15) + 6
+    assert len(found) == 2 * sum(map(len, WIDTHS.values())) + 4 + (14 if target in AMD else 15) + 6 + 10
     for report in found:
         assert report["spilled"] == 0, report
         assert report["registers"] <= report["most_registers"], report

@@ -27,6 +27,8 @@ if MODE in ("interpreter", "guard"):
 ACTIVATIONS = {  # MD that each pass cannot do without: inference, forward in training, backward
     "layer_norm": (2, 2, 3),
     "add_layer_norm": (4, 4, 4),
+    "batch_norm_act": (2, 2, 3),
+    "batch_norm_act, residual": (3, 3, 5),
     "linear_gelu, recomputed": (5, 5, 9),
     "linear_gelu, kept": (5, 9, 12),
     "linear_add": (6, 6, 1),

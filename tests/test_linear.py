@@ -15,6 +15,7 @@ from hyperclip_fast.kernels.linear_table import TILES, WIDEST, Tiles, choose_til
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import LayerScale, Mlp
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperclip_fast import set_backend
 from tests.helpers import (
@@ -312,6 +313,28 @@ def test_linear_gelu_computes_no_gradient_that_is_not_needed(frozen, recompute):
     assert forward == [OUT] * (1 if recompute else 2)
     lines = -(-ROWS // (32 if recompute else 16))
     assert back == [OUT] + ([] if "bias" in frozen else [(lines, 48)])
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products that run under it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.mm.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("frozen", [(), ("x",), ("weight",), ("x", "weight")], ids=str)
+@pytest.mark.parametrize("add", [False, True])
+def test_backward_multiplies_only_for_what_is_needed(add, frozen):
+    case = Case(add=add)
+    leaves, keep = case.tensors()
+    with kernels_of(case), Products() as products:
+        leaves = require_grads(leaves, frozen)
+        out = call(case, leaves, keep)
+        backward(out, head_gradient(out), leaves)
+    assert products.count == 2 - len(frozen)
 
 
 def test_plain_residual_add_has_no_pass_in_backward():

@@ -1,10 +1,11 @@
-"""The mutations fit the kernels that they change; that the tests notice each is for tests/mutations.py to show."""
+"""The mutations fit the kernels that they change; `python -m tests.mutations` shows that the tests notice each."""
 
 import ast
 
 import pytest
 
-from tests.mutations import MUTATIONS, TESTS, Mutation, mutations, source_of
+from tests.mutation_table import MUTATIONS, TESTS
+from tests.mutations import Mutation, mutations, source_of
 
 
 @pytest.mark.parametrize("module", MUTATIONS)

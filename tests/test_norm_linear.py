@@ -44,6 +44,7 @@ class Case:
     layout: str = "plain"  # of x: plain, transposed, sliced, expanded
     table: bool = True  # the rows are views of wider tables
     offset: float = 0.0  # of x
+    eps: float = 1e-6
     tiles: Tiles = SMALL
     programs: int = 256
     seed: int = 0
@@ -76,7 +77,7 @@ class Case:
             "norm_weight": norm_weight,
             "norm_bias": norm_bias,
             "task_ids": ids,
-            "eps": 1e-6,
+            "eps": self.eps,
             "weight": (normal(self.F, D) / D**0.5).to(self.dtype),
             "bias": None if self.bias_dtype is None else normal(self.F).to(self.bias_dtype),
             "out_dtype": self.dtype,
@@ -107,6 +108,7 @@ def cases(draw):
         bias_dtype=draw(st.sampled_from((None, dtype, F32))),
         layout=draw(st.sampled_from(("plain", "plain", "transposed", "sliced", "expanded"))),
         table=draw(st.booleans()),
+        eps=draw(st.sampled_from((1e-6, 0.3))),
         programs=draw(st.sampled_from((1, 7, 256))),
         seed=draw(st.integers(0, 2**31)),
     )

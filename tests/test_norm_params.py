@@ -323,3 +323,30 @@ def test_a_spec_may_be_traced_before_its_first_use():
     table = torch.randn(4, 10)
     layers = torch.compile(lambda table: NormParams(spec, table).layers(), fullgraph=True, backend="eager")(table)
     assert torch.equal(layers[1][0], table[:, 4:7])
+
+
+def test_layers_without_a_bias():
+    spec = NormSpec(("a", "b", "c"), (2, 3, 4), ("*",), (True, False, True))
+    assert spec.keys == ("a.weight", "a.bias", "b.weight", "c.weight", "c.bias")
+    assert spec.sizes == (2, 2, 3, 4, 4) and spec.offsets == (0, 4, 7) and spec.num_params == 15
+    params = NormParams(spec, torch.arange(30.0).view(2, 15))
+    assert params.layers()[1][1] is None and params.layer(1)[1] is None
+    assert torch.equal(params.layers()[2][0], params.layer(2)[0]) and params.layer(2)[0][0].tolist() == [7, 8, 9, 10]
+    assert torch.equal(spec.row(params.state_dict(1)), params.table[1])
+    again = NormSpec.from_json(spec.to_json())
+    assert again == spec and again.biases == spec.biases and spec != NormSpec(spec.names, spec.widths)
+    assert "biases" not in NormSpec(spec.names, spec.widths).to_json()  # older files and ours are the same
+    with pytest.raises(ValueError, match="biases must have one entry a name, got 1 for 3"):
+        NormSpec(spec.names, spec.widths, biases=(True,))
+
+
+def test_the_same_content_is_written_as_the_same_bytes(tmp_path):
+    metadata = {f"key {i}": "wert ä" * i for i in range(20)}
+    tensors = {"b": torch.randn(3, 5), "a": torch.arange(7), "c": torch.tensor(1.5, dtype=torch.bfloat16)}
+    contents = set()
+    for _ in range(8):
+        save_safetensors(tensors, tmp_path / "file", metadata)
+        contents.add((tmp_path / "file").read_bytes())
+        loaded, found = load_safetensors(tmp_path / "file")
+        assert found == metadata and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    assert len(contents) == 1 and len(loaded) == 3

@@ -59,8 +59,8 @@ def test_wheel_holds_every_module_under_our_name(wheel):
     expected = {f"hyperclip_fast/{path.name}" for path in (ROOT / "hyperclip_fast").glob("*.py")}
     for part in ("kernels", "bench"):
         expected |= {f"hyperclip_fast/{part}/{path.name}" for path in (ROOT / part).glob("*.py")}
-    assets = (path for path in (ROOT / "hyperclip_fast" / "assets").rglob("*") if path.is_file())
-    expected |= {path.relative_to(ROOT).as_posix() for path in assets}
+    files = (path for part in ("assets", "static") for path in (ROOT / "hyperclip_fast" / part).rglob("*"))
+    expected |= {path.relative_to(ROOT).as_posix() for path in files if path.is_file()}
     assert {"hyperclip_fast/kernels/layer_norm.py", "hyperclip_fast/bench/command.py"} <= expected
     assert expected <= names
     tops = {name.split("/")[0] for name in names}
@@ -75,7 +75,8 @@ def test_wheel_has_metadata_and_the_command(wheel):
         scripts = archive.read(f"{info}/entry_points.txt").decode()
     assert "hyperclip = hyperclip_fast.cli:main" in scripts
     assert "\nLicense: Apache-2.0\n" in metadata or "\nLicense-Expression: Apache-2.0\n" in metadata
-    for extra in ("clip", "train", "demo", "bench", "export", "executorch", "report", "test"):
+    extras = "clip train demo bench export executorch embed serve ray peft report test"
+    for extra in extras.split():
         assert f"Provides-Extra: {extra}" in metadata
     hard = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert {line.split()[1].split(">")[0] for line in hard} >= {"torch", "timm", "einops", "safetensors", "triton"}

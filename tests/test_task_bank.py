@@ -75,6 +75,24 @@ def test_remove_and_update(bank):
     assert len(bank) == 0
 
 
+def test_a_task_outlives_its_removal_and_serves_in_another_bank(bank, tmp_path):
+    expected = bank.classify(IMAGES[:3], ["food", "many", "food"], 9)
+    bank.save(tmp_path / "tasks.safetensors")
+    for source in (TaskBank.load(tmp_path / "tasks.safetensors", bank.model), bank):
+        kept = {name: source.task(name) for name in ("many", "food")}
+        source.remove("food")
+        source.add("many", ["x"])
+        for task in kept.values():  # alone in its memory, so that sending it to another process sends no other task
+            assert task.row.untyped_storage().nbytes() == task.row.nbytes
+            assert task.embeddings.untyped_storage().nbytes() == task.embeddings.nbytes
+        again = TaskBank.of(bank.model, kept)
+        assert again.tasks == ("many", "food") and again.classes("food") == tuple(TASKS["food"])
+        for ours, theirs in zip(again.classify(IMAGES[:3], ["food", "many", "food"], 9), expected):
+            assert ours.names == theirs.names and ours.probabilities == pytest.approx(theirs.probabilities, rel=1e-5)
+    with pytest.raises(ValueError, match="got 'birds'"):
+        bank.task("birds")
+
+
 def test_thousands_of_tasks(bank):
     bank.chunk = 64
     bank.add_many({f"task {i}": [f"name {i}", f"other {i}"] for i in range(2000)})

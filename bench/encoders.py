@@ -1,0 +1,114 @@
+"""`hyperclip bench encoders`: every named encoder in one Markdown table, sizes, errors and throughput side by side."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from hyperclip_fast.hyper_encoder import create_encoder
+
+from .machine import default_device, describe
+from .model_cases import model_cases, side_of, size_options
+from .report import header
+from .runner import run_case
+
+NAMED = (
+    *("efficientnet_b0", "efficientnet_b1", "efficientnet_b2", "tinynet_a", "tinynet_c", "tinynet_e"),
+    *("mobilenetv3_small_100", "mobilenetv3_large_100", "mobilevit_s", "mobilevitv2_100", "edgenext_small"),
+    *("convnext_atto", "fastvit_t8", "repvit_m1", "resnet18", "resnet50", "swin_tiny_patch4_window7_224"),
+    "vit_tiny_patch16_224",
+)
+COLUMNS = ("encoder", "parameters", "norm parameters", "identity", "mixed", "stock's own")
+
+
+def add_encoders(kinds) -> None:
+    """Add the subcommand to the parser of `hyperclip bench`."""
+    text = "compare every named encoder with its stock model: identity, mixed batch, throughput in evaluation"
+    parser = kinds.add_parser("encoders", help=text, description=text)
+    parser.add_argument("--models", nargs="+", default=list(NAMED), metavar="NAME", help="default: all named ones")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16], metavar="B", help="default: 1 16")
+    parser.add_argument("--tasks", type=int, default=16, metavar="T", help="default: %(default)s")
+    parser.add_argument("--img-size", type=int, metavar="S", help="side of the images; default: as each model has it")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of timed rounds a case; default: %(default)s")
+    parser.add_argument("--device", default=default_device(), help="default: %(default)s")
+    parser.set_defaults(run=run_encoders)
+
+
+def run_encoders(args: argparse.Namespace) -> int:
+    """Print the table line by line; 1 if an encoder computed wrongly or raised."""
+    device = torch.device(args.device)
+    print(header(describe(device, torch.float32)), end="\n\n")
+    columns = [*COLUMNS, *(f"ratio, B {batch}" for batch in args.batches)]
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns), flush=True)
+    is_right = True
+    for name in args.models:
+        figures = encoder_figures(name, args.batches, args.tasks, args.seconds, args.img_size, device)
+        print("| " + " | ".join(cells(figures)) + " |", flush=True)
+        is_right &= figures["identity"] == 0 and not any("reason" in case for case in figures["cases"])
+    return 0 if is_right else 1
+
+
+def encoder_figures(
+    name: str, batches: Sequence[int], tasks: int, seconds: float, side: int | None, device: torch.device
+) -> dict[str, Any]:
+    """One encoder's figures.
+
+    Args:
+        name: of a timm model.
+        batches: B of each case.
+        tasks: T.
+        seconds: of timed rounds a case.
+        side: of the images; None: as the model has it.
+        device: where it runs, in float32.
+
+    Returns:
+        name, parameters, norm_parameters; identity: the largest difference from the stock model, without rows and with
+        the base row; cases: for each B what `run_case` returned for ours, with stock's error as "stock_error".
+    """
+    figures = {"name": name, "cases": [], **_sizes_and_identity(name, side, device)}
+    for case in model_cases(
+        [name], batches, [tasks], ["distinct"], ["forward"], ["eager"], torch.float32, device, img_size=side
+    ):
+        case.providers = [provider for provider in case.providers if provider.name in ("stock", "ours")]
+        stock, ours = run_case(case, seconds)
+        figures["cases"].append({**ours, "stock_error": stock.get("error")})
+    return figures
+
+
+@torch.inference_mode()
+def _sizes_and_identity(name: str, side: int | None, device: torch.device) -> dict[str, Any]:
+    torch.manual_seed(0)
+    stock = timm.create_model(name, num_classes=0, **size_options(name, side)).to(device).eval()
+    encoder = create_encoder(stock)
+    side = side_of(stock, side)
+    images = torch.randn(2, 3, side, side, device=device)
+    expected = stock(images)
+
+    def difference(out: Tensor) -> float:
+        return (out - expected).abs().max().item()
+
+    return {
+        "parameters": sum(parameter.numel() for parameter in stock.parameters()),
+        "norm_parameters": encoder.norm_spec.num_params,
+        "identity": max(difference(encoder(images)), difference(encoder(images, encoder.base_params))),
+    }
+
+
+def cells(figures: dict[str, Any]) -> list[str]:
+    """A line of the table."""
+    cases = figures["cases"]
+    errors = [max((case.get(key) or 0.0 for case in cases), default=0.0) for key in ("error", "stock_error")]
+    ratios = (
+        case["reason"] if "reason" in case else "{1:.3f} ({0:.2f} to {2:.2f})".format(*case["ratio"]) for case in cases
+    )
+    return [
+        figures["name"],
+        f"{figures['parameters'] / 1e6:.2f} M",
+        f"{figures['norm_parameters']:,}",
+        f"{figures['identity']:.0e}" if figures["identity"] else "0",
+        *(f"{error:.0e}" for error in errors),
+        *ratios,
+    ]

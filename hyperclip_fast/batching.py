@@ -1,0 +1,198 @@
+"""Dynamic micro-batches across tasks: requests that wait at the same time share one forward pass, whatever their tasks.
+
+A request brings its task along as a value (`task_bank.Task`: row, class embeddings, names), taken when the request was
+accepted. So a task may be removed or replaced while requests for it wait, and each is answered by the task that it
+asked for; and whoever runs the model needs no table of tasks, which makes its copies interchangeable.
+"""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from hyperclip_fast.http_errors import RequestError
+from hyperclip_fast.hyperclip import HyperCLIP
+from hyperclip_fast.task_bank import Task, TaskBank
+
+Ranked = list[tuple[str, float]]  # class names with their probabilities, best first
+Classify = Callable[[list[Tensor], list[Task], list[int]], Awaitable[list[Ranked]]]
+
+
+def make_task(model: HyperCLIP, classes: Sequence[str]) -> Task:
+    """Adapt a model to class names: one pass of text tower and hypernetwork."""
+    bank = TaskBank(model)
+    bank.add("task", classes)
+    return bank.task("task")
+
+
+def classify_mixed(
+    model: HyperCLIP, images: Sequence[Tensor], tasks: Sequence[Task], topk: Sequence[int]
+) -> list[Ranked]:
+    """One forward pass over images of any tasks.
+
+    Args:
+        model: the model that made the tasks.
+        images: B images (3, S, S).
+        tasks: each image's task.
+        topk: classes to report of each, at most.
+    """
+    names = {task: str(i) for i, task in enumerate(dict.fromkeys(tasks))}
+    bank = TaskBank.of(model, {name: task for task, name in names.items()})
+    batch = torch.stack(list(images)).to(model.device)
+    predictions = bank.classify(batch, [names[task] for task in tasks], max(topk))
+    return [list(zip(each.names, each.probabilities))[:k] for each, k in zip(predictions, topk)]
+
+
+class ModelThread:
+    """One thread that alone runs the model, for new tasks and for batches, in turn.
+
+    Args:
+        model: the model, in eval mode.
+        threads: what PyTorch may use within an operation; None: as it likes.
+    """
+
+    def __init__(self, model: HyperCLIP, threads: int | None = None):
+        self.model = model
+        limit = {} if threads is None else {"initializer": torch.set_num_threads, "initargs": (threads,)}
+        self._thread = ThreadPoolExecutor(1, "model", **limit)
+
+    async def make(self, classes: Sequence[str]) -> Task:
+        """A task from class names."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, make_task, self.model, classes)
+
+    async def classify(self, images: list[Tensor], tasks: list[Task], topk: list[int]) -> list[Ranked]:
+        """Classes of a batch, see `classify_mixed`."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, classify_mixed, self.model, images, tasks, topk)
+
+    def warm_up(self) -> None:
+        """Do each thing once, so that the first request does not wait for what is loaded at first use."""
+        size = self.model.image_size
+        task = self._thread.submit(make_task, self.model, ["thing"]).result()
+        self._thread.submit(classify_mixed, self.model, [torch.zeros(3, size, size)], [task], [1]).result()
+
+    def close(self) -> None:
+        """End the thread once it has done what it was given."""
+        self._thread.shutdown()
+
+
+@dataclass(eq=False)
+class _Waiting:
+    image: Tensor
+    task: Task
+    topk: int
+    since: float
+    answer: asyncio.Future
+
+
+class Batcher:
+    """Collects images that wait, and has them classified in batches.
+
+    A batch starts when it is full, or when its oldest image has waited for `max_wait` and the model is free. While the
+    model is busy, more gather: batches grow with the load.
+
+    Args:
+        classify: runs a batch.
+        max_batch: images in a batch, at most.
+        max_wait: seconds that an image waits for company.
+        mix: False keeps a batch to the task of its oldest image: the baseline that mixing is measured against.
+        at_once: batches under way at the same time.
+        observe: called with each batch's number of images and of tasks.
+    """
+
+    def __init__(
+        self,
+        classify: Classify,
+        max_batch: int = 32,
+        max_wait: float = 0.002,
+        mix: bool = True,
+        at_once: int = 1,
+        observe: Callable[[int, int], None] | None = None,
+    ):
+        self._classify, self._observe = classify, observe
+        self._max_batch, self._max_wait, self._mix, self._at_once = max_batch, max_wait, mix, at_once
+        self._waiting: deque[_Waiting] = deque()
+        self._unanswered: set[asyncio.Future] = set()
+        self._some, self._full, self._forming = asyncio.Event(), asyncio.Event(), asyncio.Lock()
+        self._runners: list[asyncio.Task] = []
+        self._closed = False
+
+    @property
+    def waiting(self) -> int:
+        """Images that no batch has taken yet."""
+        return len(self._waiting)
+
+    def start(self) -> None:
+        """Begin to run batches, in the running event loop."""
+        self._runners = [asyncio.create_task(self._run()) for _ in range(self._at_once)]
+
+    async def close(self) -> None:
+        """Answer all that was accepted, and take no more."""
+        self._closed = True
+        if self._unanswered:
+            await asyncio.wait(self._unanswered)
+        for runner in self._runners:
+            runner.cancel()
+        await asyncio.gather(*self._runners, return_exceptions=True)
+
+    async def classify(self, image: Tensor, task: Task, topk: int) -> Ranked:
+        """Classify one image (3, S, S) with whatever else is waiting.
+
+        Raises:
+            RequestError: 503, once the batcher closes.
+        """
+        if self._closed:
+            raise RequestError(503, "stopping", "the server shuts down")
+        loop = asyncio.get_running_loop()
+        answer = loop.create_future()
+        self._unanswered.add(answer)
+        answer.add_done_callback(self._unanswered.discard)
+        self._waiting.append(_Waiting(image, task, topk, loop.time(), answer))
+        self._signal()
+        return await answer
+
+    def _signal(self) -> None:
+        for event, is_set in ((self._some, self._waiting), (self._full, len(self._waiting) >= self._max_batch)):
+            event.set() if is_set else event.clear()
+
+    async def _run(self) -> None:
+        while True:
+            async with self._forming:
+                batch = await self._next_batch()
+            if batch := [each for each in batch if not each.answer.done()]:  # done: whoever asked has gone
+                await self._answer(batch)
+
+    async def _next_batch(self) -> list[_Waiting]:
+        await self._some.wait()
+        left = self._waiting[0].since + self._max_wait - asyncio.get_running_loop().time()
+        if left > 0:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._full.wait(), left)
+        oldest = self._waiting[0].task
+        fitting = (each for each in self._waiting if self._mix or each.task is oldest)
+        batch = list(islice(fitting, self._max_batch))
+        taken = set(batch)
+        self._waiting = deque(each for each in self._waiting if each not in taken)
+        self._signal()
+        return batch
+
+    async def _answer(self, batch: list[_Waiting]) -> None:
+        tasks = [each.task for each in batch]
+        if self._observe is not None:
+            self._observe(len(batch), len(set(tasks)))
+        try:
+            results = await self._classify([each.image for each in batch], tasks, [each.topk for each in batch])
+        except Exception as error:  # whatever it is, it belongs to those who asked, and the next batch must run
+            for each in batch:
+                if not each.answer.done():
+                    each.answer.set_exception(error)
+            return
+        for each, result in zip(batch, results):
+            if not each.answer.done():
+                each.answer.set_result(result)

@@ -1,0 +1,54 @@
+"""Errors of the server, all as one JSON object: {"error": {"code", "message", "status"}}; the web framework's, too."""
+
+from collections.abc import Mapping
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+
+class RequestError(HTTPException):
+    """What is wrong with a request, or why it cannot be served now.
+
+    Args:
+        status: HTTP's.
+        code: a word for programs.
+        message: a sentence for people: what was expected, and what came.
+        headers: more headers of the answer.
+    """
+
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None):
+        super().__init__(status, message, headers=dict(headers or {}))
+        self.code = code
+
+
+def error_response(status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """An error as JSON."""
+    content = {"error": {"code": code, "message": message, "status": status}}
+    return JSONResponse(content, status, headers=dict(headers or {}))
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Every error of an app becomes JSON."""
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(Exception, _internal)
+
+
+async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
+    code = getattr(error, "code", None) or HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+    message = error.detail
+    if type(error) is HTTPException and error.status_code in (404, 405):
+        message = f"{request.method} {request.url.path}: {error.detail}"
+    return error_response(error.status_code, code, message, error.headers)
+
+
+async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    parts = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:5]]
+    return error_response(422, "invalid", "; ".join(parts))
+
+
+async def _internal(request: Request, error: Exception) -> JSONResponse:
+    return error_response(500, "internal", "the server failed at this request; its log says why")

@@ -1,0 +1,135 @@
+"""What stands before the routes: how many requests at a time, how large and how slow a body may be, and a count of all.
+
+A request that may carry a body takes a place before its body is read, so that the places bound the memory that uploads
+take. The body is counted as it comes: a Content-Length is only believed where it already says too much.
+"""
+
+import asyncio
+import time
+from contextlib import suppress
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hyperclip_fast.http_errors import RequestError, error_response
+
+BODY_METHODS = ("POST", "PUT", "PATCH")
+
+
+class Metrics:
+    """Prometheus metrics of one server, in a collection of their own."""
+
+    def __init__(self):
+        self.collection = CollectorRegistry()
+        made = {"registry": self.collection, "namespace": "hyperclip"}
+        labels = ("method", "route", "status")
+        self.requests = Counter("requests", "Requests answered", labels, **made)
+        self.seconds = Histogram("request_seconds", "From a request's headers to its answer", ("route",), **made)
+        sizes = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+        self.batch_images = Histogram("batch_images", "Images in a forward pass", buckets=sizes, **made)
+        self.batch_tasks = Histogram("batch_tasks", "Tasks in a forward pass", buckets=sizes, **made)
+        self.pending = Gauge("pending_requests", "Requests that hold a place", **made)
+        self.waiting = Gauge("waiting_images", "Images that wait for a forward pass", **made)
+        self.tasks = Gauge("tasks", "Named tasks", **made)
+        self.failed_saves = Gauge("failed_saves", "Times that the tasks could not be saved", **made)
+
+    def batch(self, images: int, tasks: int) -> None:
+        """Count a forward pass."""
+        self.batch_images.observe(images)
+        self.batch_tasks.observe(tasks)
+
+
+class Observed:
+    """Counts and times every request by the route that answers it.
+
+    Args:
+        app: what comes behind.
+        metrics: what counts.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics):
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        status, begin = 500, time.perf_counter()
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")  # a path that nobody serves would be a label of its own
+            self.metrics.requests.labels(scope["method"], route, status).inc()
+            self.metrics.seconds.labels(route).observe(time.perf_counter() - begin)
+
+
+class Limited:
+    """Refuses requests beyond the places there are, and bodies that are too large or too slow.
+
+    Args:
+        app: what comes behind.
+        metrics: where the places taken are shown.
+        places: requests with a body that may be under way at a time.
+        max_bytes: of a body.
+        max_seconds: until a body has arrived.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, places: int, max_bytes: int, max_seconds: float):
+        self.app, self.metrics = app, metrics
+        self.places, self.max_bytes, self.max_seconds = places, max_bytes, max_seconds
+        self.taken = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] not in BODY_METHODS:
+            await self.app(scope, receive, send)
+            return
+        if self.taken >= self.places:
+            message = f"{self.places} requests are under way, which is all that are taken at a time: try again"
+            await error_response(503, "busy", message, {"Retry-After": "1"})(scope, receive, send)
+            return
+        self.taken += 1
+        self.metrics.pending.inc()
+        try:
+            await self.app(scope, _Body(scope, receive, self.max_bytes, self.max_seconds), send)
+        finally:
+            self.taken -= 1
+            self.metrics.pending.dec()
+
+
+class _Body:
+    """A request's `receive` that raises RequestError, 413 or 408, once the body is over a limit."""
+
+    def __init__(self, scope: Scope, receive: Receive, max_bytes: int, max_seconds: float):
+        self.receive, self.max_bytes, self.seconds = receive, max_bytes, max_seconds
+        self.deadline = asyncio.get_running_loop().time() + max_seconds
+        self.read, self.announced, self.whole = 0, 0, False
+        with suppress(ValueError):
+            self.announced = int(Headers(scope=scope).get("content-length", "0"))
+
+    async def __call__(self) -> Message:
+        if self.whole:  # what comes now is only the news that the client has gone
+            return await self.receive()
+        if self.announced > self.max_bytes:
+            raise self._too_large()
+        try:
+            left = self.deadline - asyncio.get_running_loop().time()
+            message = await asyncio.wait_for(self.receive(), left)
+        except asyncio.TimeoutError as error:
+            text = f"the body must arrive within {self.seconds:g} seconds, {self.read} bytes had come"
+            raise RequestError(408, "too_slow", text, {"Connection": "close"}) from error
+        self.read += len(message.get("body", b""))
+        if self.read > self.max_bytes:
+            raise self._too_large()
+        self.whole = not message.get("more_body", False)
+        return message
+
+    def _too_large(self) -> RequestError:
+        came = f"at least {max(self.read, self.announced)}"
+        return RequestError(413, "too_large", f"the body must be of at most {self.max_bytes} bytes, it has {came}")

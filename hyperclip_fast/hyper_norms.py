@@ -1,0 +1,254 @@
+"""Norms whose weight and bias belong to the sample: what takes the place of an encoder's norms for one forward pass.
+
+A bound norm is a copy of the encoder's own: its class, with a mixin in front; its buffers, hooks and options; and its
+`rows`. What it is called on leads with B, or with a multiple of B in which each sample's pieces lie together, as
+windows and unfolded patches do.
+
+BatchNorm: in training the statistics are those of the whole mixed batch (of all processes, for SyncBatchNorm), and
+running statistics are one moving average for all tasks; in evaluation they are the running statistics.
+"""
+
+from typing import NamedTuple
+
+import torch
+from timm import layers
+from torch import Tensor, distributed, nn
+from torch.distributed.nn.functional import all_reduce
+
+from hyperclip_fast.hyper_block import is_heard, norm_dtype
+from hyperclip_fast.kernels.batch_norm import batch_norm_act, batch_norm_act_train
+from hyperclip_fast.kernels.layer_norm import layer_norm
+
+
+class Rows(NamedTuple):
+    """What a norm is given for one batch.
+
+    Args:
+        weight: (T, D).
+        bias: (T, D), or None for a norm without.
+        task_ids: (B,) row of each sample, or None: row b for sample b.
+        batch: B.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    task_ids: Tensor | None
+    batch: int
+
+    def pieces(self, x: Tensor) -> int:
+        """How many consecutive entries of x's first dimension belong to each sample.
+
+        Raises:
+            ValueError: if B does not divide that dimension.
+        """
+        if x.shape[0] % self.batch:
+            raise ValueError(f"a norm's input must lead with a multiple of B = {self.batch}, got {tuple(x.shape)}")
+        return x.shape[0] // self.batch
+
+    def of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weight, bias and task ids for every entry of x's first dimension."""
+        weight, bias, task_ids = self.weight, self.biases(), self.task_ids
+        pieces = self.pieces(x)
+        if pieces == 1:
+            return weight, bias, task_ids
+        if task_ids is None:
+            return weight.repeat_interleave(pieces, 0), bias.repeat_interleave(pieces, 0), None
+        return weight, bias, task_ids.repeat_interleave(pieces)
+
+    def biases(self) -> Tensor:
+        """(T, D): zeros for a norm without."""
+        return torch.zeros_like(self.weight) if self.bias is None else self.bias
+
+
+class LayerRows:
+    """LayerNorm over the last dimension, or over channels (B, D, H, W)."""
+
+    channels_first = False
+    stock: type[nn.Module]
+    rows: Rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.channels_first:
+            return self._norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self._norm(x)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        rows = self.rows
+        dtype = x.dtype if self.stock in (layers.LayerNormFp32, layers.LayerNorm2dFp32) else norm_dtype(self, x)
+        rows.pieces(x)  # each sample's pieces lie together, so they are so many more tokens of it
+        tokens = x.reshape(rows.batch, -1, x.shape[-1])
+        return layer_norm(tokens, rows.weight, rows.biases(), rows.task_ids, self.eps, dtype).view(x.shape)
+
+
+class AffineRows:
+    """Any other norm: the stock one as if not affine, each sample's weight and bias, then its activation."""
+
+    channels_first = False
+    stock: type[nn.Module]
+    rows: Rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, task_ids = self.rows.of(x)
+        if task_ids is not None:
+            weight, bias = weight[task_ids], bias[task_ids]
+        shape = [x.shape[0]] + [1] * (x.dim() - 1)
+        shape[1 if self.channels_first else -1] = weight.shape[1]
+        normed = self._normed(x)
+        out = torch.addcmul(bias.view(shape), normed, weight.view(shape))
+        return finished(self, out.to(normed.dtype))
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """The stock norm with weights 1 and biases 0: without them its dtype may be another, its kernel a slow one."""
+        bare, own = copied(self, self.stock), self._parameters.items()
+        neutral = {name: None if p is None else torch.full_like(p, name == "weight") for name, p in own}
+        bare.__dict__["_parameters"] = neutral
+        bare.__dict__["_modules"] = dict.fromkeys(self._modules, _IDENTITY)  # dropout and activation come later
+        return bare.forward(x)
+
+
+class GroupRows(AffineRows):
+    """GroupNorm over (B, D, ...); where channels are contiguous, one GroupNorm over (1, B * D, ...) does all of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.rows
+        if torch.compiler.is_compiling() or not x.is_contiguous() or rows.task_ids is not None:
+            return super().forward(x)
+        weight, bias, _ = rows.of(x)
+        wide, groups = x.view(1, -1, *x.shape[2:]), x.shape[0] * self.num_groups
+        out = nn.functional.group_norm(wide, groups, weight.reshape(-1), bias.reshape(-1), self.eps)
+        return finished(self, out.view(x.shape))
+
+
+class BatchRows:
+    """BatchNorm over (B, D), (B, D, L) or (B, D, H, W), with the activation that timm keeps in it."""
+
+    rows: Rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, images = self.rows.of(x), x if x.dim() == 4 else x.view(*x.shape, *[1] * (4 - x.dim()))
+        act = _act_name(self)
+        if not self.training and self.running_mean is not None:
+            out = batch_norm_act(images, *rows, self.running_mean, self.running_var, self.eps, act or "none")
+        else:
+            out = self._by_batch(images, rows, act or "none")
+        out = out if x.dim() == 4 else out.view(x.shape)
+        return finished(self, out) if act is None else out
+
+    def _by_batch(self, x: Tensor, rows: tuple[Tensor, Tensor, Tensor | None], act: str) -> Tensor:
+        count = x.numel() // x.shape[1]
+        if isinstance(self, nn.SyncBatchNorm) and distributed.is_initialized():
+            normed, mean, var, count = synchronized(x, self.process_group, self.eps)
+            out = batch_norm_act(normed, *rows, torch.zeros_like(mean), torch.ones_like(var), 0.0, act)
+        else:
+            out, mean, var = batch_norm_act_train(x, *rows, self.eps, act)
+        if self.training and self.track_running_stats:
+            self._follow(mean, var, count)
+        return out
+
+    def _follow(self, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
+        """The running statistics, as PyTorch's BatchNorm moves them."""
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            unbiased = var * (count / (count - 1))
+            for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+                running.mul_(1 - momentum).add_(new.to(running.dtype), alpha=momentum)
+
+
+def synchronized(
+    x: Tensor, group: distributed.ProcessGroup | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x (B, D, H, W) normalised by the statistics of all processes' batches, through which gradients flow.
+
+    Args:
+        x: this process's part.
+        group: the processes; None: all.
+        eps: added to the variance.
+
+    Returns:
+        x normalised; mean (D,) and biased variance (D,), without a gradient; how many values a channel had.
+    """
+    group = distributed.group.WORLD if group is None else group
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    ones = wide.new_full((1,), x.numel() // x.shape[1])
+    totals = all_reduce(torch.cat([wide.sum((0, 2, 3)), ones]), group=group)
+    mean, count = totals[:-1] / totals[-1], totals[-1].detach()
+    centred = wide - mean[:, None, None]
+    var = all_reduce(centred.square().sum((0, 2, 3)), group=group) / count
+    normed = centred * torch.rsqrt(var + eps)[:, None, None]
+    return normed.to(x.dtype), mean.detach(), var.detach(), count
+
+
+def _act_name(norm: nn.Module) -> str | None:
+    """The kernel's name of what follows a BatchNorm in the same module; None: `finished` runs it."""
+    drop, act = norm._modules.get("drop"), norm._modules.get("act")
+    if act is None and drop is None:
+        return "none"
+    if type(drop) not in (nn.Identity, type(None)) or is_heard(act) or getattr(act, "approximate", "none") != "none":
+        return None
+    return _ACTS.get(type(act))
+
+
+def finished(norm: nn.Module, x: Tensor) -> Tensor:
+    """What timm keeps behind a norm in the same module: dropout and activation."""
+    for part in (norm._modules.get("drop"), norm._modules.get("act")):
+        x = x if part is None else part(x)
+    return x
+
+
+def copied(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """A module of class `kind` with all that `module` has: the same parameters, buffers, parts, hooks and options."""
+    twin = object.__new__(kind)
+    twin.__dict__.update(module.__dict__)
+    return twin
+
+
+def bound(norm: nn.Module, rows: Rows) -> nn.Module:
+    """A norm's copy for one forward pass in which each sample has its own weight and bias.
+
+    One row for all is the stock norm with that row, bit for bit.
+    """
+    if rows.weight.shape[0] > 1:
+        twin = copied(norm, ROW_NORMS[type(norm)])
+        twin.__dict__["rows"] = rows
+        return twin
+    twin = copied(norm, type(norm))
+    bias = None if rows.bias is None else rows.bias[0]
+    twin.__dict__["_parameters"] = {**norm._parameters, "weight": rows.weight[0], "bias": bias}
+    return twin
+
+
+_IDENTITY = nn.Identity()
+_ACTS = {
+    nn.Identity: "none",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hard_swish",
+    nn.GELU: "gelu",
+    layers.GELU: "gelu",
+}
+_KINDS = {  # (mixin, channels first): stock classes
+    (BatchRows, True): "nn.BatchNorm1d nn.BatchNorm2d nn.SyncBatchNorm BatchNormAct2d SyncBatchNormAct",
+    (GroupRows, True): "nn.GroupNorm GroupNorm GroupNorm1 GroupNormAct GroupNorm1Act",
+    (LayerRows, False): "nn.LayerNorm LayerNorm LayerNormFp32",
+    (LayerRows, True): "LayerNorm2d LayerNorm2dFp32",
+    (AffineRows, False): "nn.RMSNorm RmsNorm RmsNormFp32 RmsNormAct RmsNormActFp32 SimpleNorm SimpleNormFp32 "
+    "LayerNormAct LayerNormActFp32",
+    (AffineRows, True): "RmsNorm2d RmsNorm2dFp32 RmsNormAct2d RmsNormAct2dFp32 SimpleNorm2d SimpleNorm2dFp32 "
+    "LayerNormAct2d LayerNormAct2dFp32",
+}
+
+
+def _row_norms() -> dict[type[nn.Module], type[nn.Module]]:
+    """Stock class: class of its bound copies."""
+    found = {}
+    for (mixin, first), names in _KINDS.items():
+        for name in names.split():
+            stock = getattr(nn, name[3:]) if name.startswith("nn.") else getattr(layers, name)
+            fields = {"stock": stock, "channels_first": first}
+            found[stock] = type(f"Row{stock.__name__}", (mixin, stock), fields)
+    return found
+
+
+ROW_NORMS = _row_norms()

@@ -1,0 +1,107 @@
+"""The same server on a Ray cluster: one ingress with routes, tasks and batches; model replicas, as many as are wanted.
+
+    serve run hyperclip_fast.ray_serving:build_app bank=/data/tasks.safetensors replicas=4 device=cuda gpus=1
+
+A batch brings its tasks along, so model replicas know no tasks and need not agree on any: the ingress alone has them,
+and adds and saves them as the server on one machine does.
+"""
+
+from pathlib import Path
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+from torch import Tensor
+
+from hyperclip_fast.batching import ModelThread, Ranked
+from hyperclip_fast.hyperclip import load_model
+from hyperclip_fast.server import ServeOptions, bank_service, create_app
+from hyperclip_fast.task_bank import Task
+
+
+class RayOptions(BaseModel):
+    """What `serve run` takes as key=value.
+
+    Args:
+        bank: file of the tasks, as an absolute path where the ingress can read and write it.
+        model: a trained model's folder on every node, or a hub id; None: the demo model.
+        device: of the model replicas.
+        replicas: of the model.
+        cpus: of each model replica.
+        gpus: of each model replica, or a part of one.
+        max_batch: images in a forward pass, at most.
+        max_wait_ms: that an image waits for company.
+        places: requests under way at a time; one more is answered 503.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    bank: Path
+    model: str | None = None
+    device: str = "cpu"
+    replicas: int = Field(1, ge=1)
+    cpus: float = Field(1, ge=0)
+    gpus: float = Field(0, ge=0)
+    max_batch: int = Field(32, ge=1)
+    max_wait_ms: float = Field(2.0, ge=0)
+    places: int = Field(256, ge=1)
+
+    @field_validator("bank")
+    @classmethod
+    def _absolute(cls, path: Path) -> Path:
+        if not path.is_absolute():  # the ingress runs in a folder of Ray's choosing
+            raise ValueError(f"bank must be an absolute path, got {path}")
+        return path
+
+
+@serve.deployment(max_ongoing_requests=2)  # one runs, the next is there already
+class ModelReplica:
+    """Runs batches.
+
+    Args:
+        model: as in RayOptions.
+        device: where it runs.
+    """
+
+    def __init__(self, model: str | None, device: str):
+        self.thread = ModelThread(load_model(model, device))
+
+    async def classify(self, images: list[Tensor], tasks: list[Task], topk: list[int]) -> list[Ranked]:
+        """Classes of a batch."""
+        return await self.thread.classify(images, tasks, topk)
+
+
+@serve.deployment(num_replicas=1)
+@serve.ingress()
+class Ingress:
+    """The routes of server.py; its batches run on the model replicas.
+
+    Args:
+        replicas: the model replicas.
+        options: see RayOptions.
+    """
+
+    def __init__(self, replicas: DeploymentHandle, options: RayOptions):
+        async def classify(images: list[Tensor], tasks: list[Task], topk: list[int]) -> list[Ranked]:
+            return await replicas.classify.remote(images, tasks, topk)
+
+        serve_options = ServeOptions(
+            max_batch=options.max_batch,
+            max_wait=options.max_wait_ms / 1000,
+            at_once=options.replicas,
+            places=options.places,
+        )
+        runner = ModelThread(load_model(options.model))
+        self.service = bank_service(options.bank, runner, serve_options, classify)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self.service)
+
+
+def build_app(args: RayOptions) -> Application:
+    """The application for `serve run`, `serve build` or `ray.serve.run`."""
+    resources = {"num_cpus": args.cpus, "num_gpus": args.gpus}
+    replicas = ModelReplica.options(num_replicas=args.replicas, ray_actor_options=resources)
+    ingress = Ingress.options(max_ongoing_requests=2 * args.places)  # more than places: health is always answered
+    return ingress.bind(replicas.bind(args.model, args.device), args)

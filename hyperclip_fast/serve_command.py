@@ -1,0 +1,115 @@
+"""`hyperclip serve`: arguments, the model's thread, and a process that ends without losing what it accepted."""
+
+import argparse
+import signal
+import socket
+from pathlib import Path
+
+from hyperclip_fast.extras import require
+
+
+def add_serve(commands) -> None:
+    """Add the subcommand to the command line's parser."""
+    text = "serve tasks over HTTP; requests for any tasks share batches, and tasks come and go meanwhile"
+    parser = commands.add_parser("serve", help=text, description=text)
+    parser.add_argument("--bank", required=True, metavar="FILE", help="the tasks, read at start and saved when changed")
+    parser.add_argument("--model", metavar="DIR", help="a trained model's folder or hub id; default: the demo model")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps, ...; default: %(default)s")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: %(default)s")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one; default: %(default)s")
+    _add(parser, "--threads", int, None, "of the model on a CPU; default: as PyTorch likes")
+    _add(parser, "--max-batch", int, 32, "images in a forward pass")
+    _add(parser, "--max-wait-ms", float, 2.0, "that an image waits for company")
+    parser.add_argument(
+        "--one-task-a-batch", action="store_true", help="do not mix tasks: a baseline to measure against"
+    )
+    _add(parser, "--decoders", int, 2, "threads that decode images")
+    _add(parser, "--places", int, 256, "requests under way at a time; one more gets 503")
+    _add(parser, "--max-mib", float, 8.0, "of a request's body")
+    _add(parser, "--max-seconds", float, 30.0, "until a request's body has arrived")
+    _add(parser, "--max-megapixels", float, 32.0, "of an image")
+    _add(parser, "--max-images", int, 16, "of a request")
+    _add(parser, "--max-tasks", int, 1000, "that have a name")
+    _add(parser, "--max-ad-hoc", int, 100, "tasks without a name that are remembered")
+    _add(parser, "--max-classes", int, 1000, "of a task")
+    _add(parser, "--max-length", int, 200, "characters of a class name or a task's name")
+    _add(parser, "--drain-seconds", float, 30.0, "for what is under way, once the server is asked to stop")
+    parser.set_defaults(run=_serve)
+
+
+def _add(parser: argparse.ArgumentParser, name: str, kind: type, default: float | None, text: str) -> None:
+    more = "" if default is None else "; default: %(default)s"
+    parser.add_argument(name, type=kind, default=default, metavar="N", help=text + more)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    for module in ("fastapi", "prometheus_client", "python_multipart"):
+        require(module, "serve")
+    uvicorn = require("uvicorn", "serve")
+    options = serve_options(args)
+
+    from hyperclip_fast.batching import ModelThread
+    from hyperclip_fast.hyperclip import load_model
+    from hyperclip_fast.server import bank_service, create_app
+
+    runner = ModelThread(load_model(args.model, args.device), args.threads)
+    service = bank_service(Path(args.bank), runner, options)
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    with socket.create_server((args.host, args.port), family=family) as listening:
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"Serving {len(service.registry)} tasks at http://{host}:{listening.getsockname()[1]}", flush=True)
+        config = uvicorn.Config(
+            create_app(service),
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=round(args.drain_seconds),
+        )
+        _until_stopped(uvicorn.Server(config), listening)
+    runner.close()
+    return 1 if service.registry.unsaved else 0
+
+
+def _until_stopped(server, listening: socket.socket) -> None:
+    """Run until SIGTERM or SIGINT. The server raises the signal again once it has shut down: that must not kill us."""
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        server.run(sockets=[listening])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def serve_options(args: argparse.Namespace):
+    """ServeOptions of the arguments.
+
+    Raises:
+        ValueError: for a number out of range.
+    """
+    from hyperclip_fast.server import ServeOptions
+    from hyperclip_fast.task_registry import TaskLimits
+
+    for name, value in vars(args).items():
+        least = 0 if name in ("port", "max_wait_ms", "drain_seconds", "max_ad_hoc") else 1
+        if name in ("max_mib", "max_seconds", "max_megapixels"):
+            least = 0.001
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not value >= least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if args.port > 65535:
+        raise ValueError(f"--port must be at most 65535, got {args.port}")
+    limits = TaskLimits(args.max_tasks, args.max_ad_hoc, args.max_classes, args.max_length)
+    return ServeOptions(
+        max_batch=args.max_batch,
+        max_wait=args.max_wait_ms / 1000,
+        mix=not args.one_task_a_batch,
+        decoders=args.decoders,
+        places=args.places,
+        max_bytes=round(args.max_mib * 2**20),
+        max_seconds=args.max_seconds,
+        max_pixels=round(args.max_megapixels * 1e6),
+        max_images=args.max_images,
+        limits=limits,
+    )

@@ -1,0 +1,222 @@
+"""The operators behind `batch_norm_act` and `batch_norm_act_train`: checks, autograd, torch.compile.
+
+Eager calls go straight to the launches; what traces (torch.compile, export, fake tensors) sees the operators
+`hyperclip_fast::batch_norm_act`, its `_backward` and `hyperclip_fast::batch_norm_statistics`, whose gradient is part of
+the first's. Kept for backward: x, residual where the activation sees it, mean and var; nothing where none will come.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .batch_norm_launch import launch_backward, launch_forward, launch_statistics
+from .dispatch import TRITON_DTYPES
+
+
+def _format(x: torch.Tensor) -> torch.memory_format:
+    """x's own memory format, contiguous where it has none."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _dense(x: torch.Tensor, *others: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """All of them in x's memory format."""
+    layout = _format(x)
+    return [None if t is None else t.contiguous(memory_format=layout) for t in (x, *others)]
+
+
+def _dense_columns(table: torch.Tensor) -> torch.Tensor:
+    return table if table.stride(-1) == 1 else table.contiguous()
+
+
+def _rows(weight, bias, task_ids, mean, var) -> tuple[torch.Tensor | None, ...]:
+    mean, var = mean.float().contiguous(), var.float().contiguous()
+    ids = None if task_ids is None else task_ids.contiguous()
+    return _dense_columns(weight), _dense_columns(bias), ids, mean, var
+
+
+def _forward(x, weight, bias, task_ids, mean, var, eps, act, residual, residual_after_act, is_batch):
+    x, residual = _dense(x, residual)
+    rows = _rows(weight, bias, task_ids, mean, var)
+    with torch.cuda.device_of(x):
+        return launch_forward(x, *rows, eps, act, residual, residual_after_act)
+
+
+def _backward(grad_out, x, weight, bias, task_ids, mean, var, eps, act, residual, is_batch, *needed):
+    x, grad_out, residual = _dense(x, grad_out, residual)
+    rows = _rows(weight, bias, task_ids, mean, var)
+    with torch.cuda.device_of(x):
+        return launch_backward(grad_out, x, *rows, eps, act, residual, is_batch, *needed)
+
+
+def _statistics(x):
+    with torch.cuda.device_of(x):
+        return launch_statistics(*_dense(x))
+
+
+NORM = "Tensor x, Tensor weight, Tensor bias, Tensor? task_ids, Tensor mean, Tensor var, float eps, str act"
+torch.library.define(
+    "hyperclip_fast::batch_norm_act",
+    f"({NORM}, Tensor? residual, bool residual_after_act, bool is_batch) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "hyperclip_fast::batch_norm_act_backward",
+    f"(Tensor grad_out, {NORM}, Tensor? residual, bool is_batch, bool need_x, bool need_weight, bool need_bias, "
+    "bool need_residual) -> (Tensor grad_x, Tensor grad_residual, Tensor grad_rows)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "hyperclip_fast::batch_norm_statistics",
+    "(Tensor x) -> (Tensor mean, Tensor var)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _filled(tensors, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """An operator returns tensors only: an empty one stands for None."""
+    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
+
+
+@torch.library.impl("hyperclip_fast::batch_norm_act", "default")
+def _forward_op(x, *rest):
+    return _forward(x, *rest)
+
+
+@torch.library.impl("hyperclip_fast::batch_norm_act_backward", "default")
+def _backward_op(grad_out, *rest):
+    return _filled(_backward(grad_out, *rest), grad_out)
+
+
+@torch.library.impl("hyperclip_fast::batch_norm_statistics", "default")
+def _statistics_op(x):
+    return _statistics(x)
+
+
+@torch.library.register_fake("hyperclip_fast::batch_norm_act")
+def _forward_fake(x, *rest):
+    return torch.empty_like(x, memory_format=_format(x))
+
+
+@torch.library.register_fake("hyperclip_fast::batch_norm_act_backward")
+def _backward_fake(
+    grad_out,
+    x,
+    weight,
+    bias,
+    task_ids,
+    mean,
+    var,
+    eps,
+    act,
+    residual,
+    is_batch,
+    need_x,
+    need_weight,
+    need_bias,
+    need_residual,
+):
+    grad_x, grad_residual = (
+        torch.empty_like(x, memory_format=_format(x)) if need else None for need in (need_x, need_residual)
+    )
+    kinds = need_weight + need_bias
+    return _filled((grad_x, grad_residual, weight.new_empty(kinds, *weight.shape) if kinds else None), grad_out)
+
+
+@torch.library.register_fake("hyperclip_fast::batch_norm_statistics")
+def _statistics_fake(x):
+    return tuple(x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, bias, task_ids, mean, var, eps, act, residual, residual_after_act, is_batch = inputs
+    ctx.set_materialize_grads(False)
+    ctx.is_seen = residual is not None and act != "none" and not residual_after_act
+    ctx.save_for_backward(x, weight, bias, task_ids, mean, var, residual if ctx.is_seen else None)
+    ctx.options = eps, act, is_batch
+
+
+@once_differentiable
+def _gradients(ctx, grad_out):
+    if grad_out is None:
+        return (None,) * 11
+    *tensors, residual = ctx.saved_tensors
+    eps, act, is_batch = ctx.options
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    need_residual = ctx.needs_input_grad[8]
+    grads = (None, None, None)
+    if need_x or need_weight or need_bias or ctx.is_seen:
+        backward = _backward if _is_eager(grad_out) else torch.ops.hyperclip_fast.batch_norm_act_backward
+        needed = need_x, need_weight, need_bias, need_residual and ctx.is_seen
+        grads = backward(grad_out, *tensors, eps, act, residual, is_batch, *needed)
+    grad_x, grad_residual, grad_rows = grads
+    return (
+        grad_x if need_x else None,
+        grad_rows[0] if need_weight else None,
+        grad_rows[-1] if need_bias else None,
+        *[None] * 5,
+        (grad_residual if ctx.is_seen else grad_out) if need_residual else None,
+        *[None] * 2,
+    )
+
+
+torch.library.register_autograd("hyperclip_fast::batch_norm_act", _gradients, setup_context=_setup_context)
+
+
+class _BatchNormAct(torch.autograd.Function):
+    """The same for eager calls; an own setup_context method would bind arguments by signature, at 30 us a call."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_gradients)
+
+
+def _is_eager(x: torch.Tensor) -> bool:
+    return type(x) is torch.Tensor and not torch.compiler.is_compiling()
+
+
+def _check_fused(x, weight, **others) -> None:
+    if x.dtype not in TRITON_DTYPES:
+        raise ValueError(f"x must be one of {TRITON_DTYPES} for the Triton kernel, got {x.dtype}")
+    if weight.dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"weight must be torch.float32 or x's {x.dtype}, got {weight.dtype}")
+    for name, tensor in {"weight": weight, **others}.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+
+
+def fused_batch_norm_act(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    task_ids: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
+    eps: float,
+    act: str,
+    residual: torch.Tensor | None,
+    residual_after_act: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`batch_norm_act`, or `batch_norm_act_train` where mean is None, by the Triton kernels; the shapes are checked.
+
+    A task id outside [0, T) makes its sample's output NaN: looking at the ids here would synchronise the device.
+
+    Raises:
+        ValueError: for dtypes and devices that the kernels do not take.
+    """
+    _check_fused(x, weight, bias=bias, task_ids=task_ids, mean=mean, var=var, residual=residual)
+    if weight.shape[0] == 1:
+        task_ids = None
+    is_batch = mean is None
+    if is_batch:
+        statistics = _statistics if _is_eager(x) else torch.ops.hyperclip_fast.batch_norm_statistics
+        mean, var = statistics(x.detach())
+    arguments = (x, weight, bias, task_ids, mean, var, eps, act, residual, residual_after_act, is_batch)
+    if not _is_eager(x):
+        return torch.ops.hyperclip_fast.batch_norm_act(*arguments), mean, var
+    differentiable = (t for t in (x, weight, bias, residual) if t is not None)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
+    return (_BatchNormAct.apply(*arguments) if needs_grad else _forward(*arguments)), mean, var

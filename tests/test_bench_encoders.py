@@ -1,0 +1,43 @@
+"""The table of encoders, and towers other than a VisionTransformer in the model benchmark."""
+
+import pytest
+import torch
+from hyperclip_fast.bench import encoders, model_cases
+from hyperclip_fast.bench.runner import run_case
+
+from hyperclip_fast.cli import main
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("step", ["forward", "training"])
+def test_all_towers_of_a_batch_norm_network_agree(step):
+    """Also in training, where an image's output depends on the others of its batch."""
+    (case,) = model_cases.model_cases(
+        ["tinynet_e"], [6], [3], ["uniform"], [step], ["eager"], torch.float32, CPU, img_size=32
+    )
+    rows = {row["provider"]: row for row in run_case(case, seconds=0.01)}
+    assert rows.keys() == {"stock", "naive", "ours", "single", "loop"}
+    reason = rows["loop"].pop("reason", None)
+    assert (reason == "one pass a task has other batch statistics") == (step == "training")
+    for name, row in rows.items():
+        assert row["status"] == ("unavailable" if name == "loop" and reason else "ok"), row
+
+
+def test_table_of_encoders(capsys):
+    sizes = ["--models", "tinynet_e", "vit_tiny_patch16_224", "--img-size", "32", "--batches", "2", "3"]
+    assert main(["bench", "encoders", *sizes, "--tasks", "2", "--seconds", "0.01"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert table[0][-2:] == ["ratio, B 2", "ratio, B 3"]
+    assert [line[:4] for line in table[1:]] == [
+        ["tinynet_e", "0.76 M", "14,240", "0"],
+        ["vit_tiny_patch16_224", "5.38 M", "9,600", "0"],
+    ]
+    assert all(float(line[4]) < 1e-5 and 0.1 < float(line[-1].split()[0]) < 10 for line in table[1:])
+
+
+def test_a_wrong_encoder_fails_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(encoders, "run_case", lambda case, seconds: [{}, {"reason": "relative error 1e0"}])
+    assert main(["bench", "encoders", "--models", "tinynet_e", "--img-size", "32", "--batches", "2"]) == 1
+    assert "relative error 1e0" in capsys.readouterr().out

@@ -1,0 +1,299 @@
+"""The server's routes in one process: answers equal the bank's, and everything bad is refused with a JSON error."""
+
+import asyncio
+import io
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from PIL import Image
+from starlette.testclient import TestClient
+
+from hyperclip_fast.batching import ModelThread
+from hyperclip_fast.image_files import load_image
+from hyperclip_fast.server import ServeOptions, bank_service, create_app
+from hyperclip_fast.task_bank import TaskBank
+from hyperclip_fast.task_registry import TaskLimits
+from tests.towers import patch_text_tower, tiny_model
+
+TASKS = {"pets": ["cat", "dog", "parrot"], "food": ["pizza", "sushi"]}
+LIMITS = TaskLimits(tasks=4, ad_hoc=2, classes=8, length=20)
+OPTIONS = ServeOptions(places=6, max_bytes=100_000, max_pixels=10_000, max_images=3, limits=LIMITS, save_delay=0.01)
+
+
+def png(colour="red", size=(40, 30)):
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def model():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        patch_text_tower(monkeypatch)
+        model = tiny_model()
+        model.text_tower.encode(["built once"])
+        yield model
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "tasks.safetensors"
+
+
+@pytest.fixture
+def service(model, path):
+    thread = ModelThread(model, threads=1)
+    yield bank_service(path, thread, OPTIONS)
+    thread.close()
+
+
+@pytest.fixture
+def client(service):
+    with TestClient(create_app(service), raise_server_exceptions=False) as client:
+        for name, classes in TASKS.items():
+            assert client.put(f"/v1/tasks/{name}", json={"classes": classes}).status_code == 201
+        yield client
+
+
+def ask(client, *, image=None, **data):
+    return client.post("/v1/classify", files={"image": image or png()}, data=data)
+
+
+def expected(model, contents, tasks, topk):
+    """What a bank says, as the server writes it."""
+    bank = TaskBank(model)
+    bank.add_many(TASKS)
+    images = torch.stack([load_image(content, model.image_size) for content in contents])
+    predictions = bank.classify(images, tasks, topk)
+    return [
+        {
+            "task": p.task,
+            "ranked": [
+                {"name": n, "probability": pytest.approx(s, rel=1e-4)} for n, s in zip(p.names, p.probabilities)
+            ],
+        }
+        for p in predictions
+    ]
+
+
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def check_error(response, status, code):
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert (error["code"], error["status"]) == (code, status) and error["message"]
+    return error["message"]
+
+
+def test_classify_answers_as_the_bank_does(client, model):
+    response = ask(client, task="pets")
+    assert response.status_code == 200
+    assert response.json() == {"results": expected(model, [png()], ["pets"], 5)}
+    raw = client.post("/v1/classify?task=food&topk=1", content=png("blue"), headers={"content-type": "image/png"})
+    assert raw.json() == {"results": expected(model, [png("blue")], ["food"], 1)}
+
+
+def test_several_images_of_one_task_or_of_their_own(client, model):
+    contents = [png("red"), png("green"), png("blue")]
+    files = [("image", content) for content in contents]
+    one = client.post("/v1/classify", files=files, data={"task": "pets", "topk": "2"})
+    assert one.json()["results"] == expected(model, contents, ["pets"] * 3, 2)
+    tasks = ["food", "pets", "food"]
+    each = client.post("/v1/classify", files=files, data={"task": tasks})
+    assert each.json()["results"] == expected(model, contents, tasks, 5)
+
+
+def test_class_names_in_place_of_a_task(client, model, service):
+    response = ask(client, label=TASKS["food"])
+    (result,) = response.json()["results"]
+    (named,) = expected(model, [png()], ["food"], 5)
+    assert result == {**named, "task": None}
+    for i in range(4):
+        assert ask(client, label=["cat", f"dog {i}"]).status_code == 200
+    assert len(service.registry._ad_hoc) == LIMITS.ad_hoc
+    assert client.get("/v1/tasks").json()["tasks"] == [{"name": n, "classes": c} for n, c in TASKS.items()]
+
+
+def test_tasks_are_listed_replaced_and_removed(client):
+    assert client.get("/v1/tasks/pets").json() == {"name": "pets", "classes": TASKS["pets"]}
+    assert client.put("/v1/tasks/pets", json={"classes": ["wolf"]}).status_code == 200
+    assert ask(client, task="pets").json()["results"][0]["ranked"] == [{"name": "wolf", "probability": 1.0}]
+    assert client.put("/v1/tasks/a/b%20c", json={"classes": ["x"]}).status_code == 201
+    assert [task["name"] for task in client.get("/v1/tasks").json()["tasks"]] == ["pets", "food", "a/b c"]
+    assert client.delete("/v1/tasks/pets").status_code == 204
+    check_error(client.delete("/v1/tasks/pets"), 404, "unknown_task")
+    check_error(ask(client, task="pets"), 404, "unknown_task")
+    assert ask(client, task="a/b c").status_code == 200
+
+
+BAD = {
+    "no task": ({"data": {}}, 422, "bad_task"),
+    "both": ({"data": {"task": "pets", "label": "cat"}}, 422, "bad_task"),
+    "two tasks, one image": ({"data": {"task": ["pets", "food"]}}, 422, "bad_task"),
+    "unknown task": ({"data": {"task": "birds"}}, 404, "unknown_task"),
+    "topk 0": ({"data": {"task": "pets", "topk": "0"}}, 422, "bad_topk"),
+    "topk text": ({"data": {"task": "pets", "topk": "many"}}, 422, "bad_topk"),
+    "topk digits": ({"data": {"task": "pets", "topk": "²"}}, 422, "bad_topk"),
+    "topk huge": ({"data": {"task": "pets", "topk": "9" * 5000}}, 422, "bad_topk"),
+    "unknown field": ({"data": {"task": "pets", "top": "3"}}, 422, "bad_field"),
+    "file as field": ({"files": {"image": png(), "task": b"pets"}}, 422, "bad_field"),
+    "blank label": ({"data": {"label": ["cat", " "]}}, 422, "bad_name"),
+    "same label": ({"data": {"label": ["cat", "cat"]}}, 422, "bad_classes"),
+    "many labels": ({"data": {"label": list("abcdefghi")}}, 422, "bad_classes"),
+    "absurdly many labels": ({"data": {"label": [str(i) for i in range(500)]}}, 400, "bad_request"),
+    "long label": ({"data": {"label": ["c" * 21]}}, 422, "bad_name"),
+    "control character": ({"data": {"label": ["a\x00b"]}}, 422, "bad_name"),
+    "no image": ({"files": {"file": png()}, "data": {"task": "pets"}}, 422, "bad_image"),
+    "many images": ({"files": [("image", png())] * 4, "data": {"task": "pets"}}, 400, "bad_request"),
+    "text for an image": ({"files": {"image": b"hello"}, "data": {"task": "pets"}}, 422, "bad_image"),
+    "empty image": ({"files": {"image": b""}, "data": {"task": "pets"}}, 422, "bad_image"),
+    "cut image": ({"files": {"image": png(size=(90, 90))[:60]}, "data": {"task": "pets"}}, 422, "bad_image"),
+    "many pixels": ({"files": {"image": png(size=(101, 100))}, "data": {"task": "pets"}}, 422, "bad_image"),
+    "large": ({"files": {"image": bytes(100_001)}, "data": {"task": "pets"}}, 413, "too_large"),
+    "JSON": ({"files": None, "json": {"task": "pets"}}, 415, "bad_content_type"),
+    "no type": ({"files": None, "content": png()}, 415, "bad_content_type"),
+    "no boundary": (
+        {"files": None, "content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "bad_request",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests_to_classify(client, name):
+    request, status, code = BAD[name]
+    check_error(client.post("/v1/classify", **{"files": {"image": png()}, **request}), status, code)
+    assert ask(client, task="pets").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "name, body, status, code",
+    [
+        ("new", '{"classes": []}', 422, "bad_classes"),
+        ("new", '{"classes": "cat"}', 422, "invalid"),
+        ("new", '{"classes": [1]}', 422, "invalid"),
+        ("new", '{"classes": ["a"], "more": 1}', 422, "invalid"),
+        ("new", "{}", 422, "invalid"),
+        ("new", "{", 422, "invalid"),
+        ("new", "[" * 50_000, 400, "bad_request"),
+        ("new", '{"classes": ["\\ud800"]}', 422, "bad_name"),
+        ("new", json.dumps({"classes": ["a", "a"]}), 422, "bad_classes"),
+        ("new", json.dumps({"classes": [str(i) for i in range(9)]}), 422, "bad_classes"),
+        ("%20", '{"classes": ["a"]}', 422, "bad_name"),
+        ("", '{"classes": ["a"]}', 422, "bad_name"),
+        ("n" * 21, '{"classes": ["a"]}', 422, "bad_name"),
+        ("new", " " * 100_001, 413, "too_large"),
+    ],
+)
+def test_bad_tasks_change_nothing(client, name, body, status, code):
+    headers = {"content-type": "application/json"}
+    check_error(client.put(f"/v1/tasks/{name}", content=body, headers=headers), status, code)
+    assert [task["name"] for task in client.get("/v1/tasks").json()["tasks"]] == list(TASKS)
+
+
+def test_there_is_room_for_so_many_tasks(client):
+    for name in ("three", "four"):
+        assert client.put(f"/v1/tasks/{name}", json={"classes": ["a"]}).status_code == 201
+    check_error(client.put("/v1/tasks/five", json={"classes": ["a"]}), 409, "too_many_tasks")
+    assert client.put("/v1/tasks/four", json={"classes": ["b"]}).status_code == 200
+    client.delete("/v1/tasks/three")
+    assert client.put("/v1/tasks/five", json={"classes": ["a"]}).status_code == 201
+
+
+def test_the_frameworks_own_errors_are_json_too(client):
+    check_error(client.get("/nowhere"), 404, "not_found")
+    check_error(client.delete("/v1/classify"), 405, "method_not_allowed")
+
+
+def test_a_failure_inside_tells_nothing_of_the_inside(client, service, monkeypatch):
+    async def broken(images, tasks, topk):
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(service.batcher, "_classify", broken)
+    assert "secret" not in check_error(ask(client, task="pets"), 500, "internal")
+
+
+def test_more_than_there_are_places_for(client, service, monkeypatch):
+    """Six requests wait for the model; the seventh is told when to come again, and then served."""
+    gate = asyncio.Event()
+    real = service.batcher._classify
+
+    async def held(images, tasks, topk):
+        await gate.wait()
+        return await real(images, tasks, topk)
+
+    monkeypatch.setattr(service.batcher, "_classify", held)
+    with ThreadPoolExecutor(6) as pool:
+        waiting = [pool.submit(ask, client, task="pets") for _ in range(6)]
+        until(lambda: "hyperclip_pending_requests 6.0" in client.get("/metrics").text)
+        response = ask(client, task="pets")
+        check_error(response, 503, "busy")
+        assert response.headers["retry-after"] == "1"
+        assert client.get("/healthz").status_code == client.get("/v1/tasks").status_code == 200
+        client.portal.call(gate.set)
+        assert [each.result().status_code for each in waiting] == [200] * 6
+    assert ask(client, task="pets").status_code == 200
+
+
+def test_a_task_may_go_while_requests_wait_for_it(client, service, model, monkeypatch):
+    gate = asyncio.Event()
+    real = service.batcher._classify
+
+    async def held(images, tasks, topk):
+        await gate.wait()
+        return await real(images, tasks, topk)
+
+    monkeypatch.setattr(service.batcher, "_classify", held)
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(ask, client, task=task) for task in ("pets", "food")]
+        until(lambda: len(service.batcher._unanswered) == 2)
+        client.delete("/v1/tasks/pets")
+        assert client.put("/v1/tasks/food", json={"classes": ["soup"]}).status_code == 200
+        client.portal.call(gate.set)
+        answers = [each.result().json()["results"] for each in waiting]
+    assert answers == [expected(model, [png()], [task], 5) for task in ("pets", "food")]
+    assert ask(client, task="food").json()["results"][0]["ranked"][0]["name"] == "soup"
+
+
+def test_health_and_metrics(client, service):
+    assert client.get("/readyz").json() == {"status": "ready", "tasks": 2}
+    ask(client, task="pets")
+    ask(client, task="birds")
+    text = client.get("/metrics").text
+    for line in (
+        'hyperclip_requests_total{method="POST",route="/v1/classify",status="200"} 1.0',
+        'hyperclip_requests_total{method="POST",route="/v1/classify",status="404"} 1.0',
+        'hyperclip_requests_total{method="PUT",route="/v1/tasks/{name:path}",status="201"} 2.0',
+        'hyperclip_request_seconds_count{route="/v1/classify"} 2.0',
+        'hyperclip_batch_images_bucket{le="1.0"} 1.0',
+        "hyperclip_batch_tasks_count 1.0",
+        "hyperclip_pending_requests 0.0",
+        "hyperclip_waiting_images 0.0",
+        "hyperclip_tasks 2.0",
+    ):
+        assert line in text.splitlines()
+    service.ready = False
+    check_error(client.get("/readyz"), 503, "not_ready")
+    assert client.get("/healthz").json() == {"status": "ok"}
+
+
+def test_the_page_is_served_and_loads_nothing_from_elsewhere(client):
+    response = client.get("/")
+    assert response.status_code == 200 and response.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    assert "http" not in response.text.replace("http-equiv", "")
+
+
+def test_tasks_outlive_the_server(client, service, model, path):
+    client.put("/v1/tasks/new", json={"classes": ["x", "y"]})
+    client.delete("/v1/tasks/food")
+    client.portal.call(service.registry.close)
+    assert TaskBank.load(path, model).tasks == ("pets", "new")
