@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.nn.functional import all_gather
 
 from hyperclip_fast.optimizer import is_sharded
 from hyperclip_fast.sources import Share
@@ -45,7 +44,25 @@ def share() -> Share:
 
 def gather_texts(features: Tensor) -> Tensor:
     """Features (1, K, E_text) of every process's texts in one (1, K * world, E_text); gradients go back to each."""
-    return torch.cat(all_gather(features.contiguous()), dim=1)
+    return _Gather.apply(features)
+
+
+class _Gather(torch.autograd.Function):
+    """Tensors (1, K, E) of all processes, joined along K; the gradients of all come back summed."""
+
+    @staticmethod
+    def forward(ctx, mine):
+        parts = [
+            torch.empty_like(mine, memory_format=torch.contiguous_format) for _ in range(distributed.get_world_size())
+        ]
+        distributed.all_gather(parts, mine.contiguous())
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(grad)
+        return grad.chunk(distributed.get_world_size(), dim=1)[distributed.get_rank()]
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], world: int) -> None:

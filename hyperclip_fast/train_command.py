@@ -40,5 +40,6 @@ def _train(args: argparse.Namespace) -> int:
     if trainer.stopped is not None:
         print(f"Stopped at step {trainer.step}; the same command goes on from there.")
         return 128 + trainer.stopped
-    print(f"The model: {Path(args.out) / 'model'}")
+    if trainer.share.rank == 0:
+        print(f"The model: {Path(args.out) / 'model'}")
     return 0

@@ -110,9 +110,10 @@ class Trainer:
     def _prepare_model(self) -> None:
         """Checkpoint, average, wrap, compile: what the configuration asks for."""
         config, model = self.config, self.model
-        model.image.set_grad_checkpointing(config.grad_checkpointing)
-        if config.grad_checkpointing and self._trains_text:
-            model.text.set_grad_checkpointing()
+        if config.grad_checkpointing:
+            model.image.set_grad_checkpointing()
+            if self._trains_text:
+                model.text.set_grad_checkpointing()
         self.ema = None
         if config.ema:
             self.ema = ModelEmaV3(model, decay=config.ema, use_warmup=True)

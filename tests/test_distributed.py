@@ -7,7 +7,7 @@ import torch
 from open_clip.loss import SigLipLoss
 from torch import distributed
 
-from hyperclip_fast.distributed import all_gather, share
+from hyperclip_fast.distributed import gather_texts, share
 from hyperclip_fast.losses import siglip_loss
 from hyperclip_fast.optimizer import whole
 from hyperclip_fast.train_config import TrainConfig
@@ -64,7 +64,7 @@ def exchange():
         scale, bias = torch.tensor(3.0), torch.tensor(-2.0)
         if ours:
             labels = torch.arange(4) + 4 * place.rank
-            loss = siglip_loss([images], [torch.cat(all_gather(texts))], scale, bias, [labels])
+            loss = siglip_loss([images], [gather_texts(texts[None])[0]], scale, bias, [labels])
         else:
             loss = SigLipLoss(rank=place.rank, world_size=place.world)(images, texts, scale, bias)
         loss.backward()
