@@ -52,11 +52,11 @@ def _flat_batch_norm(x, mean, var, weight, bias, eps) -> torch.Tensor:
     return F.batch_norm(x.view(1, B * C, H, W), *rows, False, 0.0, eps).view(x.shape)
 
 
-def _affine(x, scale, shift, out=None) -> torch.Tensor:
+def _affine(x, scale, shift) -> torch.Tensor:
     """x * scale + shift, rows (B, C) or (C,): one pass."""
     if _is_flat(x):
-        return _flat_batch_norm(x, scale.new_zeros(1), scale.new_ones(1), scale, shift, 0.0)
-    return torch.addcmul(_spread(shift), x, _spread(scale), out=torch.empty_like(x) if out is None else out)
+        return _flat_batch_norm(x, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, 0.0)
+    return torch.addcmul(_spread(shift), x, _spread(scale), out=torch.empty_like(x))
 
 
 def _is_dense(x: torch.Tensor) -> bool:
@@ -77,16 +77,26 @@ def statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return mean, deviation.square().sum(0) / (x.numel() // x.shape[1])
 
 
-def _sample_sums(grad, x, mean, rstd, scratch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums (B, C) over each sample's pixels of grad, and of grad * xhat; scratch, if x is not flat, is written over."""
+def _sample_sums(grad, x, mean, rstd) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums (B, C) over each sample's pixels of grad, and of grad * xhat; grad has x's format."""
     B, C, H, W = x.shape
-    if not _is_flat(x):
-        products = torch.sub(x, _spread(mean), out=scratch).mul_(grad)
-        return grad.sum((2, 3)), products.sum((2, 3)) * rstd
-    views, statistics = (t.view(1, B * C, H, W) for t in (grad, x)), (t.expand(B, C).reshape(-1) for t in (mean, rstd))
-    wanted = (True, 0.0, [False, True, True])
-    _, products, sums = torch.ops.aten.native_batch_norm_backward(*views, None, None, None, *statistics, *wanted)
-    return sums.view(B, C), products.view(B, C)
+    if x.device.type != "cpu":
+        return grad.sum((2, 3)), ((x - _spread(mean)) * grad).sum((2, 3)) * rstd
+    mean, rstd = mean.expand(B, C), rstd.expand(B, C)
+    if _is_flat(x):
+        views, statistics = (t.view(1, B * C, H, W) for t in (grad, x)), (t.reshape(-1) for t in (mean, rstd))
+        sums, products = _channel_sums(*views, *statistics)
+        return sums.view(B, C), products.view(B, C)
+    each = [_channel_sums(grad[b : b + 1], x[b : b + 1], mean[b], rstd[b]) for b in range(B)]
+    sums, products = (torch.stack(rows) for rows in zip(*each))
+    return sums, products
+
+
+def _channel_sums(grad, x, mean, rstd) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums (C,) of grad and of grad * xhat in one pass: what F.batch_norm's backward calls d bias and d weight."""
+    rows, wanted = (None, None, None, mean, rstd), (True, 0.0, [False, True, True])
+    _, products, sums = torch.ops.aten.native_batch_norm_backward(grad, x, *rows, *wanted)
+    return sums, products
 
 
 class _MixedBatchNorm(torch.autograd.Function):
@@ -107,16 +117,15 @@ class _MixedBatchNorm(torch.autograd.Function):
         rstd = torch.rsqrt(var + ctx.eps)
         layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         grad, grad_x = grad.contiguous(memory_format=layout), None
-        scratch = None if _is_flat(x) else torch.empty_like(x)
         if need_weight or need_bias or ctx.is_batch:
-            sums, products = _sample_sums(grad, x, mean, rstd, scratch)
+            sums, products = _sample_sums(grad, x, mean, rstd)
         if need_x and not ctx.is_batch:
-            grad_x = torch.mul(grad, _spread(weight * rstd), out=scratch)
+            grad_x = grad * _spread(weight * rstd)
         elif need_x:
             count = x.numel() // x.shape[1]
             slope = (weight * products).sum(0) * rstd.square() / -count
             offset = (weight * sums).sum(0) * rstd / -count - mean * slope
-            grad_x = _affine(x, slope, offset, scratch).addcmul_(grad, _spread(weight * rstd))
+            grad_x = _affine(x, slope, offset).addcmul_(grad, _spread(weight * rstd))
         return grad_x, products if need_weight else None, sums if need_bias else None, *[None] * 4
 
 
