@@ -37,17 +37,18 @@ def _spread(rows: torch.Tensor) -> torch.Tensor:
 
 def _mixed_eager(x, weight, bias, mean, var, eps) -> torch.Tensor:
     """One pass. On a CPU addcmul is scalar unless channels are innermost, F.batch_norm is not."""
-    if _is_flat(x):
-        return _flat_batch_norm(x, mean, var, weight, bias, eps)
+    if is_flat(x):
+        return flat_batch_norm(x, mean, var, weight, bias, eps)
     scale = weight * torch.rsqrt(var + eps)
     return _affine(x, scale, torch.addcmul(bias, mean, scale, value=-1.0))
 
 
-def _is_flat(x: torch.Tensor) -> bool:
+def is_flat(x: torch.Tensor) -> bool:
+    """Whether `flat_batch_norm` is the fast way."""
     return x.device.type == "cpu" and x.is_contiguous()
 
 
-def _flat_batch_norm(x, mean, var, weight, bias, eps) -> torch.Tensor:
+def flat_batch_norm(x, mean, var, weight, bias, eps) -> torch.Tensor:
     """F.batch_norm of contiguous x with rows (B, C), or (C,) for all samples, seen as (1, B * C, H, W)."""
     B, C, H, W = x.shape
     rows = (rows.expand(B, C).reshape(-1) for rows in (mean, var, weight, bias))
@@ -57,8 +58,8 @@ def _flat_batch_norm(x, mean, var, weight, bias, eps) -> torch.Tensor:
 
 def _affine(x, scale, shift) -> torch.Tensor:
     """x * scale + shift, rows (B, C) or (C,): one pass."""
-    if _is_flat(x):
-        return _flat_batch_norm(x, scale.new_zeros(1), scale.new_ones(1), scale, shift, 0.0)
+    if is_flat(x):
+        return flat_batch_norm(x, scale.new_zeros(1), scale.new_ones(1), scale, shift, 0.0)
     return torch.addcmul(_spread(shift), x, _spread(scale), out=torch.empty_like(x))
 
 
@@ -79,7 +80,7 @@ def statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return mean, (x - _spread(mean)).square().mean((0, 2, 3))
     with torch.no_grad():
         x = x if _is_dense(x) else x.contiguous()
-        if not _is_flat(x):
+        if not is_flat(x):
             return torch.batch_norm_update_stats(x, None, None, 0.0)
         mean = x.mean((0, 2, 3))  # PyTorch's own statistics of contiguous channels are scalar
         centre = _spread(mean)
@@ -91,7 +92,7 @@ def _sample_sums(grad, x, mean, rstd) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums (B, C) over each sample's pixels of grad, and of grad * xhat."""
     B, C, H, W = x.shape
     mean, rstd = mean.expand(B, C), rstd.expand(B, C)
-    if not _is_flat(x):
+    if not is_flat(x):
         sums, products = torch.empty_like(mean), torch.empty_like(mean)
         for p in _parts(x):
             torch.sum(grad[p], (2, 3), out=sums[p])
