@@ -8,11 +8,9 @@ skin-tones      OpenMoji's hands in five skin tones, which are the groups
 scenes          held-out objects' scenes under six attributes
 """
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -119,11 +117,11 @@ def _read_shards(path: Path, size: int) -> EvalTask:
     return EvalTask(path.stem, tuple(names), torch.stack(images), torch.tensor(labels))
 
 
-def _samples(path: Path) -> Iterator[tuple[BinaryIO, str]]:
-    """Image (an opened file) and class of each sample of one shard or a folder of them."""
+def _samples(path: Path) -> Iterator[tuple[bytes, str]]:
+    """Image file and class of each sample of one shard or a folder of them."""
     webdataset = require("webdataset", "train")
     shards = sorted(map(str, path.glob("*.tar"))) if path.is_dir() else [str(path)]
     for sample in webdataset.WebDataset(shards, shardshuffle=False, empty_check=False):
         kinds = [kind for kind in ("jpg", "jpeg", "png", "webp") if kind in sample]
         if kinds and "cls" in sample:
-            yield io.BytesIO(sample[kinds[0]]), sample["cls"].decode().strip()
+            yield sample[kinds[0]], sample["cls"].decode().strip()
