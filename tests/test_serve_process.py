@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import shutil
 import signal
 import socket
 import time
@@ -141,9 +142,10 @@ def send_forever(address, most, pause=0.0):
     return answer.decode(), sent
 
 
-def test_bodies_that_do_not_end(model, tmp_path):
+def test_bodies_that_do_not_end_and_a_folder_that_is_gone(model, tmp_path):
     options = ("--max-mib", "0.5", "--max-seconds", "0.5")
-    with serving(str(tmp_path / "model"), tmp_path / "tasks.safetensors", *options) as process:
+    (tmp_path / "bank").mkdir()
+    with serving(str(tmp_path / "model"), tmp_path / "bank" / "tasks.safetensors", *options) as process:
         answer, sent = send_forever(process.address, 64 << 20)
         assert answer.startswith("HTTP/1.1 413") and '"code":"too_large"' in answer and sent < 16 << 20
         begin = time.monotonic()
@@ -152,6 +154,10 @@ def test_bodies_that_do_not_end(model, tmp_path):
         assert 0.4 < time.monotonic() - begin < 5
         text = httpx.get(f"{process.address}/metrics").text
         assert "hyperclip_pending_requests 0.0" in text  # the places are free again
+        shutil.rmtree(tmp_path / "bank")
+        assert httpx.put(f"{process.address}/v1/tasks/pets", json={"classes": ["cat"]}).status_code == 201
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 1  # and not 0: the task could not be saved
 
 
 def test_what_serve_refuses(model, tmp_path, capsys):
