@@ -166,7 +166,9 @@ class HFTextTower(TextTower):
 
     def set_grad_checkpointing(self) -> None:
         """Run the blocks again in backward instead of keeping what is in them."""
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # new, and up to transformers 5
+        enable = next(getattr(self.model, name) for name in names if hasattr(self.model, name))
+        enable({"use_reentrant": False})
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state

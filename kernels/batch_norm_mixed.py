@@ -35,17 +35,18 @@ def _spread(rows: torch.Tensor) -> torch.Tensor:
 
 def _mixed_eager(x, weight, bias, mean, var, eps) -> torch.Tensor:
     """One pass. On a CPU addcmul is scalar unless channels are innermost, F.batch_norm is not."""
-    if _is_flat(x):
-        return _flat_batch_norm(x, mean, var, weight, bias, eps)
+    if is_flat(x):
+        return flat_batch_norm(x, mean, var, weight, bias, eps)
     scale = weight * torch.rsqrt(var + eps)
     return _affine(x, scale, torch.addcmul(bias, mean, scale, value=-1.0))
 
 
-def _is_flat(x: torch.Tensor) -> bool:
+def is_flat(x: torch.Tensor) -> bool:
+    """Whether `flat_batch_norm` is the fast way."""
     return x.device.type == "cpu" and x.is_contiguous()
 
 
-def _flat_batch_norm(x, mean, var, weight, bias, eps) -> torch.Tensor:
+def flat_batch_norm(x, mean, var, weight, bias, eps) -> torch.Tensor:
     """F.batch_norm of contiguous x with rows (B, C), or (C,) for all samples, seen as (1, B * C, H, W)."""
     B, C, H, W = x.shape
     rows = (rows.expand(B, C).reshape(-1) for rows in (mean, var, weight, bias))
@@ -55,8 +56,8 @@ def _flat_batch_norm(x, mean, var, weight, bias, eps) -> torch.Tensor:
 
 def _affine(x, scale, shift) -> torch.Tensor:
     """x * scale + shift, rows (B, C) or (C,): one pass."""
-    if _is_flat(x):
-        return _flat_batch_norm(x, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, 0.0)
+    if is_flat(x):
+        return flat_batch_norm(x, scale.new_zeros(1), scale.new_ones(1), scale, shift, 0.0)
     return torch.addcmul(_spread(shift), x, _spread(scale), out=torch.empty_like(x))
 
 
@@ -71,7 +72,7 @@ def statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return mean, (x - _spread(mean)).square().mean((0, 2, 3))
     with torch.no_grad():
         x = x if _is_dense(x) else x.contiguous()
-        if not _is_flat(x):
+        if not is_flat(x):
             return torch.batch_norm_update_stats(x, None, None, 0.0)
         mean = x.mean((0, 2, 3))  # PyTorch's own statistics of contiguous channels are scalar
         deviation = torch.linalg.vector_norm((x - _spread(mean)).flatten(2), dim=2)
@@ -84,7 +85,7 @@ def _sample_sums(grad, x, mean, rstd) -> tuple[torch.Tensor, torch.Tensor]:
     if x.device.type != "cpu":
         return grad.sum((2, 3)), ((x - _spread(mean)) * grad).sum((2, 3)) * rstd
     mean, rstd = mean.expand(B, C), rstd.expand(B, C)
-    if _is_flat(x):
+    if is_flat(x):
         views, statistics = (t.view(1, B * C, H, W) for t in (grad, x)), (t.reshape(-1) for t in (mean, rstd))
         sums, products = _channel_sums(*views, *statistics)
         return sums.view(B, C), products.view(B, C)

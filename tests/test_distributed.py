@@ -23,17 +23,17 @@ CASES = {
     "captions, frozen text": ({}, {**ONE_TASK, "loss_chunk": 3}),
     "captions, baseline": ({"train_text": True, "conditioned": False}, ONE_TASK),
     "captions in parts": ({"train_text": True}, {**ONE_TASK, "accumulate": 2}),
-    "tasks": ({}, TWO_TASKS),
     "tasks of several sizes": ({"train_text": True}, {**TWO_TASKS, "classes_per_task": (2, 6)}),
     "tasks, image tower frozen": ({}, {**TWO_TASKS, "freeze": ("image",)}),
     "captions, fsdp": (TOWER, {**ONE_TASK, "parallel": "fsdp"}),
 }
+TO_THE_END = ("captions", "captions, fsdp")  # stopped after two steps, and trained on by another Trainer
 
 
-def steps(folder, name, count=3):
-    """Gradients of the first step, then losses, and weights after `count` steps."""
+def steps(folder, name, count=2):
+    """Gradients of the first step, losses and weights of `count` steps; of some the model at the end."""
     model, train = CASES[name]
-    config = TrainConfig(steps=4, log_every=1, eval_every=0, save_every=2, lr=1e-3, warmup=1, **train)
+    config = TrainConfig(steps=3, log_every=1, eval_every=0, save_every=2, lr=1e-3, warmup=1, **train)
     with pytest.MonkeyPatch.context() as patch:
         if "text_tower" not in model:
             patch_text_tower(patch)
@@ -46,10 +46,13 @@ def steps(folder, name, count=3):
                 parameters = trainer.model.named_parameters()
                 grads = {n: whole(p.grad).clone() for n, p in parameters if p.grad is not None}
         weights = {n: whole(p).detach().clone() for n, p in trainer.model.named_parameters()}
-        trainer.save()
-        again = Trainer(tiny_config(**model), config, folder / name, pictures())
-        assert again.step == count
-        return {"losses": losses, "grads": grads, "weights": weights, "trained": again.train().state_dict()}
+        trained = {}
+        if name in TO_THE_END:
+            trainer.save()
+            again = Trainer(tiny_config(**model), config, folder / name, pictures())
+            assert again.step == count
+            trained = again.train().state_dict()
+        return {"losses": losses, "grads": grads, "weights": weights, "trained": trained}
 
 
 def exchange():
@@ -107,9 +110,13 @@ def test_two_processes_train_as_one(two, tmp_path, name):
         close(result["grads"], one["grads"], scale=0.1)
         close(result["weights"], one["weights"])
     close(both[0]["cases"][name]["trained"], one["trained"])
-    assert (folder / "two" / name / "model" / "model.safetensors").exists()
-    lines = [json.loads(line)["step"] for line in (folder / "two" / name / "log.jsonl").read_text().splitlines()]
-    assert lines[0] == 4
+    if name in TO_THE_END:
+        assert (folder / "two" / name / "model" / "model.safetensors").exists()
+        lines = (folder / "two" / name / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [
+            3,
+            3,
+        ]  # one process writes: the step, and held-out names
 
 
 @pytest.mark.slow
