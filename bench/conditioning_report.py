@@ -133,13 +133,21 @@ def swap_table(arms: dict[str, dict[int, Log]]) -> Table:
 
 
 def drops_table(arms: dict[str, dict[int, Log]]) -> Table:
-    """Right minus wrong by attribute, paired by seed."""
+    """Right minus wrong by attribute, paired by seed; also with none of the wrong rows made for the colour."""
     table = [["arm", *ATTRIBUTES]]
     for arm, runs in arms.items():
         if values(runs, "wrong"):
             drops = [gains(values(runs, "right", a), values(runs, "wrong", a)) for a in ATTRIBUTES]
-            table.append([arm, *(spread(drop, "+").split(" (")[0] for drop in drops)])
+            table.append([arm, *(spread(drop, "+") for drop in drops)])
+            drops = [gains(values(runs, "right", a), _wrong_without_colour(runs, a)) for a in ATTRIBUTES]
+            table.append([f"{arm}, without colour's row", *(spread(drop, "+") for drop in drops)])
     return table
+
+
+def _wrong_without_colour(runs: dict[int, Log], attribute: str) -> dict[int, float]:
+    sources = [source for source in ATTRIBUTES if source not in (attribute, "colour")]
+    found = {seed: [log["scores"]["matrix"][source][attribute] for source in sources] for seed, log in runs.items()}
+    return {seed: 100 * statistics.mean(numbers) for seed, numbers in found.items()}
 
 
 def matrix_table(runs: dict[int, Log]) -> Table:

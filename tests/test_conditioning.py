@@ -183,6 +183,8 @@ def test_objects_among_other_numbers_of_names(tasks):
 
 def log(arm, seed, right, **more):
     scores = {"right": dict.fromkeys(ATTRIBUTES, right), **{k: dict.fromkeys(ATTRIBUTES, v) for k, v in more.items()}}
+    wrong = {source: 0.0 if source == "colour" else 0.4 for source in ATTRIBUTES}
+    scores["matrix"] = {source: {a: 0.3 if a == "colour" else v for a in ATTRIBUTES} for source, v in wrong.items()}
     about = {"group": "g", "arm": arm, "seed": seed, "parameters": 10, "image_parameters": 5}
     return {**about, "lines": [], "last": {"step": 7}, "scores": scores}
 
@@ -201,7 +203,9 @@ def test_gains_are_paired_by_seed():
     assert line[5] == "50.0 ± 8.5 (44.0 to 56.0)" and line[6] == "+5.0 ± 1.4 (+4.0 to +6.0)"
     assert swap_table(arms)[1][-2] == "+20.0 ± 8.5 (+14.0 to +26.0)"
     assert [row[-1] for row in arms_table(arms)] == ["steps", "7", "7"]
-    assert drops_table(arms)[1] == ["cross", *["+20.0 ± 8.5"] * 6]
+    drops = drops_table(arms)[1:]
+    assert drops[0] == ["cross", *["+20.0 ± 8.5 (+14.0 to +26.0)"] * 6]
+    assert drops[1][1:3] == ["+10.0 ± 8.5 (+4.0 to +16.0)", "+20.0 ± 8.5 (+14.0 to +26.0)"]
     assert "cross over the baseline: +5.0 ± 1.4 (+4.0 to +6.0) points; all 2 seeds agree in sign" in findings(arms)
     assert (
         "right names over the same words dealt anew: +0.0 ± 8.5 (-6.0 to +6.0) points; the seeds disagree"
