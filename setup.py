@@ -23,7 +23,8 @@ EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 EXECUTORCH = ["executorch>=1.0"]  # an export format with heavy dependencies
 BENCH = ["matplotlib", "aiohttp>=3.9", *EXPORT]  # plots, a load on the server, and a rival on the CPU
 CLIP_BENCHMARK = [*CLIP, "clip-benchmark>=1.6"]
-PEFT = ["peft>=0.11"]
+PEFT = ["peft>=0.15"]
+EVIDENCE = [*DEMO, *PEFT]  # the conditioning experiment and its rivals
 EMBED = ["pillow>=10.1", "tqdm", "pyarrow>=14"]
 REPORT = ["matplotlib", "pytest>=8", "hypothesis>=6.80"]  # what make gpu-report needs
 SERVE = [
@@ -37,7 +38,7 @@ SERVE = [
     "pillow>=10.1",
 ]
 RAY = [*SERVE, *EMBED, "ray[serve,data]>=2.60"]  # the server and the bulk on a cluster
-TEST = [*DEMO, *BENCH, *EXECUTORCH, *CLIP_BENCHMARK, *PEFT, *RAY, "kernels>=0.15", "httpx>=0.27", "selenium>=4.20"]
+TEST = [*EVIDENCE, *BENCH, *EXECUTORCH, *CLIP_BENCHMARK, *RAY, "kernels>=0.15", "httpx>=0.27", "selenium>=4.20"]
 TEST += ["pytest>=8", "pytest-xdist", "hypothesis>=6.80", "ruff>=0.6"]
 
 setup(
@@ -69,6 +70,7 @@ setup(
         "executorch": EXECUTORCH,
         "clip_benchmark": CLIP_BENCHMARK,
         "peft": PEFT,
+        "evidence": EVIDENCE,
         "embed": EMBED,
         "serve": SERVE,
         "ray": RAY,

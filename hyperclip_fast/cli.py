@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     from hyperclip_fast.bench.command import add_bench
     from hyperclip_fast.clip_benchmark import add_clip_benchmark
     from hyperclip_fast.embed_command import add_embed
+    from hyperclip_fast.evaluate_command import add_evaluate
     from hyperclip_fast.serve_command import add_serve
     from hyperclip_fast.train_command import add_train
 
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_classify(commands)
     add_train(commands)
-    _add_evaluate(commands)
+    add_evaluate(commands)
     _add_specialize(commands)
     _add_export(commands)
     add_serve(commands)
@@ -94,15 +95,6 @@ def _add_classify(commands) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, one object an image and task")
     _add_model(parser)
     parser.set_defaults(run=_classify)
-
-
-def _add_evaluate(commands) -> None:
-    text = "accuracy on held-out names, by task: with the right class set, the base row and another task's row"
-    parser = commands.add_parser("evaluate", help=text, description=text)
-    _add_model(parser)
-    parser.add_argument("--classes", type=int, default=10, metavar="K", help="names a task; default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=_evaluate)
 
 
 def _add_specialize(commands) -> None:
@@ -213,19 +205,6 @@ def _print_prediction(file: Path, prediction, as_json: bool) -> None:
     else:
         text = "  ".join(f"{name} {share:.0%}" for name, share in ranked.items())
         print(f"{str(file)[-38:]:<40}{prediction.task:<19} {text}")
-
-
-def _evaluate(args: argparse.Namespace) -> None:
-    from hyperclip_fast.data import load_pictures
-    from hyperclip_fast.demo import table
-    from hyperclip_fast.evaluation import held_out_tasks, swap_test
-    from hyperclip_fast.hyperclip import load_model
-
-    if args.classes < 2:
-        raise ValueError(f"--classes must be at least 2, got {args.classes}")
-    tasks = held_out_tasks(load_pictures(), args.classes)
-    results = swap_test(load_model(args.model, args.device), tasks, progress=True)
-    print(json.dumps(results, indent=2) if args.json else table(tasks, results))
 
 
 def _specialize(args: argparse.Namespace) -> None:

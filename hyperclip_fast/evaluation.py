@@ -1,10 +1,12 @@
 """Zero-shot accuracy of mixed batches, and the swap test: what the *right* class names are worth.
 
 The same images are scored against their own classes with the encoder adapted to the right class set, to another
-task's, or not at all (the base row). Only the norm row differs: the drop from right to wrong is what conditioning does.
+task's, to the right words dealt out anew among the names, to a generic name, or not at all (the base row). Only the
+norm row differs: the drop from right to wrong is what conditioning does.
 """
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +17,9 @@ from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
 
-ROWS = ("right", "base", "wrong")
+ROWS = ("right", "base", "wrong", "shuffled", "generic")
+GENERIC = "an object"
+ELSEWHERE = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")  # wrong names for a task that stands alone
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,49 @@ def _task(pictures: Pictures, name: str, ids: Sequence[int]) -> EvalTask:
 
 
 @torch.inference_mode()
+def class_scores(
+    model: HyperCLIP,
+    tasks: Sequence[EvalTask],
+    row: str = "right",
+    batch_size: int = 128,
+    progress: bool = False,
+    change: Callable[[Tensor], Tensor] | None = None,
+) -> list[Tensor]:
+    """Similarity of every image of every task with the task's classes; batches mix the tasks.
+
+    Args:
+        model: in eval mode.
+        tasks: what to classify.
+        row: "base": the base row; else the row is made from the names of `row_names`.
+        batch_size: images in a forward pass.
+        progress: show a bar.
+        change: applied to each batch of images (B, 3, S, S) in [-1, 1], such as a corruption.
+
+    Returns:
+        A tensor (M_t, K_t) for each task, on the CPU.
+
+    Raises:
+        ValueError: for another word in `row`.
+    """
+    if row not in ROWS:
+        raise ValueError(f"row must be one of {ROWS}, got {row!r}")
+    features, mask = model.stack_tasks([task.class_names for task in tasks])
+    classes = model.project_text(features)
+    params = _rows(model, tasks, row)
+    task_ids = torch.cat([torch.full((len(task.images),), t) for t, task in enumerate(tasks)]).to(model.device)
+    images = torch.cat([task.images for task in tasks])
+    scores = []
+    starts = range(0, len(images), batch_size)
+    for start in require("tqdm", "train").tqdm(starts, desc=f"row: {row}", unit="batch") if progress else starts:
+        ids = task_ids[start : start + batch_size]
+        batch = resize(to_rgb(images[start : start + batch_size]), model.image_size)
+        batch = (batch if change is None else change(batch)).to(model.device)
+        part = torch.einsum("be,bke->bk", model.encode_image(batch, params[ids]), classes[ids])
+        scores.append(part.masked_fill(~mask[ids], -torch.inf).cpu())
+    by_task = torch.cat(scores).split([len(task.images) for task in tasks])
+    return [part[:, : len(task.class_names)] for task, part in zip(tasks, by_task)]
+
+
 def predict(
     model: HyperCLIP,
     tasks: Sequence[EvalTask],
@@ -71,48 +118,45 @@ def predict(
     batch_size: int = 128,
     progress: bool = False,
 ) -> list[Tensor]:
-    """Best class of every image of every task; batches mix the tasks.
+    """Best class (M_t,) of every image of every task; arguments and errors as `class_scores`."""
+    return [scores.argmax(1) for scores in class_scores(model, tasks, row, batch_size, progress)]
+
+
+def _rows(model: HyperCLIP, tasks: Sequence[EvalTask], row: str) -> NormParams:
+    if row != "base":
+        return model.adapt(row_names(tasks, row))
+    base = model.image.base_params
+    return NormParams(base.spec, base.table.expand(len(tasks), -1))
+
+
+def row_names(tasks: Sequence[EvalTask], row: str) -> list[tuple[str, ...]]:
+    """The class names that each task's row is made from.
 
     Args:
-        model: in eval mode.
-        tasks: what to classify.
-        row: "right": each task's own row; "wrong": the row of the task half the list away; "base": the base row.
-        batch_size: images in a forward pass.
-        progress: show a bar.
-
-    Returns:
-        A tensor (M_t,) of class indices for each task.
+        tasks: T of them.
+        row: "right": the task's own; "wrong": those of the task half the list away, or of ELSEWHERE where there is no
+            other; "shuffled": its own words dealt out anew among its names, each name as long as before; "generic": one
+            name that says nothing.
 
     Raises:
-        ValueError: for another word in `row`, or "wrong" with fewer than two tasks.
+        ValueError: for another row.
     """
-    if row not in ROWS:
-        raise ValueError(f"row must be one of {ROWS}, got {row!r}")
-    features, mask = model.stack_tasks([task.class_names for task in tasks])
-    classes = model.project_text(features)
-    params = _rows(model, features, mask, row)
-    task_ids = torch.cat([torch.full((len(task.images),), t) for t, task in enumerate(tasks)]).to(model.device)
-    images = torch.cat([task.images for task in tasks])
-    best = []
-    starts = range(0, len(images), batch_size)
-    for start in require("tqdm", "train").tqdm(starts, desc=f"row: {row}", unit="batch") if progress else starts:
-        ids = task_ids[start : start + batch_size]
-        batch = resize(to_rgb(images[start : start + batch_size]), model.image_size).to(model.device)
-        scores = torch.einsum("be,bke->bk", model.encode_image(batch, params[ids]), classes[ids])
-        best.append(scores.masked_fill(~mask[ids], -torch.inf).argmax(1).cpu())
-    return list(torch.cat(best).split([len(task.images) for task in tasks]))
+    if row not in ROWS or row == "base":
+        raise ValueError(f"row must be one of {[name for name in ROWS if name != 'base']}, got {row!r}")
+    if row == "wrong" and len(tasks) == 1:
+        return [ELSEWHERE]
+    half = len(tasks) // 2
+    chosen = [*tasks[-half:], *tasks[:-half]] if row == "wrong" else tasks
+    if row == "generic":
+        return [(GENERIC,)] * len(tasks)
+    return [_shuffle_words(task.class_names) if row == "shuffled" else tuple(task.class_names) for task in chosen]
 
 
-def _rows(model: HyperCLIP, features: Tensor, mask: Tensor, row: str) -> NormParams:
-    params = model.rows(features, mask)
-    if row == "base":
-        base = model.image.base_params
-        return NormParams(base.spec, base.table.expand(len(features), -1))
-    if row == "wrong":
-        if len(features) < 2:
-            raise ValueError(f'row "wrong" needs another task, got {len(features)} task')
-        return NormParams(params.spec, params.table.roll(len(features) // 2, 0))
-    return params
+def _shuffle_words(names: Sequence[str], seed: int = 0) -> tuple[str, ...]:
+    words = [word for name in names for word in name.split()]
+    random.Random(seed).shuffle(words)
+    dealt = iter(words)
+    return tuple(" ".join(next(dealt) for _ in name.split()) for name in names)
 
 
 def accuracy(tasks: Sequence[EvalTask], predictions: Sequence[Tensor]) -> dict[str, float]:
@@ -130,7 +174,7 @@ def mean_accuracy(accuracies: Mapping[str, float]) -> float:
 def swap_test(
     model: HyperCLIP, tasks: Sequence[EvalTask], batch_size: int = 128, progress: bool = False
 ) -> dict[str, dict[str, float]]:
-    """Accuracy by task, for each of the rows "right", "base" and "wrong"."""
+    """Accuracy by task, for each of ROWS."""
     training = model.training
     model.eval()
     try:

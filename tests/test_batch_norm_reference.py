@@ -53,7 +53,7 @@ def definition(leaves, ids, mean, var, eps, act, residual_after_act):
 @given(
     st.sampled_from(list(NAMED_ACTS)),
     st.sampled_from(FORMATS),
-    st.sampled_from(((4, 6, 5, 3), (4, 1, 1, 2), (4, 9, 1, 1), (4, 3, 8, 8))),
+    st.sampled_from(((4, 6, 5, 3), (4, 1, 1, 2), (4, 9, 1, 1), (4, 3, 8, 8), (4, 5, 3, 1), (4, 5, 1, 3))),
     st.sampled_from(("batch", "shared", "per task")),
     st.sampled_from((None, False, True)),
     st.integers(0, 2**31),

@@ -1,15 +1,16 @@
-"""The load test: which answers count as right, and one short run against real servers."""
+"""The load test: which answers count as right, and one short run against servers in threads."""
 
 import asyncio
 import contextlib
 import json
-import sys
+from pathlib import Path
 
 import pytest
 from hyperclip_fast.bench import serving
 
 from hyperclip_fast.cli import main
-from tests.serving import LAUNCH, ROOT
+from hyperclip_fast.server import ServeOptions
+from tests.serving import serving_here
 from tests.towers import patch_text_tower, tiny_model
 
 
@@ -55,10 +56,16 @@ def test_an_answer_is_right_refused_or_lost(status, name, meanwhile, expected):
 
 def test_a_short_run(monkeypatch, tmp_path, capsys):
     patch_text_tower(monkeypatch)
-    tiny_model().save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(serving, "COMMAND", (sys.executable, "-c", LAUNCH, str(ROOT), "0.02"))
+    model = tiny_model()
+
+    def server_here(arguments, command, stderr):
+        bank = Path(arguments[arguments.index("--bank") + 1])
+        return serving_here(model, bank, ServeOptions(mix="--one-task-a-batch" not in arguments), slow=0.02)
+
+    monkeypatch.setattr(serving, "server_process", server_here)
+    monkeypatch.setattr(serving, "address_of", lambda address: address)
     out = tmp_path / "figures.json"
-    arguments = ["--model", str(tmp_path / "model"), "--json", str(out), "--rounds", "1", "--seconds", "0.7"]
+    arguments = ["--json", str(out), "--rounds", "1", "--seconds", "0.7"]
     assert main(["bench", "serving", *arguments, "--tasks", "8", "--classes", "3", "--clients", "8"]) == 0
     mixed, single, changed = json.loads(out.read_text())["rows"]
     assert (mixed["mode"], single["mode"]) == tuple(serving.MODES)

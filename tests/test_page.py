@@ -10,7 +10,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from tests.serving import serving
+from hyperclip_fast.server import ServeOptions
+from tests.serving import serving_here
 from tests.towers import patch_text_tower, tiny_model
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -27,9 +28,9 @@ def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as monkeypatch:
         patch_text_tower(monkeypatch)
-        tiny_model().save_pretrained(folder / "model")
-    with serving(str(folder / "model"), folder / "tasks.safetensors", "--max-mib", "0.2") as process:
-        yield process.address
+        model = tiny_model()
+        with serving_here(model, folder / "tasks.safetensors", ServeOptions(max_bytes=200_000)) as address:
+            yield address
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def test_what_is_missing_or_refused_is_said(page, tmp_path):
     status(page, "whole image file")
     get(page, "image").send_keys(str(tmp_path / "large.png"))
     get(page, "go").click()
-    status(page, "at most 209715 bytes")
+    status(page, "at most 200000 bytes")
     assert "bad" in get(page, "status").get_attribute("class")
     get(page, "image").send_keys(str(tmp_path / "picture.png"))
     get(page, "go").click()

@@ -1,7 +1,8 @@
-"""`hyperclip serve` as a process: signals under load, bodies that do not end, tasks that change meanwhile."""
+"""`hyperclip serve` over real sockets: signals under load, bodies that do not end, tasks that change meanwhile."""
 
 import asyncio
 import io
+import shutil
 import signal
 import socket
 import time
@@ -11,8 +12,9 @@ import pytest
 from PIL import Image
 
 from hyperclip_fast.cli import main
+from hyperclip_fast.server import ServeOptions
 from hyperclip_fast.task_bank import TaskBank
-from tests.serving import serving
+from tests.serving import serving, serving_here
 from tests.towers import patch_text_tower, tiny_model
 
 TASKS = {"pets": ["cat", "dog", "parrot"], "food": ["pizza", "sushi"]}
@@ -96,9 +98,9 @@ def test_nothing_is_lost_while_tasks_come_and_go(model, tmp_path):
             assert (await client.put(extra, json={"classes": ["a"]})).status_code == 201
             assert (await client.delete(extra)).status_code == 204
 
-    async def run(process):
+    async def run(address):
         answers, versions = [], []
-        async with httpx.AsyncClient(base_url=process.address, timeout=30) as client:
+        async with httpx.AsyncClient(base_url=address, timeout=30) as client:
             await change_on(client, versions, 0)
             await client.put("/v1/tasks/changing", json={"classes": ["version 0", "other"]})
             versions.append((0, 0, ["other", "version 0"]))
@@ -108,8 +110,10 @@ def test_nothing_is_lost_while_tasks_come_and_go(model, tmp_path):
             )
         return answers, versions
 
-    with serving(str(tmp_path / "model"), tmp_path / "tasks.safetensors", slow=0.01) as process:
-        answers, versions = asyncio.run(run(process))
+    bank = tmp_path / "tasks.safetensors"
+    with serving_here(model, bank, ServeOptions(), slow=0.01) as address:
+        answers, versions = asyncio.run(run(address))
+    assert list(TaskBank.load(bank, model).classes("changing")) == [f"version {len(versions) - 1}", "other"]
     assert len(answers) > 50 and len(versions) > 5
     for begin, end, status, names in answers:
         assert status == 200
@@ -142,16 +146,25 @@ def send_forever(address, most, pause=0.0):
 
 
 def test_bodies_that_do_not_end(model, tmp_path):
-    options = ("--max-mib", "0.5", "--max-seconds", "0.5")
-    with serving(str(tmp_path / "model"), tmp_path / "tasks.safetensors", *options) as process:
-        answer, sent = send_forever(process.address, 64 << 20)
+    options = ServeOptions(max_bytes=500_000, max_seconds=0.5)
+    with serving_here(model, tmp_path / "tasks.safetensors", options) as address:
+        answer, sent = send_forever(address, 64 << 20)
         assert answer.startswith("HTTP/1.1 413") and '"code":"too_large"' in answer and sent < 16 << 20
         begin = time.monotonic()
-        answer, _ = send_forever(process.address, 10_000, pause=0.05)
+        answer, _ = send_forever(address, 10_000, pause=0.05)
         assert answer.startswith("HTTP/1.1 408") and '"code":"too_slow"' in answer
         assert 0.4 < time.monotonic() - begin < 5
-        text = httpx.get(f"{process.address}/metrics").text
+        text = httpx.get(f"{address}/metrics").text
         assert "hyperclip_pending_requests 0.0" in text  # the places are free again
+
+
+def test_tasks_that_cannot_be_saved(model, tmp_path):
+    (tmp_path / "bank").mkdir()
+    with serving(str(tmp_path / "model"), tmp_path / "bank" / "tasks.safetensors") as process:
+        shutil.rmtree(tmp_path / "bank")
+        assert httpx.put(f"{process.address}/v1/tasks/pets", json={"classes": ["cat"]}).status_code == 201
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 1  # and not 0, nor the signal's
 
 
 def test_what_serve_refuses(model, tmp_path, capsys):

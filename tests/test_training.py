@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hyperclip_fast.data import Pictures
-from hyperclip_fast.evaluation import EvalTask, accuracy, held_out_tasks, predict, swap_test
+from hyperclip_fast.evaluation import ELSEWHERE, ROWS, EvalTask, accuracy, held_out_tasks, predict, row_names, swap_test
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.optimizer import learning_rate
@@ -165,7 +165,7 @@ def test_held_out_tasks_cover_the_held_out_names_once():
     assert held_out_tasks(data, classes=3, min_classes=50) == []
 
 
-@pytest.mark.parametrize("row", ["right", "base", "wrong"])
+@pytest.mark.parametrize("row", ROWS)
 def test_predictions_equal_one_image_at_a_time(row):
     model, tasks = tiny_model(), held_out_tasks(pictures(), min_classes=2)
     assert len(tasks) >= 2
@@ -175,6 +175,8 @@ def test_predictions_equal_one_image_at_a_time(row):
         "right": rows,
         "base": model.image.base_params.table.expand(len(tasks), -1),
         "wrong": rows.roll(len(tasks) // 2, 0),
+        "generic": model.adapt([["an object"]] * len(tasks)).table,
+        "shuffled": model.adapt(row_names(tasks, "shuffled")).table,
     }[row]
     with torch.no_grad():
         for t, (task, best) in enumerate(zip(tasks, together)):
@@ -184,19 +186,27 @@ def test_predictions_equal_one_image_at_a_time(row):
             assert torch.equal(best, scores.argmax(1))
 
 
+def test_shuffled_names_keep_their_words_and_lengths():
+    task = EvalTask("t", ("red apple", "a big black dog", "cat"), torch.zeros(1, 4, 8, 8), torch.tensor([0]))
+    (shuffled,) = row_names([task], "shuffled")
+    assert [len(name.split()) for name in shuffled] == [2, 4, 1] and shuffled != task.class_names
+    assert sorted(" ".join(shuffled).split()) == sorted(" ".join(task.class_names).split())
+    with pytest.raises(ValueError, match="row must be one of"):
+        row_names([task], "base")
+
+
 def test_accuracy_and_swap_test():
     task = EvalTask("t", ("a", "b"), torch.zeros(4, 4, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 1, 0]))
     assert accuracy([task], [torch.tensor([0, 1, 0, 0])]) == {"t": 0.75}
     model, tasks = tiny_model(), held_out_tasks(pictures(), min_classes=2)
     result = swap_test(model.train(), tasks)
     assert model.training
-    assert list(result) == ["right", "base", "wrong"]
+    assert tuple(result) == ROWS
     for by_task in result.values():
         assert set(by_task) == {task.name for task in tasks}
     with pytest.raises(ValueError, match="row must be one of"):
         predict(model, tasks, "left")
-    with pytest.raises(ValueError, match="needs another task"):
-        predict(model, tasks[:1], "wrong")
+    assert row_names(tasks[:1], "wrong") == [ELSEWHERE]
 
 
 def test_numbers_as_yaml_reads_them(tmp_path):

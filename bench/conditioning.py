@@ -1,0 +1,197 @@
+"""What conditioning on class names is worth: `python -m hyperclip_fast.bench.conditioning run | report | overheads`.
+
+`run` works through the queue of configs/conditioning.yaml, one run after the other; a run that was stopped goes on
+where it was, one that has its log is not run again. `report` makes the tables and plots from the logs alone.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hyperclip_fast.data import load_pictures
+from hyperclip_fast.extras import require
+from hyperclip_fast.hyperclip import HyperCLIP, load_model
+from hyperclip_fast.scenes import ATTRIBUTES, SceneSampler, scene_tasks
+from hyperclip_fast.training import Trainer
+
+from .conditioning_arms import Run, load_runs
+from .conditioning_overheads import measure_overheads, overheads_table
+from .conditioning_plots import draw
+from .conditioning_report import grouped, read_logs, report
+from .conditioning_scores import SceneTasks, all_scores, mean, right_scores
+from .conditioning_tuning import tune_all
+from .machine import device_name
+
+CONFIG = "configs/conditioning.yaml"
+RESULTS = "bench/results/conditioning"
+OVERHEADS = "overheads.json"
+LOOKS = 5  # times that held-out scenes are scored in a run, the end included
+POSITION_SCALE = 10.0  # of the first position embeddings, over timm's
+
+
+class Experiment:
+    """Pictures and evaluation scenes, shared by all runs.
+
+    Args:
+        results: folder of the logs.
+        work: folder of checkpoints and models.
+    """
+
+    def __init__(self, results: str | Path = RESULTS, work: str | Path = "runs/conditioning"):
+        self.results, self.work = Path(results), Path(work)
+        self.pictures = load_pictures(("openmoji",), size=32)
+        self.scenes = SceneTasks(scene_tasks(self.pictures))
+        self.reworded = SceneTasks(scene_tasks(self.pictures, wording=-1))
+        self.few = SceneTasks(scene_tasks(self.pictures, scenes=480, seed=1))
+
+    def run(self, run: Run) -> None:
+        """Train, score, and write the log; nothing for a run that has one."""
+        path = self.results / f"{run.name}.jsonl"
+        if path.exists():
+            return
+        if run.tune:
+            write_log(path, self.tune(run))
+            return
+        trainer = self.trainer(run)
+        start = time.perf_counter()
+        self.train(trainer, run.name)
+        trainer.model.save_pretrained(self.work / run.name / "model")
+        scores = all_scores(trainer.model, self.scenes, self.reworded)
+        lines = [json.loads(line) for line in (self.work / run.name / "log.jsonl").read_text().splitlines()]
+        last = {"step": trainer.step, "scores": _rounded(scores), "seconds": round(time.perf_counter() - start, 1)}
+        write_log(path, [_about(run, trainer.model), *lines, last])
+
+    def tune(self, run: Run) -> list[dict[str, Any]]:
+        """The log of a rival that tunes the baseline of its group and seed for each attribute."""
+        folder = self.work / f"{run.group}-baseline-{run.seed}" / "model"
+        if not folder.is_dir():
+            raise ValueError(f"the run {run.name} needs its group's baseline of the same seed, {folder} is not there")
+        model = load_model(folder)
+        result = tune_all(model, run, self.pictures, self.scenes, self.reworded)
+        last = {"step": run.train.steps * len(ATTRIBUTES), **result, "scores": _rounded(result["scores"])}
+        return [_about(run, model), last]
+
+    def trainer(self, run: Run) -> Trainer:
+        """A trainer on scenes; position embeddings start larger than timm's, so that places are seen from the start."""
+        config = run.train
+        sampler = SceneSampler(
+            self.pictures, config.tasks_per_batch, config.classes_per_task, config.seed, run.model.img_size
+        )
+        trainer = Trainer(run.model, config, self.work / run.name, sampler=sampler)
+        if trainer.step == 0 and hasattr(trainer.model.image, "pos_embed"):
+            trainer.model.image.pos_embed.data.mul_(POSITION_SCALE)
+        return trainer
+
+    def train(self, trainer: Trainer, name: str) -> None:
+        """Train to the last step; log training's figures as means over the steps since the last line."""
+        config, sums, count = trainer.config, {}, 0
+        look = max(1, config.steps // LOOKS)
+        tqdm = require("tqdm", "train").tqdm
+        for _ in (bar := tqdm(range(trainer.step, config.steps), desc=name, unit="step", dynamic_ncols=True)):
+            metrics = trainer.train_step()
+            sums = {key: sums.get(key, 0.0) + float(value) for key, value in metrics.items()}
+            count += 1
+            if trainer.step % config.log_every == 0:
+                trainer.log({key: round(value / count, 4) for key, value in sums.items()})
+                bar.set_postfix(accuracy=round(sums["accuracy"] / count, 3))
+                sums, count = {}, 0
+            if trainer.step % look == 0 and trainer.step < config.steps:
+                trainer.log({"held_out": _rounded(right_scores(trainer.model, self.few))})
+                trainer.save()
+
+
+def _about(run: Run, model: HyperCLIP) -> dict[str, Any]:
+    return {
+        "run": run.name,
+        "group": run.group,
+        "arm": run.arm,
+        "seed": run.seed,
+        "model": asdict(run.model),
+        "train": asdict(run.train),
+        "parameters": _count(model),
+        "image_parameters": _count(model.image),
+        "machine": f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} thread, torch {torch.__version__}",
+    }
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    return round(value, 4)
+
+
+def write_log(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Write JSON lines beside, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command."""
+    parser = argparse.ArgumentParser(prog="python -m hyperclip_fast.bench.conditioning", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="train and score what the queue still holds")
+    run.add_argument("--only", nargs="+", metavar="NAME", help="groups or runs, such as w64 or w64-cross-0")
+    report = commands.add_parser("report", help="make conditioning.md and the plots from the logs")
+    report.add_argument("--results", default=RESULTS, metavar="DIR", help="logs; default: %(default)s")
+    overheads = commands.add_parser("overheads", help="time the arms side by side, and the hypernetwork")
+    overheads.add_argument("--results", default=RESULTS, metavar="DIR", help="default: %(default)s")
+    overheads.add_argument("--seconds", type=float, default=60.0, help="of the training steps; default: %(default)s")
+    run.add_argument("--config", default=CONFIG, metavar="FILE", help="default: %(default)s")
+    run.add_argument("--results", default=RESULTS, metavar="DIR", help="logs; default: %(default)s")
+    run.add_argument("--work", default="runs/conditioning", metavar="DIR", help="models; default: %(default)s")
+    args = parser.parse_args(argv)
+    try:
+        return {"run": _run, "report": _report, "overheads": _overheads}[args.command](args)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"conditioning {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    runs = [run for run in load_runs(args.config) if not args.only or {run.group, run.name} & set(args.only)]
+    experiment = Experiment(args.results, args.work)
+    for run in runs:
+        experiment.run(run)
+        scores = json.loads((Path(args.results) / f"{run.name}.jsonl").read_text().splitlines()[-1])["scores"]
+        print(f"{run.name}: right {mean(scores['right']):.3f}", flush=True)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    folder = Path(args.results)
+    groups = grouped(read_logs(folder))
+    plots = draw(groups, folder)
+    measured = folder / OVERHEADS
+    overheads = overheads_table(json.loads(measured.read_text())) if measured.exists() else ""
+    path = folder.with_suffix(".md")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside.write_text(report(folder, groups, plots, overheads), encoding="utf-8")
+    os.replace(beside, path)
+    print(path)
+    return 0
+
+
+def _overheads(args: argparse.Namespace) -> int:
+    figures = measure_overheads(args.seconds)
+    write_log(Path(args.results) / OVERHEADS, [figures])
+    print(overheads_table(figures))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

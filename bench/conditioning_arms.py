@@ -1,0 +1,98 @@
+"""The runs of the conditioning experiment, read from configs/conditioning.yaml: groups x arms x seeds, in order.
+
+A group fixes data, encoder and schedule; an arm changes one thing in it (a rival that tunes the trained baseline has
+steps of its own); runs of a group and a seed see the same batches. The queue is interleaved by seed: where time ends
+early, every arm of a group has as many seeds as another.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from hyperclip_fast.config import from_dict
+from hyperclip_fast.hyperclip import HyperCLIPConfig, config_from_dict
+from hyperclip_fast.training import TrainConfig
+
+SECTIONS = {"model", "train", "arms", "groups"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Args:
+        group: its group's name.
+        arm: its arm's name.
+        model: what is trained.
+        train: how; `train.seed` is the run's.
+        tune: per-task tuning of the group's baseline in place of a training of its own: "norms" or "lora"; "": none.
+    """
+
+    group: str
+    arm: str
+    model: HyperCLIPConfig
+    train: TrainConfig
+    tune: str = ""
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.train.seed
+
+    @property
+    def name(self) -> str:
+        """Also the name of its log."""
+        return f"{self.group}-{self.arm}-{self.seed}"
+
+
+@dataclass
+class GroupConfig:
+    """One group of runs.
+
+    Args:
+        arms: names of arms, in the order of running.
+        seeds: of the runs.
+        model: changes to the shared model.
+        train: changes to the shared training.
+        overrides: by arm: changes to the model for this group only.
+        group: to which these runs belong, where it is not the entry's own name.
+    """
+
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    model: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    group: str = ""
+
+
+def load_runs(path: str | Path) -> list[Run]:
+    """All runs of a file with the sections model, train, arms and groups, in the order of running.
+
+    Raises:
+        ValueError: for another file, an arm that is not described, or keys that are no fields.
+    """
+    import yaml
+
+    try:
+        plan = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"config must be YAML, {path} is not: {error}") from error
+    if not isinstance(plan, dict) or set(plan) != SECTIONS:
+        raise ValueError(f"config must have the sections {sorted(SECTIONS)}, got {plan if plan else 'nothing'}")
+    runs = []
+    for name, values in plan["groups"].items():
+        group = from_dict(GroupConfig, values, f"group {name}")
+        if unknown := set(group.arms) - set(plan["arms"]):
+            raise ValueError(f"group {name} has unknown arms {sorted(unknown)}, expected some of {list(plan['arms'])}")
+        runs += [_run(plan, group.group or name, group, arm, seed) for seed in group.seeds for arm in group.arms]
+    return runs
+
+
+def _run(plan: dict[str, Any], name: str, group: GroupConfig, arm: str, seed: int) -> Run:
+    changes = {**plan["arms"][arm], **group.overrides.get(arm, {})}
+    tune, steps = changes.pop("tune", ""), changes.pop("steps", None)
+    model = config_from_dict({**plan["model"], **group.model, **changes})
+    train = from_dict(TrainConfig, {**plan["train"], **group.train, "seed": seed}, "train")
+    train = train if steps is None else replace(train, steps=steps)
+    return Run(name, arm, model, train, tune)

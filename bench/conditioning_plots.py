@@ -1,0 +1,156 @@
+"""Plots of the conditioning runs: accuracy by arm, the swap test, gain against width, number of names, curves."""
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hyperclip_fast.extras import require
+
+from .conditioning_report import SWAPS, Log, first_of, gains, values
+from .conditioning_scores import mean
+
+COLOURS = {"baseline": "#57606a", "cross": "#0969da", "mean": "#54aeff", "learned": "#bc4c00", "wide": "#8250df"}
+COLOURS |= {"norms": "#1a7f37", "lora": "#cf222e"}
+Groups = dict[str, dict[str, dict[int, Log]]]
+
+
+def draw(groups: Groups, folder: str | Path) -> list[str]:
+    """Draw what there are figures for; returns the names of the files, <name>.png in `folder`."""
+    require("matplotlib", "bench").use("Agg")
+    plt = require("matplotlib.pyplot", "bench")
+    plots: dict[str, Callable[[Any, Groups], bool]] = {
+        "arms": _arms,
+        "swap": _swap,
+        "width": _width,
+        "names": _names,
+        "curves": _curves,
+    }
+    drawn = []
+    for name, function in plots.items():
+        across = len(groups) if function in PER_GROUP else 1
+        figure, axes = plt.subplots(1, across, figsize=(1.5 + 5 * across, 4.2), squeeze=False, sharey=True)
+        if function(axes[0], groups):
+            figure.tight_layout()
+            figure.savefig(Path(folder) / f"{name}.png", dpi=110, bbox_inches="tight")
+            drawn.append(name)
+        plt.close(figure)
+    return drawn
+
+
+def _colour(arm: str) -> str:
+    return COLOURS.get(arm, "black")
+
+
+def _ends(numbers: list[float]) -> tuple[float, list[list[float]]]:
+    """Mean, and the distances to the least and the greatest as matplotlib takes them."""
+    middle = statistics.mean(numbers)
+    return middle, [[middle - min(numbers)], [max(numbers) - middle]]
+
+
+def _arms(axes: Any, groups: Groups) -> bool:
+    for axis, (group, arms) in zip(axes, groups.items()):
+        lowest = 100.0
+        for i, (arm, runs) in enumerate(arms.items()):
+            middle, ends = _ends(list(values(runs).values()))
+            lowest = min(lowest, middle - ends[0][0])
+            axis.errorbar(i, middle, ends, fmt="o", color=_colour(arm), capsize=4, ms=7)
+            for seed, value in values(runs).items():
+                axis.plot(i + 0.15 + 0.05 * seed, value, ".", color=_colour(arm), alpha=0.5)
+        axis.set_xticks(range(len(arms)), list(arms), rotation=30)
+        axis.set_xlim(-0.6, len(arms) - 0.2)
+        axis.set_title(f"{group}: mean, least and greatest over seeds", fontsize=9)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].set_ylabel("recall on held-out objects' scenes, %")
+    return True
+
+
+def _swap(axes: Any, groups: Groups) -> bool:
+    found = False
+    for axis, (group, arms) in zip(axes, groups.items()):
+        able = {arm: runs for arm, runs in arms.items() if values(runs, "wrong")}
+        for i, (arm, runs) in enumerate(able.items()):
+            at = 0.8 * (i + 0.5) / len(able) - 0.4
+            for j, row in enumerate(SWAPS):
+                middle, ends = _ends(list(values(runs, row).values()))
+                axis.bar(j + at, middle, 0.75 / len(able), color=_colour(arm))
+                axis.errorbar(j + at, middle, ends, color="black", capsize=2, lw=1)
+            axis.bar(0, 0, color=_colour(arm), label=arm)
+            found = True
+        if base := list(values(arms.get("baseline", {})).values()):
+            axis.axhline(statistics.mean(base), color=COLOURS["baseline"], ls="--", lw=1, label="baseline")
+        axis.set_xticks(range(len(SWAPS)), list(SWAPS), rotation=30)
+        axis.set_title(f"{group}: where the norm row comes from", fontsize=9)
+        axis.legend(fontsize=8)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].set_ylabel("recall, %")
+    return found
+
+
+def _width(axes: Any, groups: Groups) -> bool:
+    axis, points = axes[0], {}
+    for arms in groups.values():
+        width = first_of(arms)["model"]["width"]
+        for arm in ("cross", "mean", "learned", "wide"):
+            gain = gains(values(arms.get(arm, {})), values(arms.get("baseline", {})))
+            if width and gain:
+                points.setdefault(arm, []).append((width, *_ends(gain)))
+    widths = {width for line in points.values() for width, *_ in line}
+    for arm, line in points.items():
+        at, middles, ends = zip(*sorted(line, key=lambda point: point[0]))
+        errors = [[end[side][0] for end in ends] for side in (0, 1)]
+        axis.errorbar(at, middles, errors, marker="o", capsize=4, label=arm, color=_colour(arm))
+    axis.axhline(0, color="black", lw=0.8)
+    axis.set(xlabel="encoder width D", ylabel="recall over the baseline's, points")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    return len(widths) > 1
+
+
+def _names(axes: Any, groups: Groups) -> bool:
+    for axis, (group, arms) in zip(axes, groups.items()):
+        for arm, runs in arms.items():
+            logs = [log["scores"]["objects_by_names"] for log in runs.values() if "objects_by_names" in log["scores"]]
+            if not logs:
+                continue
+            sizes = [int(size) for size in logs[0]]
+            ratio = [statistics.mean(one[str(size)] * size for one in logs) for size in sizes]
+            axis.plot(sizes, ratio, marker="o", label=arm, color=_colour(arm))
+        axis.axhline(1, color="black", lw=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sizes, sizes)
+        axis.set_xlabel("class names")
+        axis.set_title(f"{group}: held-out objects", fontsize=9)
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy over guessing's, times")
+    return True
+
+
+def _curves(axes: Any, groups: Groups) -> bool:
+    for axis, (group, arms) in zip(axes, groups.items()):
+        for arm, runs in arms.items():
+            for key, style in (("held_out", {"marker": "."}), ("accuracy", {"ls": ":", "lw": 1})):
+                if line := _line(runs, key):
+                    label = arm if key == "accuracy" else None
+                    axis.plot(list(line), list(line.values()), color=_colour(arm), label=label, **style)
+        axis.set_xlabel("step")
+        axis.set_title(f"{group}: training within batches (dotted), held out (solid)", fontsize=9)
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy, %")
+    return True
+
+
+def _line(runs: dict[int, Log], key: str) -> dict[int, float]:
+    """By step: the mean over seeds of what the logs hold under `key`, in per cent."""
+    found: dict[int, list[float]] = {}
+    for log in runs.values():
+        for line in log["lines"]:
+            if key in line:
+                value = line[key] if key == "accuracy" else mean(line[key])
+                found.setdefault(line["step"], []).append(100 * value)
+    return {step: statistics.mean(numbers) for step, numbers in found.items()}
+
+
+PER_GROUP = (_arms, _swap, _names, _curves)

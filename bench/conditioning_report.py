@@ -1,0 +1,238 @@
+"""bench/results/conditioning.md and its plots, from the logs of the conditioning runs alone.
+
+A gain is paired: an arm minus the baseline of the same group and seed, which saw the same batches. Spread is the
+standard deviation over seeds, with the least and the greatest value beside it. All figures are percentage points of
+recall, averaged over classes, then over the six attributes.
+"""
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hyperclip_fast.scenes import ATTRIBUTES
+
+from .conditioning_scores import mean
+
+Log = dict[str, Any]
+Table = list[list[str]]
+SWAPS = ("right", "reworded", "shuffled", "wrong", "generic", "base")
+DESCRIPTIONS = {
+    "baseline": "SigLIP, no hypernetwork",
+    "cross": "HyperCLIP, cross-attention read-out",
+    "mean": "HyperCLIP, the paper's mean read-out",
+    "learned": "control: learned tokens in place of the names",
+    "wide": "control: baseline with as many parameters",
+    "norms": "rival: baseline's norms tuned for each attribute",
+    "lora": "rival: LoRA on the baseline for each attribute",
+}
+
+
+def read_logs(folder: str | Path) -> list[Log]:
+    """The logs of finished runs: what the run is, its lines, and its last line's scores.
+
+    Raises:
+        ValueError: for a folder without logs.
+    """
+    logs = []
+    for path in sorted(Path(folder).glob("*.jsonl")):
+        first, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        logs.append({**first, "lines": lines[:-1], "last": lines[-1], "scores": lines[-1]["scores"]})
+    if not logs:
+        raise ValueError(f"results must be a folder with logs, {folder} has none")
+    return logs
+
+
+def grouped(logs: Iterable[Log]) -> dict[str, dict[str, dict[int, Log]]]:
+    """Logs by group, arm and seed."""
+    groups: dict[str, dict[str, dict[int, Log]]] = defaultdict(lambda: defaultdict(dict))
+    for log in logs:
+        groups[log["group"]][log["arm"]][log["seed"]] = log
+    order = {arm: i for i, arm in enumerate(DESCRIPTIONS)}
+    return {
+        group: dict(sorted(arms.items(), key=lambda item: order.get(item[0], len(order))))
+        for group, arms in groups.items()
+    }
+
+
+def values(arm: dict[int, Log], row: str = "right", attribute: str | None = None) -> dict[int, float]:
+    """By seed: percentage points of an arm, averaged over attributes or of one; empty where it has no such row."""
+    found = {seed: log["scores"][row] for seed, log in arm.items() if row in log["scores"]}
+    return {seed: 100 * (mean(scores) if attribute is None else scores[attribute]) for seed, scores in found.items()}
+
+
+def gains(arm: dict[int, float], other: dict[int, float]) -> list[float]:
+    """Differences of the seeds that both have."""
+    return [arm[seed] - other[seed] for seed in sorted(arm.keys() & other.keys())]
+
+
+def spread(numbers: Sequence[float], sign: str = "") -> str:
+    """ "mean ± standard deviation (least to greatest)"; a single number stands alone."""
+    if not numbers:
+        return ""
+    if len(numbers) == 1:
+        return f"{numbers[0]:{sign}.1f}"
+    ends = f"{min(numbers):{sign}.1f} to {max(numbers):{sign}.1f}"
+    return f"{statistics.mean(numbers):{sign}.1f} ± {statistics.stdev(numbers):.1f} ({ends})"
+
+
+def markdown(table: Table) -> str:
+    """A Markdown table whose first line is its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
+
+
+def arms_table(arms: dict[str, dict[int, Log]]) -> Table:
+    """Accuracy, gain over the baseline, parameters and training time of every arm."""
+    base = values(arms.get("baseline", {}))
+    head = ["arm", "seeds", "parameters", "of the encoder", "a task adds", "recall", "over baseline", "seconds"]
+    table = [head]
+    for arm, runs in arms.items():
+        one, found = next(iter(runs.values())), values(runs)
+        gain = "" if arm == "baseline" else spread(gains(found, base), "+")
+        seconds = statistics.median(log["last"]["seconds"] for log in runs.values())
+        extra = one["last"].get("parameters_per_task", 0)
+        sizes = [f"{one[key]:,}" for key in ("parameters", "image_parameters")]
+        cells = [str(len(runs)), *sizes, f"{extra:,}", spread(list(found.values())), gain, f"{seconds:.0f}"]
+        table.append([f"{arm}: {DESCRIPTIONS.get(arm, arm)}", *cells])
+    return table
+
+
+def attributes_table(arms: dict[str, dict[int, Log]]) -> Table:
+    """Mean and standard deviation by attribute."""
+    table = [["arm", *ATTRIBUTES]]
+    for arm, runs in arms.items():
+        cells = []
+        for attribute in ATTRIBUTES:
+            found = list(values(runs, "right", attribute).values())
+            cells.append(f"{statistics.mean(found):.1f} ± {statistics.stdev(found) if len(found) > 1 else 0:.1f}")
+        table.append([arm, *cells])
+    return table
+
+
+def swap_table(arms: dict[str, dict[int, Log]]) -> Table:
+    """Each HyperCLIP arm with its row from right, reworded, shuffled, wrong and generic names, and the base row."""
+    table = [["arm", *SWAPS, "right minus wrong", "object: its own names minus other objects'"]]
+    for arm, runs in arms.items():
+        if not values(runs, "wrong"):
+            continue
+        right = values(runs)
+        cells = [f"{statistics.mean(values(runs, row).values()):.1f}" for row in SWAPS]
+        drop = spread(gains(right, values(runs, "wrong")), "+")
+        sibling = gains(values(runs, "right", "object"), values(runs, "sibling", "object"))
+        table.append([arm, *cells, drop, spread(sibling, "+")])
+    return table
+
+
+def matrix_table(runs: dict[int, Log]) -> Table:
+    """Row made for one attribute's names x attribute asked for, mean over seeds."""
+    table = [["row from \\ asked for", *ATTRIBUTES]]
+    for source in ATTRIBUTES:
+        cells = [statistics.mean(100 * log["scores"]["matrix"][source][a] for log in runs.values()) for a in ATTRIBUTES]
+        table.append([source, *(f"{cell:.1f}" for cell in cells)])
+    return table
+
+
+def names_table(arms: dict[str, dict[int, Log]]) -> Table:
+    """Recall of held-out objects among more and more names."""
+    sizes = list(next(iter(arms["baseline"].values()))["scores"]["objects_by_names"])
+    table = [["arm", *(f"{size} names" for size in sizes)], ["guessing", *(f"{100 / int(size):.1f}" for size in sizes)]]
+    for arm, runs in arms.items():
+        found = [log["scores"]["objects_by_names"] for log in runs.values() if "objects_by_names" in log["scores"]]
+        if found:
+            table.append([arm, *(spread([100 * one[size] for one in found]).split(" (")[0] for size in sizes)])
+    return table
+
+
+def verdict(numbers: Sequence[float], what: str) -> str:
+    """One sentence on paired differences: what they are, and whether all seeds agree in sign."""
+    if not numbers:
+        return ""
+    signs = {number > 0 for number in numbers}
+    agree = f"all {len(numbers)} seeds agree in sign" if len(signs) == 1 else "the seeds disagree in sign"
+    agree = "one seed only: no statement" if len(numbers) == 1 else agree
+    return f"- {what}: {spread(numbers, '+')} points; {agree}."
+
+
+def findings(arms: dict[str, dict[int, Log]]) -> str:
+    """What a group's numbers say, controls first."""
+    right = {arm: values(runs) for arm, runs in arms.items()}
+    base, learned = right.get("baseline", {}), right.get("learned", {})
+    lines = []
+    for arm in ("cross", "mean"):
+        runs, own = arms.get(arm, {}), right.get(arm, {})
+        objects = gains(values(runs, "right", "object"), values(runs, "sibling", "object"))
+        lines += [
+            verdict(gains(own, base), f"{arm} over the baseline"),
+            verdict(gains(own, learned), f"{arm} over the learned-token control"),
+            verdict(gains(own, right.get("wide", {})), f"{arm} over a baseline with as many parameters"),
+            verdict(gains(own, values(runs, "wrong")), f"{arm}, right names over another attribute's"),
+            verdict(gains(own, values(runs, "shuffled")), f"{arm}, right names over the same words dealt anew"),
+            verdict(objects, f"{arm}, held-out objects: their own names over other objects'"),
+        ]
+    lines.append(verdict(gains(learned, base), "learned tokens over the baseline"))
+    return "\n".join(line for line in lines if line)
+
+
+HEAD = """# What conditioning on class names is worth
+
+Made by `python -m hyperclip_fast.bench.conditioning report` from the logs in `{folder}`, which
+`python -m hyperclip_fast.bench.conditioning run` wrote; the queue is `configs/conditioning.yaml`. {machine}.
+
+A scene shows one to six copies of an OpenMoji picture; a task asks for the object, the ground's colour, the number, the
+size, the turn or the place, by its class names alone. Objects of the scenes below were held out from training, and so
+was the wording "reworded". An arm's runs see the same batches as the baseline's of the same seed. Figures are recall in
+per cent, averaged over classes, then over attributes; ± is the standard deviation over seeds, with least and greatest.
+
+Norm rows: *right*, from the task's own class names; *reworded*, names and row in a wording that training never saw;
+*shuffled*, the same words dealt out anew among the names; *wrong*, from another attribute's names, averaged over the
+other five; *generic*, from "an object"; *base*, the encoder's own. Class embeddings are the right ones throughout.
+
+What was looked at before: stem, patch, learning rate, number of steps, on seed 100 and scenes of training objects. The
+seeds and scenes below were scored once, when a run had ended; the curves' scenes are others.
+"""
+
+
+def report(
+    folder: str | Path, groups: dict[str, dict[str, dict[int, Log]]], plots: Sequence[str], overheads: str = ""
+) -> str:
+    """The whole report in Markdown.
+
+    Args:
+        folder: of the logs.
+        groups: logs by group, arm and seed.
+        plots: names of the plots in `folder`.
+        overheads: the table of overheads; empty: not measured.
+    """
+    first = next(iter(next(iter(next(iter(groups.values())).values())).values()))
+    parts = [HEAD.format(folder=folder, machine=first["machine"])]
+    parts += [f"![{name}](conditioning/{name}.png)" for name in plots]
+    for group, arms in groups.items():
+        model, train = first_of(arms)["model"], first_of(arms)["train"]
+        sizes = f"width {model['width']}, depth {model['depth']}, " if model["width"] else ""
+        parts += [
+            f"## Group {group}",
+            f"{model['image_tower']}, {sizes}{model['img_size']} pixels, embedding {model['embed_dim']}; "
+            f"{train['steps']} steps of {train['tasks_per_batch']} tasks with {train['classes_per_task']} images.",
+            findings(arms),
+            markdown(arms_table(arms)),
+            "By attribute:",
+            markdown(attributes_table(arms)),
+        ]
+        if any(values(runs, "wrong") for runs in arms.values()):
+            parts += ["The swap test, mean over attributes:", markdown(swap_table(arms))]
+        if "cross" in arms:
+            parts += ["Row made for (line) and attribute asked for (column), arm cross:"]
+            parts += [markdown(matrix_table(arms["cross"]))]
+        if "baseline" in arms:
+            parts += ["Held-out objects among more and more names:", markdown(names_table(arms))]
+    if overheads:
+        parts += ["## Overheads", "`python -m hyperclip_fast.bench.conditioning overheads`. " + overheads]
+    return "\n\n".join(parts) + "\n"
+
+
+def first_of(arms: dict[str, dict[int, Log]]) -> Log:
+    """A log of the group's first arm."""
+    return next(iter(next(iter(arms.values())).values()))

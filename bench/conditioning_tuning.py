@@ -1,0 +1,101 @@
+"""The costly rivals: the trained baseline tuned for each attribute by gradient steps on its own labelled scenes.
+
+HyperCLIP adapts to a task by one pass over its class names; these train: all norm parameters ("norms"), or LoRA of rank
+4 on every product of the blocks ("lora", peft). Text side, temperature and bias stay the baseline's. What is tuned is a
+plain timm model, one for each attribute, so its steps count six times.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hyperclip_fast.data import Pictures
+from hyperclip_fast.extras import require
+from hyperclip_fast.hyperclip import HyperCLIP
+from hyperclip_fast.losses import siglip_loss
+from hyperclip_fast.scenes import ATTRIBUTES, SceneSampler
+
+from .conditioning_arms import Run
+from .conditioning_scores import SceneTasks, embed_with
+
+RANK = 4
+
+
+def _norms(encoder: nn.Module, model: HyperCLIP) -> nn.Module:
+    encoder.requires_grad_(False)
+    for name in model.image.norm_spec.names:
+        encoder.get_submodule(name).requires_grad_(True)
+    return encoder
+
+
+def _lora(encoder: nn.Module, model: HyperCLIP) -> nn.Module:
+    peft = require("peft", "evidence")
+    names = [name for name, part in encoder.named_modules() if name.startswith("blocks.") and type(part) is nn.Linear]
+    return peft.get_peft_model(encoder, peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names))
+
+
+METHODS: dict[str, Callable[[nn.Module, HyperCLIP], nn.Module]] = {"norms": _norms, "lora": _lora}
+
+
+def tune(model: HyperCLIP, run: Run, attribute: str, pictures: Pictures) -> tuple[nn.Module, int]:
+    """A plain timm encoder tuned for one attribute, and how many parameters that took.
+
+    Args:
+        model: the trained baseline, in eval mode.
+        run: `tune` says how, `train` how long, with what learning rate and seed.
+        attribute: what its tasks ask for.
+        pictures: what scenes are made of.
+    """
+    config = run.train
+    torch.manual_seed(config.seed)
+    encoder = METHODS[run.tune](model.specialize(["any"]), model).train()
+    sampler = SceneSampler(
+        pictures, config.tasks_per_batch, config.classes_per_task, config.seed, model.image_size, (attribute,)
+    )
+    with torch.no_grad():
+        classes = model.encode_text(sampler.names)
+    tuned = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(tuned, lr=config.lr, betas=config.betas, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+    for step in range(config.steps):
+        batch = sampler.batch(step)
+        features = F.normalize(encoder(batch.images), dim=-1).view(*batch.class_ids.shape, -1)
+        scale, bias = model.logit_scale.detach().exp(), model.logit_bias.detach()
+        loss = siglip_loss(features, classes[batch.class_ids], scale, bias)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(tuned, config.clip)
+        optimizer.step()
+        schedule.step()
+    return encoder.eval(), sum(parameter.numel() for parameter in tuned)
+
+
+@torch.no_grad()
+def _recalls(encode: Callable[[Tensor], Tensor], model: HyperCLIP, attribute: str, *tasks: SceneTasks) -> list[float]:
+    features = embed_with(encode, tasks[0].images)
+    return [
+        scenes.recall(attribute, features, torch.stack([model.encode_text(n) for n in scenes.names(attribute)]))
+        for scenes in tasks
+    ]
+
+
+def tune_all(
+    model: HyperCLIP, run: Run, pictures: Pictures, scenes: SceneTasks, reworded: SceneTasks
+) -> dict[str, Any]:
+    """Recall by attribute of the encoder tuned for it, the extra parameters of one task, and the seconds of tuning."""
+    seconds, right, other, extra = 0.0, {}, {}, 0
+    for attribute in ATTRIBUTES:
+        start = time.perf_counter()
+        encoder, extra = tune(model, run, attribute, pictures)
+        seconds += time.perf_counter() - start
+
+        def encode(images: Tensor, encoder: nn.Module = encoder) -> Tensor:
+            return F.normalize(encoder(images), dim=-1)
+
+        right[attribute], other[attribute] = _recalls(encode, model, attribute, scenes, reworded)
+    scores = {"right": right, "reworded": other}
+    return {"scores": scores, "parameters_per_task": extra, "seconds": round(seconds, 1)}

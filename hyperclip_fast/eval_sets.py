@@ -1,0 +1,127 @@
+"""Labelled images to evaluate on: folders of classes, webdataset shards, and the built-in sets.
+
+a folder        one folder a class; its name, with spaces for underscores, is the class name
+tar shards      <key>.jpg or .png, <key>.cls (index or name), beside classnames.txt (CLIP_benchmark's layout)
+openmoji        held-out names, in tasks of one group
+digits          held-out handwritten digits
+skin-tones      OpenMoji's hands in five skin tones, which are the groups
+scenes          held-out objects' scenes under six attributes
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hyperclip_fast.data import load_pictures
+from hyperclip_fast.evaluation import EvalTask, held_out_tasks
+from hyperclip_fast.extras import require
+from hyperclip_fast.image_files import find_images, load_image
+from hyperclip_fast.openmoji import load_skin_tones
+from hyperclip_fast.scenes import VALUES, scene_tasks
+
+BUILT_IN = ("openmoji", "digits", "skin-tones", "scenes")
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Tasks of one data set.
+
+    Args:
+        name: of the data set.
+        tasks: its tasks; accuracies are averaged over them.
+        groups: by task: the group of each image, for worst-group accuracy; None: there are no groups.
+    """
+
+    name: str
+    tasks: list[EvalTask]
+    groups: list[tuple[str, ...]] | None = None
+
+
+def load_eval_set(source: str, size: int, classes: int = 10) -> EvalSet:
+    """A data set by its name or place.
+
+    Args:
+        source: one of BUILT_IN, a folder of class folders, a folder with tar shards, or one tar file.
+        size: S of the images in pixels.
+        classes: class names of a task, for openmoji.
+
+    Raises:
+        ValueError: for something else, or classes without images.
+    """
+    if source == "openmoji":
+        return EvalSet(source, held_out_tasks(load_pictures(("openmoji",)), classes))
+    if source == "digits":
+        return EvalSet(source, held_out_tasks(load_pictures(("digits",))))
+    if source == "scenes":
+        return EvalSet(source, _one_a_question(scene_tasks(load_pictures(("openmoji",), size=32), size=size)))
+    if source == "skin-tones":
+        images, labels, names, tones = load_skin_tones(size)
+        return EvalSet(source, [EvalTask(source, names, images, labels)], [tones])
+    path = Path(source)
+    if path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar"))):
+        return EvalSet(path.stem, [_read_shards(path, size)])
+    if path.is_dir():
+        return EvalSet(path.name, [_read_folder(path, size)])
+    raise ValueError(f"data must be a folder, a tar file or one of {', '.join(BUILT_IN)}, got {source}")
+
+
+def _one_a_question(tasks: list[EvalTask]) -> list[EvalTask]:
+    """Scenes' tasks with all objects in one, so that every attribute counts the same."""
+    objects, others = tasks[: -len(VALUES)], tasks[-len(VALUES) :]
+    starts = [sum(len(task.class_names) for task in objects[:i]) for i in range(len(objects))]
+    names = tuple(name for task in objects for name in task.class_names)
+    labels = torch.cat([task.labels + start for task, start in zip(objects, starts)])
+    return [EvalTask("object", names, torch.cat([task.images for task in objects]), labels), *others]
+
+
+def _read_folder(path: Path, size: int) -> EvalTask:
+    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    if len(folders) < 2:
+        raise ValueError(f"data must be a folder with a folder for each class, {path} has {len(folders)} folders")
+    images, labels = [], []
+    tqdm = require("tqdm", "train").tqdm
+    for label, folder in enumerate(tqdm(folders, desc="images", unit="class")):
+        for file in find_images(folder):
+            images.append(_to_rgba(load_image(file, size)))
+            labels.append(label)
+    names = tuple(folder.name.replace("_", " ") for folder in folders)
+    return EvalTask(path.name, names, torch.stack(images), torch.tensor(labels))
+
+
+def _to_rgba(image: Tensor) -> Tensor:
+    """(3, S, S) in [-1, 1] as opaque uint8 (4, S, S)."""
+    rgb = ((image + 1) * 127.5).round().byte()
+    return torch.cat([rgb, torch.full_like(rgb[:1], 255)])
+
+
+def _read_shards(path: Path, size: int) -> EvalTask:
+    folder = path if path.is_dir() else path.parent
+    known = folder / "classnames.txt"
+    names = known.read_text(encoding="utf-8").splitlines() if known.is_file() else []
+    images, texts = [], []
+    for image, text in _samples(path):
+        images.append(_to_rgba(load_image(image, size)))
+        texts.append(text)
+    if not images:
+        raise ValueError(f"data must be shards with samples of an image and a .cls, {path} has none")
+    if names:
+        labels = [int(text) if text.isdecimal() else names.index(text) for text in texts]
+        if max(labels) >= len(names):
+            raise ValueError(f"classnames.txt must name {max(labels) + 1} classes, {known} names {len(names)}")
+    else:
+        names = sorted(set(texts))
+        labels = [names.index(text) for text in texts]
+    return EvalTask(path.stem, tuple(names), torch.stack(images), torch.tensor(labels))
+
+
+def _samples(path: Path) -> Iterator[tuple[bytes, str]]:
+    """Image file and class of each sample of one shard or a folder of them."""
+    webdataset = require("webdataset", "train")
+    shards = sorted(map(str, path.glob("*.tar"))) if path.is_dir() else [str(path)]
+    for sample in webdataset.WebDataset(shards, shardshuffle=False, empty_check=False):
+        kinds = [kind for kind in ("jpg", "jpeg", "png", "webp") if kind in sample]
+        if kinds and "cls" in sample:
+            yield sample[kinds[0]], sample["cls"].decode().strip()

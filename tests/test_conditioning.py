@@ -1,0 +1,222 @@
+"""The conditioning experiment: its queue, a run from start to log, what is scored against what, the report's sums."""
+
+import json
+
+import pytest
+import torch
+from hyperclip_fast.bench import conditioning, conditioning_overheads, conditioning_scores
+from hyperclip_fast.bench.conditioning_arms import load_runs
+from hyperclip_fast.bench.conditioning_report import arms_table, findings, gains, grouped, read_logs, spread, swap_table
+from hyperclip_fast.bench.conditioning_scores import SceneTasks, all_scores
+
+from hyperclip_fast.scenes import ATTRIBUTES, scene_tasks
+from tests.test_scenes import blocks
+from tests.towers import patch_text_tower, tiny_model
+
+PLAN = """
+model: {img_size: 48, patch_size: 16, width: 32, depth: 1, num_heads: 2, embed_dim: 16, hyper_width: 32}
+train: {steps: 4, tasks_per_batch: 6, classes_per_task: 2, log_every: 2, lr: 1.0e-3}
+arms:
+  baseline: {conditioned: false}
+  cross: {hyper_pool: cross}
+  wide: {conditioned: false}
+  norms: {conditioned: false, tune: norms}
+  lora: {conditioned: false, tune: lora}
+groups:
+  a: {arms: [baseline, cross], seeds: [0, 1], train: {steps: 5}}
+  b: {arms: [wide, norms, lora], seeds: [0], overrides: {wide: {width: 64}}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _towers(monkeypatch):
+    patch_text_tower(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    data = blocks()
+    return [SceneTasks(scene_tasks(data, scenes=24, classes=4, wording=wording)) for wording in (0, -1)]
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    monkeypatch.setattr(conditioning, "load_pictures", lambda sets, size: blocks())
+    monkeypatch.setattr(
+        conditioning, "scene_tasks", lambda data, **options: scene_tasks(data, **{**options, "scenes": 24}, classes=4)
+    )
+    return [
+        "--config",
+        str(tmp_path / "plan.yaml"),
+        "--results",
+        str(tmp_path / "logs"),
+        "--work",
+        str(tmp_path / "work"),
+    ]
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_queue(tmp_path):
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    runs = load_runs(tmp_path / "plan.yaml")
+    assert [run.name for run in runs][:4] == ["a-baseline-0", "a-cross-0", "a-baseline-1", "a-cross-1"]
+    assert [run.tune for run in runs[4:]] == ["", "norms", "lora"]
+    assert runs[4].model.width == 64 and runs[5].model.width == 32 and runs[0].train.steps == 5
+    assert not runs[0].model.conditioned and runs[1].model.conditioned and runs[1].train.seed == 0
+    for text, message in (("model: {}", "sections"), (PLAN.replace("[baseline, cross]", "[tall]"), "unknown arms")):
+        (tmp_path / "plan.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_runs(tmp_path / "plan.yaml")
+
+
+def test_the_queue_in_the_repository_is_whole():
+    runs = load_runs("configs/conditioning.yaml")
+    assert len({run.name for run in runs}) == len(runs)
+    for group in {run.group for run in runs}:
+        seeds = {
+            arm: [run.seed for run in runs if (run.group, run.arm) == (group, arm)] for arm in ("baseline", "cross")
+        }
+        assert seeds["baseline"] == seeds["cross"] and len(seeds["cross"]) >= 3
+
+
+def test_run_and_report(plan, tmp_path, capsys):
+    assert conditioning.main(["run", *plan]) == 2  # the rivals' baseline belongs to another group
+    assert "needs its group's baseline" in capsys.readouterr().err
+    (tmp_path / "plan.yaml").write_text(PLAN.replace("[wide, ", "[baseline, wide, "))
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "logs").iterdir()}
+    assert conditioning.main(["run", *plan]) == 0
+    assert all((tmp_path / "logs" / name).stat().st_mtime_ns == time for name, time in before.items())
+    logs = {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (tmp_path / "logs").iterdir()
+    }
+    assert set(logs) == {"a-baseline-0", "a-cross-0", "a-baseline-1", "a-cross-1"} | {
+        f"b-{arm}-0" for arm in ("baseline", "wide", "norms", "lora")
+    }
+    first, last = logs["a-cross-0"][0], logs["a-cross-0"][-1]
+    assert first["parameters"] > logs["a-baseline-0"][0]["parameters"] == first["image_parameters"] + 24 * 16 + 2
+    assert set(last["scores"]["matrix"]) == set(ATTRIBUTES) and last["step"] == 5
+    assert [line["step"] for line in logs["a-cross-0"][1:-1] if "accuracy" in line] == [2, 4]
+    assert logs["b-norms-0"][-1]["parameters_per_task"] == 2 * 3 * 32
+    assert 0 < logs["b-lora-0"][-1]["parameters_per_task"] != logs["b-norms-0"][-1]["parameters_per_task"]
+    assert conditioning.main(["report", "--results", str(tmp_path / "logs")]) == 0
+    text = (tmp_path / "logs.md").read_text()
+    assert (
+        "cross over the baseline" in text and "2 seeds" in text and "one seed only" not in text.split("## Group b")[0]
+    )
+    assert {path.name for path in (tmp_path / "logs").glob("*.png")} == {
+        "arms.png",
+        "swap.png",
+        "names.png",
+        "curves.png",
+    }
+
+
+def test_a_stopped_run_goes_on_where_it_was(plan, tmp_path, monkeypatch):
+    only = ["--only", "a-cross-0"]
+    assert conditioning.main(["run", *plan, *only]) == 0
+    whole = (tmp_path / "logs" / "a-cross-0.jsonl").read_text().splitlines()
+    (tmp_path / "logs" / "a-cross-0.jsonl").unlink()
+    (tmp_path / "work").rename(tmp_path / "first")
+    step = conditioning.Trainer.train_step
+
+    def stop(trainer):
+        if trainer.step == 3:
+            raise ValueError("stopped")
+        return step(trainer)
+
+    monkeypatch.setattr(conditioning.Trainer, "train_step", stop)
+    assert conditioning.main(["run", *plan, *only]) == 2
+    assert not (tmp_path / "logs" / "a-cross-0.jsonl").exists()
+    monkeypatch.setattr(conditioning.Trainer, "train_step", step)
+    assert conditioning.main(["run", *plan, *only]) == 0
+    again = (tmp_path / "logs" / "a-cross-0.jsonl").read_text().splitlines()
+    assert json.loads(again[-1])["scores"] == json.loads(whole[-1])["scores"]
+    assert [json.loads(line).get("held_out") for line in again] == [json.loads(line).get("held_out") for line in whole]
+
+
+def test_scores_equal_one_scene_at_a_time(tasks):
+    scenes, reworded = tasks
+    model = tiny_model(img_size=48, patch_size=16)
+    scores = all_scores(model, scenes, reworded)
+    sources = {"colour": scenes.tasks["colour"][0].class_names, "size": scenes.tasks["size"][0].class_names}
+    task = scenes.tasks["colour"][0]
+    classes = model.encode_text(task.class_names)
+    for source, names in sources.items():
+        with torch.no_grad():
+            row = model.adapt([names])
+            best = torch.cat([(model.encode_image(image[None], row) @ classes.T).argmax(1) for image in scenes.images])
+        recalls = [(best[task.labels == k] == k).double().mean() for k in task.labels.unique()]
+        assert scores["matrix"][source]["colour"] == pytest.approx(float(torch.stack(recalls).mean()))
+    assert scores["right"]["colour"] == scores["matrix"]["colour"]["colour"]
+    wrong = [scores["matrix"][source]["colour"] for source in ATTRIBUTES if source != "colour"]
+    assert scores["wrong"]["colour"] == pytest.approx(sum(wrong) / 5)
+
+
+@torch.inference_mode()
+def test_objects_among_other_numbers_of_names(tasks):
+    model = tiny_model(img_size=48, patch_size=16)
+    scenes = tasks[0]
+    by_four = conditioning_scores.object_recall(model, scenes, 4)
+    ids, labels = scenes.set_ids("object"), torch.cat([task.labels for task in scenes.tasks["object"]])
+    names = [task.class_names for task in scenes.tasks["object"]]
+    table = model.adapt(names).table.detach()
+    features = conditioning_scores.embed(model, scenes.images, table, ids)
+    best = torch.stack([model.encode_text(part) @ f for part, f in zip([names[i] for i in ids], features)]).argmax(1)
+    assert by_four == pytest.approx(float((best == labels).double().mean()))
+    assert conditioning_scores.object_recall(model, scenes, 16) is None
+
+
+def log(arm, seed, right, **more):
+    scores = {"right": dict.fromkeys(ATTRIBUTES, right), **{k: dict.fromkeys(ATTRIBUTES, v) for k, v in more.items()}}
+    about = {"group": "g", "arm": arm, "seed": seed, "parameters": 10, "image_parameters": 5}
+    return {**about, "lines": [], "last": {"seconds": 1.0}, "scores": scores}
+
+
+def test_gains_are_paired_by_seed():
+    swaps = {"wrong": 0.30, "shuffled": 0.5, "generic": 0.3, "base": 0.2, "reworded": 0.4, "sibling": 0.5}
+    logs = [
+        log("baseline", 0, 0.40),
+        log("baseline", 1, 0.50),
+        log("cross", 1, 0.56, **swaps),
+        log("cross", 0, 0.44, **swaps),
+    ]
+    arms = grouped(logs)["g"]
+    assert list(arms) == ["baseline", "cross"]
+    line = arms_table(arms)[2]
+    assert line[5] == "50.0 ± 8.5 (44.0 to 56.0)" and line[6] == "+5.0 ± 1.4 (+4.0 to +6.0)"
+    assert swap_table(arms)[1][-2] == "+20.0 ± 8.5 (+14.0 to +26.0)"
+    assert "cross over the baseline: +5.0 ± 1.4 (+4.0 to +6.0) points; all 2 seeds agree in sign" in findings(arms)
+    assert (
+        "right names over the same words dealt anew: +0.0 ± 8.5 (-6.0 to +6.0) points; the seeds disagree"
+        in findings(arms)
+    )
+    assert gains({0: 1.0, 2: 5.0}, {2: 3.0, 1: 0.0}) == [2.0] and spread([2.0]) == "2.0" and spread([]) == ""
+
+
+def test_no_logs(tmp_path):
+    with pytest.raises(ValueError, match="has none"):
+        read_logs(tmp_path)
+
+
+def test_overheads(monkeypatch, capsys, tmp_path):
+    sizes = {
+        "img_size": 32,
+        "patch_size": 8,
+        "width": 32,
+        "depth": 1,
+        "num_heads": 2,
+        "embed_dim": 16,
+        "hyper_width": 32,
+    }
+    monkeypatch.setattr(conditioning_overheads, "TOWERS", {"tiny": sizes})
+    assert conditioning.main(["overheads", "--results", str(tmp_path), "--seconds", "0.1"]) == 0
+    figures = json.loads((tmp_path / "overheads.json").read_text())["towers"]["tiny"]
+    assert figures["training"]["baseline"]["ratio"] == [1.0, 1.0, 1.0]
+    saved = {arm: one["saved_megabytes"] for arm, one in figures["training"].items()}
+    assert saved["cross"] > saved["baseline"]
+    assert "| cross |" in capsys.readouterr().out
