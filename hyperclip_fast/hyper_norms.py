@@ -17,7 +17,7 @@ from torch.distributed.nn.functional import all_reduce
 
 from hyperclip_fast.hyper_block import is_heard, norm_dtype
 from hyperclip_fast.kernels.batch_norm import batch_norm_act, batch_norm_act_train
-from hyperclip_fast.kernels.batch_norm_mixed import flat_batch_norm, is_eager, is_flat
+from hyperclip_fast.kernels.batch_norm_mixed import is_eager, is_flat
 from hyperclip_fast.kernels.dispatch import use_triton
 from hyperclip_fast.kernels.layer_norm import layer_norm
 
@@ -125,13 +125,14 @@ class BatchRows:
     """BatchNorm over (B, D), (B, D, L) or (B, D, H, W), with the activation that timm keeps in it."""
 
     rows: Rows
+    flat: tuple[Tensor, ...] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         rows, images = self.rows.of(x), x if x.dim() == 4 else x.view(*x.shape, *[1] * (4 - x.dim()))
-        if self._is_plain(images):
-            weight, bias, _ = rows
-            out = flat_batch_norm(images, self.running_mean, self.running_var, weight, bias, self.eps)
-            return finished(self, out if x.dim() == 4 else out.view(x.shape))
+        if self.flat is not None and is_flat(images) and images.shape[0] == self.rows.batch:
+            wide = images.view(1, -1, *images.shape[2:])
+            out = nn.functional.batch_norm(wide, *self.flat, False, 0.0, self.eps)
+            return finished(self, out.view(x.shape))
         act = _act_name(self)
         if not self.training and self.running_mean is not None:
             out = batch_norm_act(images, *rows, self.running_mean, self.running_var, self.eps, act or "none")
@@ -140,10 +141,16 @@ class BatchRows:
         out = out if x.dim() == 4 else out.view(x.shape)
         return finished(self, out) if act is None else out
 
-    def _is_plain(self, x: Tensor) -> bool:
-        """Whether `batch_norm_act` would do no more than run PyTorch's kernel: its checks cost time at small sizes."""
+    def prepare(self) -> None:
+        """In evaluation on a CPU, what PyTorch's kernel reads of images seen as (1, B * D, H, W), made before the first
+        layer runs: small tensors made between the large ones would break up the memory that those use again and again.
+        """
+        weight, bias, task_ids, batch = self.rows
         is_evaluated = not self.training and self.running_mean is not None and not torch.is_grad_enabled()
-        return is_evaluated and is_flat(x) and x.dtype == self.weight.dtype and is_eager() and not use_triton(x)
+        on_cpu = weight.device.type == "cpu" and not use_triton(weight)
+        if is_evaluated and on_cpu and task_ids is None and is_eager():
+            statistics = (self.running_mean.repeat(batch), self.running_var.repeat(batch))
+            self.__dict__["flat"] = (*statistics, weight.reshape(-1), bias.reshape(-1))
 
     def _by_batch(self, x: Tensor, rows: tuple[Tensor, Tensor, Tensor | None], act: str) -> Tensor:
         count = x.numel() // x.shape[1]
@@ -225,6 +232,8 @@ def bound(norm: nn.Module, rows: Rows) -> nn.Module:
         return twin
     twin = copied(norm, ROW_NORMS[type(norm)])
     twin.__dict__["rows"] = rows
+    if isinstance(twin, BatchRows):
+        twin.prepare()
     return twin
 
 

@@ -36,17 +36,17 @@ def _spread(rows: torch.Tensor) -> torch.Tensor:
 def _mixed_eager(x, weight, bias, mean, var, eps) -> torch.Tensor:
     """One pass. On a CPU addcmul is scalar unless channels are innermost, F.batch_norm is not."""
     if is_flat(x):
-        return flat_batch_norm(x, mean, var, weight, bias, eps)
+        return _flat_batch_norm(x, mean, var, weight, bias, eps)
     scale = weight * torch.rsqrt(var + eps)
     return _affine(x, scale, torch.addcmul(bias, mean, scale, value=-1.0))
 
 
 def is_flat(x: torch.Tensor) -> bool:
-    """Whether `flat_batch_norm` is the fast way."""
+    """Whether `_flat_batch_norm` is the fast way."""
     return x.device.type == "cpu" and x.is_contiguous()
 
 
-def flat_batch_norm(x, mean, var, weight, bias, eps) -> torch.Tensor:
+def _flat_batch_norm(x, mean, var, weight, bias, eps) -> torch.Tensor:
     """F.batch_norm of contiguous x with rows (B, C), or (C,) for all samples, seen as (1, B * C, H, W)."""
     B, C, H, W = x.shape
     rows = (rows.expand(B, C).reshape(-1) for rows in (mean, var, weight, bias))
@@ -57,7 +57,7 @@ def flat_batch_norm(x, mean, var, weight, bias, eps) -> torch.Tensor:
 def _affine(x, scale, shift) -> torch.Tensor:
     """x * scale + shift, rows (B, C) or (C,): one pass."""
     if is_flat(x):
-        return flat_batch_norm(x, scale.new_zeros(1), scale.new_ones(1), scale, shift, 0.0)
+        return _flat_batch_norm(x, scale.new_zeros(1), scale.new_ones(1), scale, shift, 0.0)
     return torch.addcmul(_spread(shift), x, _spread(scale), out=torch.empty_like(x))
 
 

@@ -31,28 +31,30 @@ TO_THE_END = ("captions", "captions, fsdp")  # stopped after two steps, and trai
 
 
 def steps(folder, name, count=2):
-    """Gradients of the first step, losses and weights of `count` steps; of some the model at the end."""
+    """Losses and gradients of `count` steps; of some what the model at the end gives.
+
+    Weights are not compared: where a gradient is 0, as of a key's bias, AdamW steps along its rounding.
+    """
     model, train = CASES[name]
     config = TrainConfig(steps=3, log_every=1, eval_every=0, save_every=2, lr=1e-3, warmup=1, **train)
     with pytest.MonkeyPatch.context() as patch:
         if "text_tower" not in model:
             patch_text_tower(patch)
         trainer = Trainer(tiny_config(**model), config, folder / name, pictures())
-        losses, grads = [], {}
-        for step in range(count):
-            metrics = trainer.train_step()
-            losses.append(trainer.measures(metrics, 1.0))
-            if not step:
-                parameters = trainer.model.named_parameters()
-                grads = {n: whole(p.grad).clone() for n, p in parameters if p.grad is not None}
-        weights = {n: whole(p).detach().clone() for n, p in trainer.model.named_parameters()}
-        trained = {}
+        losses, grads, trained = [], [], None
+        for _ in range(count):
+            losses.append(trainer.measures(trainer.train_step(), 1.0))
+            parameters = trainer.model.named_parameters()
+            grads.append({n: whole(p.grad).clone() for n, p in parameters if p.grad is not None})
         if name in TO_THE_END:
             trainer.save()
             again = Trainer(tiny_config(**model), config, folder / name, pictures())
             assert again.step == count
-            trained = again.train().state_dict()
-        return {"losses": losses, "grads": grads, "weights": weights, "trained": trained}
+            model = again.train().eval()
+            images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+            with torch.no_grad():
+                trained = model.encode_image(images, model.adapt([["cat", "dog"]]))
+        return {"losses": losses, "grads": grads, "trained": trained}
 
 
 def exchange():
@@ -90,10 +92,10 @@ def two(tmp_path_factory):
     return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-def close(ours, expected, scale=1.0):
+def close(ours, expected):
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
-        bound = 2e-5 * max(float(value.abs().max()), scale)
+        bound = 2e-5 * max(float(value.abs().max()), 0.1)
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=bound, msg=lambda text, n=name: f"{n}: {text}")
 
 
@@ -107,10 +109,11 @@ def test_two_processes_train_as_one(two, tmp_path, name):
         for ours, expected in zip(result["losses"], one["losses"]):
             for key in ("loss", "accuracy", "grad_norm", "logit_bias"):
                 assert ours[key] == pytest.approx(expected[key], rel=1e-3, abs=2e-4), key
-        close(result["grads"], one["grads"], scale=0.1)
-        close(result["weights"], one["weights"])
-    close(both[0]["cases"][name]["trained"], one["trained"])
+        close(result["grads"][0], one["grads"][0])
+        for n, grad in one["grads"][1].items():
+            assert (result["grads"][1][n] - grad).norm() <= 1e-3 * max(float(grad.norm()), 0.1), n
     if name in TO_THE_END:
+        torch.testing.assert_close(both[0]["cases"][name]["trained"], one["trained"], rtol=0, atol=1e-3)
         assert (folder / "two" / name / "model" / "model.safetensors").exists()
         lines = (folder / "two" / name / "log.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [

@@ -7,6 +7,8 @@ from torch import nn
 
 from hyperclip_fast import HyperCLIP, HyperEncoder, HyperViT, TaskBank
 from hyperclip_fast.export import save_specialized
+from hyperclip_fast.export_formats import export
+from hyperclip_fast.export_graphs import mixed_graph
 
 from .helpers import assert_close
 from .towers import patch_text_tower, tiny_config, tiny_model
@@ -76,3 +78,9 @@ def test_training_step_moves_hypernetwork_and_statistics():
     out["image_features"].square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.hypernetwork.parameters())
     assert not torch.equal(model.image.bn1.running_mean, before)
+
+
+def test_mixed_onnx_of_a_batch_norm_encoder(tmp_path):
+    """`export` itself runs the file at two sizes and compares it with PyTorch."""
+    pytest.importorskip("onnxruntime")
+    assert export(mixed_graph(conv_model()), tmp_path / "mixed.onnx") < 1e-4
