@@ -22,11 +22,11 @@ from hyperclip_fast.hyperclip import HyperCLIP, load_model
 from hyperclip_fast.scenes import ATTRIBUTES, SceneSampler, scene_tasks
 from hyperclip_fast.training import Trainer
 
-from .conditioning_arms import Run, load_runs
+from .conditioning_arms import Run, load_plan, load_runs
 from .conditioning_overheads import measure_overheads, overheads_table
 from .conditioning_plots import draw
 from .conditioning_report import grouped, read_logs, report
-from .conditioning_scores import SceneTasks, all_scores, mean, right_scores
+from .conditioning_scores import OBJECTS, SCENES, SceneTasks, all_scores, mean, right_scores
 from .conditioning_tuning import tune_all
 from .machine import device_name
 
@@ -34,7 +34,6 @@ CONFIG = "configs/conditioning.yaml"
 RESULTS = "bench/results/conditioning"
 OVERHEADS, CONCLUSION = "overheads.json", "conclusion.md"  # beside the logs; the report quotes both
 LOOKS = 5  # times that held-out scenes are scored in a run, the end included
-POSITION_SCALE = 10.0  # of the first position embeddings, over timm's
 
 
 class Experiment:
@@ -48,8 +47,8 @@ class Experiment:
     def __init__(self, results: str | Path = RESULTS, work: str | Path = "runs/conditioning"):
         self.results, self.work = Path(results), Path(work)
         self.pictures = load_pictures(("openmoji",), size=32)
-        self.scenes = SceneTasks(scene_tasks(self.pictures))
-        self.reworded = SceneTasks(scene_tasks(self.pictures, wording=-1))
+        self.scenes = SceneTasks(scene_tasks(self.pictures, scenes=SCENES, classes=OBJECTS))
+        self.reworded = SceneTasks(scene_tasks(self.pictures, scenes=SCENES, classes=OBJECTS, wording=-1))
         self.few = SceneTasks(scene_tasks(self.pictures, scenes=480, seed=1))
 
     def run(self, run: Run) -> None:
@@ -80,14 +79,14 @@ class Experiment:
         return [_about(run, model), last]
 
     def trainer(self, run: Run) -> Trainer:
-        """A trainer on scenes; position embeddings start larger than timm's, so that places are seen from the start."""
+        """A trainer on scenes; position embeddings start at the run's scale."""
         config = run.train
         sampler = SceneSampler(
             self.pictures, config.tasks_per_batch, config.classes_per_task, config.seed, run.model.img_size
         )
         trainer = Trainer(run.model, config, self.work / run.name, sampler=sampler)
         if trainer.step == 0 and hasattr(trainer.model.image, "pos_embed"):
-            trainer.model.image.pos_embed.data.mul_(POSITION_SCALE)
+            trainer.model.image.pos_embed.data.mul_(run.position_scale)
         return trainer
 
     def train(self, trainer: Trainer, name: str) -> None:
@@ -116,6 +115,7 @@ def _about(run: Run, model: HyperCLIP) -> dict[str, Any]:
         "seed": run.seed,
         "model": asdict(run.model),
         "train": asdict(run.train),
+        "position_scale": run.position_scale,
         "parameters": _count(model),
         "image_parameters": _count(model.image),
         "machine": f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} thread, torch {torch.__version__}",
@@ -148,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument("--only", nargs="+", metavar="NAME", help="groups or runs, such as w64 or w64-cross-0")
     report = commands.add_parser("report", help="make conditioning.md and the plots from the logs")
     report.add_argument("--results", default=RESULTS, metavar="DIR", help="logs; default: %(default)s")
+    report.add_argument("--config", default=CONFIG, metavar="FILE", help="the queue; default: %(default)s")
     overheads = commands.add_parser("overheads", help="time the arms side by side, and the hypernetwork")
     overheads.add_argument("--results", default=RESULTS, metavar="DIR", help="default: %(default)s")
     overheads.add_argument("--seconds", type=float, default=60.0, help="of the training steps; default: %(default)s")
@@ -173,7 +174,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    folder = Path(args.results)
+    folder, scale = Path(args.results), load_plan(args.config)["position_scale"]
     groups = grouped(read_logs(folder))
     plots = draw(groups, folder)
     measured = folder / OVERHEADS
@@ -182,7 +183,7 @@ def _report(args: argparse.Namespace) -> int:
     conclusion = words.read_text(encoding="utf-8") if words.exists() else ""
     path = folder.with_suffix(".md")
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text(report(folder, groups, plots, overheads, conclusion), encoding="utf-8")
+    beside.write_text(report(folder, groups, plots, scale, overheads, conclusion), encoding="utf-8")
     os.replace(beside, path)
     print(path)
     return 0

@@ -13,7 +13,7 @@ from hyperclip_fast.config import from_dict
 from hyperclip_fast.hyperclip import HyperCLIPConfig, config_from_dict
 from hyperclip_fast.training import TrainConfig
 
-SECTIONS = {"model", "train", "arms", "groups"}
+SECTIONS = {"model", "position_scale", "train", "arms", "groups"}
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Run:
         model: what is trained.
         train: how; `train.seed` is the run's.
         tune: per-task tuning of the group's baseline in place of a training of its own: "norms" or "lora"; "": none.
+        position_scale: of the first position embeddings, over timm's.
     """
 
     group: str
@@ -33,6 +34,7 @@ class Run:
     model: HyperCLIPConfig
     train: TrainConfig
     tune: str = ""
+    position_scale: float = 1.0
 
     @property
     def seed(self) -> int:
@@ -66,11 +68,11 @@ class GroupConfig:
     group: str = ""
 
 
-def load_runs(path: str | Path) -> list[Run]:
-    """All runs of a file with the sections model, train, arms and groups, in the order of running.
+def load_plan(path: str | Path) -> dict[str, Any]:
+    """A file with SECTIONS.
 
     Raises:
-        ValueError: for another file, an arm that is not described, or keys that are no fields.
+        ValueError: for another file, or a position_scale that is no positive number.
     """
     import yaml
 
@@ -80,6 +82,19 @@ def load_runs(path: str | Path) -> list[Run]:
         raise ValueError(f"config must be YAML, {path} is not: {error}") from error
     if not isinstance(plan, dict) or set(plan) != SECTIONS:
         raise ValueError(f"config must have the sections {sorted(SECTIONS)}, got {plan if plan else 'nothing'}")
+    scale = plan["position_scale"]
+    if not isinstance(scale, float) or scale <= 0:
+        raise ValueError(f"position_scale must be a positive number with a point, got {scale!r}")
+    return plan
+
+
+def load_runs(path: str | Path) -> list[Run]:
+    """All runs of a plan, in the order of running.
+
+    Raises:
+        ValueError: as `load_plan`; for an arm that is not described, or keys that are no fields.
+    """
+    plan = load_plan(path)
     runs = []
     for name, values in plan["groups"].items():
         group = from_dict(GroupConfig, values, f"group {name}")
@@ -95,4 +110,4 @@ def _run(plan: dict[str, Any], name: str, group: GroupConfig, arm: str, seed: in
     model = config_from_dict({**plan["model"], **group.model, **changes})
     train = from_dict(TrainConfig, {**plan["train"], **group.train, "seed": seed}, "train")
     train = train if steps is None else replace(train, steps=steps)
-    return Run(name, arm, model, train, tune)
+    return Run(name, arm, model, train, tune, plan["position_scale"])

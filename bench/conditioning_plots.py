@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from hyperclip_fast.extras import require
+from hyperclip_fast.scenes import ATTRIBUTES
 
-from .conditioning_report import SWAPS, Log, first_of, gains, values
-from .conditioning_scores import mean
+from .conditioning_report import SWAPS, Log, by_names, first_of, gains, sizes_of, values
+from .conditioning_scores import guessing, mean
 
 COLOURS = {"baseline": "#57606a", "cross": "#0969da", "mean": "#54aeff", "learned": "#bc4c00", "wide": "#8250df"}
 COLOURS |= {"norms": "#1a7f37", "lora": "#cf222e"}
+GUESSING = 100 * statistics.mean(guessing(attribute)[0] for attribute in ATTRIBUTES)
 Groups = dict[str, dict[str, dict[int, Log]]]
 
 
@@ -50,13 +52,13 @@ def _ends(numbers: list[float]) -> tuple[float, list[list[float]]]:
 
 def _arms(axes: Any, groups: Groups) -> bool:
     for axis, (group, arms) in zip(axes, groups.items()):
-        lowest = 100.0
         for i, (arm, runs) in enumerate(arms.items()):
             middle, ends = _ends(list(values(runs).values()))
-            lowest = min(lowest, middle - ends[0][0])
             axis.errorbar(i, middle, ends, fmt="o", color=_colour(arm), capsize=4, ms=7)
             for seed, value in values(runs).items():
                 axis.plot(i + 0.15 + 0.05 * seed, value, ".", color=_colour(arm), alpha=0.5)
+        axis.axhline(GUESSING, color="black", ls=":", lw=1)
+        axis.annotate("guessing", (len(arms) - 0.25, GUESSING), ha="right", va="bottom", fontsize=8)
         axis.set_xticks(range(len(arms)), list(arms), rotation=30)
         axis.set_xlim(-0.6, len(arms) - 0.2)
         axis.set_title(f"{group}: mean, least and greatest over seeds", fontsize=9)
@@ -79,6 +81,7 @@ def _swap(axes: Any, groups: Groups) -> bool:
             found = True
         if base := list(values(arms.get("baseline", {})).values()):
             axis.axhline(statistics.mean(base), color=COLOURS["baseline"], ls="--", lw=1, label="baseline")
+        axis.axhline(GUESSING, color="black", ls=":", lw=1, label="guessing")
         axis.set_xticks(range(len(SWAPS)), list(SWAPS), rotation=30)
         axis.set_title(f"{group}: where the norm row comes from", fontsize=9)
         axis.legend(fontsize=8)
@@ -109,22 +112,21 @@ def _width(axes: Any, groups: Groups) -> bool:
 
 def _names(axes: Any, groups: Groups) -> bool:
     for axis, (group, arms) in zip(axes, groups.items()):
+        sizes = sizes_of(arms)
         for arm, runs in arms.items():
-            logs = [log["scores"]["objects_by_names"] for log in runs.values() if "objects_by_names" in log["scores"]]
-            if not logs:
-                continue
-            sizes = [int(size) for size in logs[0]]
-            ratio = [statistics.mean(one[str(size)] * size for one in logs) for size in sizes]
-            axis.plot(sizes, ratio, marker="o", label=arm, color=_colour(arm))
+            if logs := by_names(runs):
+                ratio = [statistics.mean(one.get(str(size), 0.0) * size for one in logs) for size in sizes]
+                axis.plot(sizes, ratio, marker="o", label=arm, color=_colour(arm))
         axis.axhline(1, color="black", lw=0.8)
         axis.set_xscale("log", base=2)
         axis.set_xticks(sizes, sizes)
         axis.set_xlabel("class names")
         axis.set_title(f"{group}: held-out objects", fontsize=9)
-        axis.legend(fontsize=8)
+        if sizes:
+            axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy over guessing's, times")
-    return True
+    return any(sizes_of(arms) for arms in groups.values())
 
 
 def _curves(axes: Any, groups: Groups) -> bool:

@@ -2,23 +2,26 @@
 
 A gain is paired: an arm minus the baseline of the same group and seed, which saw the same batches. Spread is the
 standard deviation over seeds, with the least and the greatest value beside it. All figures are percentage points of
-recall, averaged over classes, then over the six attributes.
+recall, averaged over classes, then over the six attributes. Where an arm guesses, a star
+marks its recall, and there is no verdict on what its rows are worth.
 """
 
 import json
+import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hyperclip_fast.scenes import ATTRIBUTES
 
-from .conditioning_scores import mean
+from .conditioning_scores import SCENES, SHUFFLED, guessing, mean
 
 Log = dict[str, Any]
 Table = list[list[str]]
-SWAPS = ("right", "reworded", "shuffled", "wrong", "generic", "base")
+SWAPS = ("right", "reworded", "wrong", "generic", "base")
+GUESSES = "guesses"  # in the place of a difference of two guesses
 DESCRIPTIONS = {
     "baseline": "SigLIP, no hypernetwork",
     "cross": "HyperCLIP, cross-attention read-out",
@@ -103,24 +106,38 @@ def arms_table(arms: dict[str, dict[int, Log]]) -> Table:
             f"{'+' if extra else ''}{steps:,}",
         ]
         table.append([f"{arm}: {DESCRIPTIONS.get(arm, arm)}", *cells])
-    return table
+    chance = statistics.mean(guessing(attribute)[0] for attribute in ATTRIBUTES)
+    return [*table, ["guessing", *[""] * 4, f"{100 * chance:.1f}", "", ""]]
+
+
+def guesses(runs: dict[int, Log], attribute: str) -> bool:
+    """Whether an arm's recall is at most two standard errors above guessing's."""
+    chance, error = guessing(attribute)
+    return statistics.mean(values(runs, "right", attribute).values()) <= 100 * (chance + 2 * error)
 
 
 def attributes_table(arms: dict[str, dict[int, Log]]) -> Table:
-    """Mean and standard deviation by attribute."""
-    table = [["arm", *ATTRIBUTES]]
+    """Mean and standard deviation by attribute; guessing with the standard error that this many scenes leave."""
+    chances = [guessing(attribute) for attribute in ATTRIBUTES]
+    table = [
+        ["arm", *ATTRIBUTES],
+        ["guessing", *(f"{100 * chance:.1f} ± {100 * error:.1f}" for chance, error in chances)],
+    ]
     for arm, runs in arms.items():
         cells = []
         for attribute in ATTRIBUTES:
             found = list(values(runs, "right", attribute).values())
-            cells.append(f"{statistics.mean(found):.1f} ± {statistics.stdev(found) if len(found) > 1 else 0:.1f}")
+            cell = f"{statistics.mean(found):.1f} ± {statistics.stdev(found) if len(found) > 1 else 0:.1f}"
+            cells.append(cell + " \\*" * guesses(runs, attribute))
         table.append([arm, *cells])
     return table
 
 
 def swap_table(arms: dict[str, dict[int, Log]]) -> Table:
-    """Each HyperCLIP arm with its row from right, reworded, shuffled, wrong and generic names, and the base row."""
-    table = [["arm", *SWAPS, "right minus wrong", "object: its own names minus other objects'"]]
+    """Each HyperCLIP arm with its row from right, reworded, wrong and generic names, and the base row."""
+    without = ", ".join(attribute for attribute in ATTRIBUTES if attribute not in SHUFFLED)
+    objects = "object: its own names minus other objects'"
+    table = [["arm", *SWAPS, "right minus wrong", f"right minus shuffled, without {without}", objects]]
     for arm, runs in arms.items():
         if not values(runs, "wrong"):
             continue
@@ -128,8 +145,15 @@ def swap_table(arms: dict[str, dict[int, Log]]) -> Table:
         cells = [f"{statistics.mean(values(runs, row).values()):.1f}" for row in SWAPS]
         drop = spread(gains(right, values(runs, "wrong")), "+")
         sibling = gains(values(runs, "right", "object"), values(runs, "sibling", "object"))
-        table.append([arm, *cells, drop, spread(sibling, "+")])
+        objects = GUESSES if guesses(runs, "object") else spread(sibling, "+")
+        table.append([arm, *cells, drop, spread(shuffling(runs), "+"), objects])
     return table
+
+
+def shuffling(runs: dict[int, Log]) -> list[float]:
+    """Right minus shuffled by seed, over the attributes whose names shuffling changes."""
+    by_attribute = [gains(values(runs, "right", a), values(runs, "shuffled", a)) for a in SHUFFLED]
+    return [statistics.mean(numbers) for numbers in zip(*by_attribute)]
 
 
 def drops_table(arms: dict[str, dict[int, Log]]) -> Table:
@@ -137,11 +161,14 @@ def drops_table(arms: dict[str, dict[int, Log]]) -> Table:
     table = [["arm", *ATTRIBUTES]]
     for arm, runs in arms.items():
         if values(runs, "wrong"):
-            drops = [gains(values(runs, "right", a), values(runs, "wrong", a)) for a in ATTRIBUTES]
-            table.append([arm, *(spread(drop, "+") for drop in drops)])
-            drops = [gains(values(runs, "right", a), _wrong_without_colour(runs, a)) for a in ATTRIBUTES]
-            table.append([f"{arm}, without colour's row", *(spread(drop, "+") for drop in drops)])
+            table.append([arm, *_drops(runs, lambda a, runs=runs: values(runs, "wrong", a))])
+            without = _drops(runs, lambda a, runs=runs: _wrong_without_colour(runs, a))
+            table.append([f"{arm}, without colour's row", *without])
     return table
+
+
+def _drops(runs: dict[int, Log], wrong: Callable[[str], dict[int, float]]) -> list[str]:
+    return [GUESSES if guesses(runs, a) else spread(gains(values(runs, "right", a), wrong(a)), "+") for a in ATTRIBUTES]
 
 
 def _wrong_without_colour(runs: dict[int, Log], attribute: str) -> dict[int, float]:
@@ -160,31 +187,45 @@ def matrix_table(runs: dict[int, Log]) -> Table:
 
 
 def names_table(arms: dict[str, dict[int, Log]]) -> Table:
-    """Recall of held-out objects among more and more names."""
-    sizes = list(next(iter(arms["baseline"].values()))["scores"]["objects_by_names"])
-    table = [["arm", *(f"{size} names" for size in sizes)], ["guessing", *(f"{100 / int(size):.1f}" for size in sizes)]]
+    """Accuracy on held-out objects among more and more names; guessing with the standard error of this many scenes."""
+    sizes = sizes_of(arms)
+    chances = [f"{100 / size:.1f} ± {100 * math.sqrt((size - 1) / SCENES) / size:.1f}" for size in sizes]
+    table = [["arm", *(f"{size} names" for size in sizes)], ["guessing", *chances]]
     for arm, runs in arms.items():
-        found = [log["scores"]["objects_by_names"] for log in runs.values() if "objects_by_names" in log["scores"]]
-        if found:
-            table.append([arm, *(spread([100 * one[size] for one in found]).split(" (")[0] for size in sizes)])
+        if found := by_names(runs):
+            cells = [spread([100 * one.get(str(size), 0.0) for one in found]).split(" (")[0] for size in sizes]
+            table.append([arm, *cells])
     return table
+
+
+def by_names(runs: dict[int, Log]) -> list[dict[str, float]]:
+    """Accuracies by number of names, of each run that has them; old logs leave out those that were zero."""
+    return [log["scores"]["objects_by_names"] for log in runs.values() if "objects_by_names" in log["scores"]]
+
+
+def sizes_of(arms: dict[str, dict[int, Log]]) -> list[int]:
+    """The numbers of names that some run of the arms was scored with."""
+    return sorted({int(size) for runs in arms.values() for found in by_names(runs) for size in found})
 
 
 def verdict(numbers: Sequence[float], what: str) -> str:
     """One sentence on paired differences: what they are, and whether all seeds agree in sign."""
     if not numbers:
         return ""
-    signs = {number > 0 for number in numbers}
+    signs = {(number > 1e-6) - (number < -1e-6) for number in numbers}
     agree = f"all {len(numbers)} seeds agree in sign" if len(signs) == 1 else "the seeds disagree in sign"
+    agree = "no difference in any seed" if signs == {0} else agree
     agree = "one seed only: no statement" if len(numbers) == 1 else agree
     return f"- {what}: {spread(numbers, '+')} points; {agree}."
 
 
 def findings(arms: dict[str, dict[int, Log]]) -> str:
-    """What a group's numbers say, controls first."""
+    """What a group's numbers say, controls first; nothing of the rows of objects that an arm guesses."""
     right = {arm: values(runs) for arm, runs in arms.items()}
     base, learned = right.get("baseline", {}), right.get("learned", {})
-    lines = []
+    at_chance = {a: [arm for arm, runs in arms.items() if guesses(runs, a)] for a in ATTRIBUTES}
+    guessed = [f"{attribute} ({', '.join(found)})" for attribute, found in at_chance.items() if found]
+    lines = [f"- At guessing, and part of every mean: {', '.join(guessed)}."] if guessed else []
     for arm in ("cross", "mean"):
         runs, own = arms.get(arm, {}), right.get(arm, {})
         objects = gains(values(runs, "right", "object"), values(runs, "sibling", "object"))
@@ -193,8 +234,10 @@ def findings(arms: dict[str, dict[int, Log]]) -> str:
             verdict(gains(own, learned), f"{arm} over the learned-token control"),
             verdict(gains(own, right.get("wide", {})), f"{arm} over a baseline with as many parameters"),
             verdict(gains(own, values(runs, "wrong")), f"{arm}, right names over another attribute's"),
-            verdict(gains(own, values(runs, "shuffled")), f"{arm}, right names over the same words dealt anew"),
-            verdict(objects, f"{arm}, held-out objects: their own names over other objects'"),
+            verdict(shuffling(runs), f"{arm}, right names over the same words dealt anew"),
+            ""
+            if arm in at_chance["object"]
+            else verdict(objects, f"{arm}, held-out objects: own names over other objects'"),
         ]
     lines.append(verdict(gains(learned, base), "learned tokens over the baseline"))
     return "\n".join(line for line in lines if line)
@@ -209,14 +252,19 @@ Trained on: {machine}.
 A scene shows one to six copies of an OpenMoji picture; a task asks for the object, the ground's colour, the number, the
 size, the turn or the place, by its class names alone. Objects of the scenes below were held out from training, and so
 was the wording "reworded". An arm's runs see the same batches as the baseline's of the same seed. Figures are recall in
-per cent, averaged over classes, then over attributes; ± is the standard deviation over seeds, with least and greatest.
+per cent, averaged over classes, then over attributes (among more and more names: plain accuracy); ± is the standard
+deviation over seeds, with least and greatest. All seeds are scored on the same {scenes} scenes, which leave a standard
+error of their own: beside "guessing" it is that of a model that guesses. A star marks what is at most two of these
+above guessing; "guesses" stands where a difference would be one of two guesses.
 
 Norm rows: *right*, from the task's own class names; *reworded*, names and row in a wording that training never saw;
-*shuffled*, the same words dealt out anew among the names; *wrong*, from another attribute's names, averaged over the
-other five; *generic*, from "an object"; *base*, the encoder's own. Class embeddings are the right ones throughout.
+*shuffled*, the same words dealt out anew among the names, which changes nothing for one-word names, as the hypernetwork
+reads a set: given for the other attributes only; *wrong*, from another attribute's names, averaged over the other five;
+*generic*, from "an object"; *base*, the encoder's own. Class embeddings are the right ones throughout.
 
-What was looked at before: stem, patch, learning rate, number of steps, on seed 100 and scenes of training objects. The
-seeds and scenes below were scored once, when a run had ended; the curves' scenes are others.
+In every arm position embeddings, where the encoder has them, start at {scale} times timm's scale. What was looked at
+before: this, stem, patch, learning rate, number of steps, on seeds 100 and up and scenes of training objects. The seeds
+and scenes below were scored once, when a run had ended; the curves' scenes are others.
 """
 
 
@@ -224,6 +272,7 @@ def report(
     folder: str | Path,
     groups: dict[str, dict[str, dict[int, Log]]],
     plots: Sequence[str],
+    position_scale: float,
     overheads: str = "",
     conclusion: str = "",
 ) -> str:
@@ -233,13 +282,15 @@ def report(
         folder: of the logs.
         groups: logs by group, arm and seed.
         plots: names of the plots in `folder`.
+        position_scale: of runs whose logs do not say it.
         overheads: the table of overheads; empty: not measured.
         conclusion: what somebody wrote of these figures.
     """
-    first = next(iter(next(iter(next(iter(groups.values())).values())).values()))
-    parts = [HEAD.format(folder=folder, machine=first["machine"])]
+    logs = [log for arms in groups.values() for runs in arms.values() for log in runs.values()]
+    scale = " or ".join(f"{scale:g}" for scale in sorted({log.get("position_scale", position_scale) for log in logs}))
+    parts = [HEAD.format(folder=_shown(folder), machine=logs[0]["machine"], scenes=SCENES, scale=scale)]
     parts += ["## Conclusion", conclusion.strip()] if conclusion else []
-    parts += [f"![{name}](conditioning/{name}.png)" for name in plots]
+    parts += [f"![{name}]({Path(folder).name}/{name}.png)" for name in plots]
     for group, arms in groups.items():
         model, train = first_of(arms)["model"], first_of(arms)["train"]
         sizes = f"width {model['width']}, depth {model['depth']}, " if model["width"] else ""
@@ -263,6 +314,12 @@ def report(
     if overheads:
         parts += ["## Overheads", "`python -m hyperclip_fast.bench.conditioning overheads`. " + overheads]
     return "\n\n".join(parts) + "\n"
+
+
+def _shown(folder: str | Path) -> str:
+    """The folder from the current one, where commands run; its name where it is elsewhere."""
+    path, here = Path(folder).resolve(), Path.cwd()
+    return path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name
 
 
 def first_of(arms: dict[str, dict[int, Log]]) -> Log:

@@ -3,21 +3,26 @@
 Every scene is embedded once for each source of rows: the class names of each attribute, those with their words dealt
 out anew, a generic name, the base row. Each embedding is then scored against the class names of every attribute: the
 matrix "row made for" x "asked for". Recall is averaged over classes, so that rare values count as much as frequent.
+Which of more and more names an object has is plain accuracy.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from hyperclip_fast.data import to_rgb
-from hyperclip_fast.evaluation import EvalTask, row_names
+from hyperclip_fast.evaluation import EvalTask, row_names, shuffling_changes
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
-from hyperclip_fast.scenes import ATTRIBUTES
+from hyperclip_fast.scenes import ATTRIBUTES, CHANCES, COMBINATIONS, VALUES, class_names
 
 BATCH = 192
 SET_SIZES = (2, 4, 8, 16, 32, 64, 128)
+SCENES, OBJECTS = 960, 8  # scenes that are scored, names of an object task
+# Where dealing the words out anew gives other names: one-word names stay the same set, and so does the row.
+SHUFFLED = ("object", *(attribute for attribute in VALUES if shuffling_changes(class_names(attribute, ()))))
 Scores = dict[str, float]
 
 
@@ -56,6 +61,17 @@ class SceneTasks:
         right = torch.bincount(member, (best == labels).double())
         count = torch.bincount(member)
         return float((right[count > 0] / count[count > 0]).mean())
+
+
+def guessing(attribute: str) -> tuple[float, float]:
+    """Recall of guessing, and the standard error that SCENES scenes leave: rare values make it larger."""
+    classes = OBJECTS if attribute == "object" else len(VALUES[attribute])
+    shares = torch.full((classes,), 1 / classes)
+    if attribute in (fits := ("count", "size", "place")):
+        shares = torch.bincount(COMBINATIONS[:, fits.index(attribute)], CHANCES)
+        shares = shares / shares.sum()
+    chance = 1 / classes
+    return chance, math.sqrt(chance * (1 - chance) / SCENES * float((1 / shares).mean()) / classes)
 
 
 def mean(scores: Scores) -> float:
@@ -107,16 +123,18 @@ def all_scores(model: HyperCLIP, scenes: SceneTasks, reworded: SceneTasks) -> di
         reworded: the same scenes with the wording that training never saw.
 
     Returns:
-        right: recall by attribute; reworded: the same, the names in the other wording; objects_by_names: recall of the
-        held-out objects among 2, 4, ... names. For a model with a hypernetwork also matrix (row made for x asked for),
-        wrong (mean over the other attributes' rows), sibling (object: the row of other objects' names), shuffled,
-        generic, base.
+        right: recall by attribute; reworded: the same, the names in the other wording; objects_by_names: accuracy on
+        the held-out objects among 2, 4, ... names. For a model with a hypernetwork also matrix (row made for x asked
+        for), wrong (mean over the other attributes' rows), sibling (object: the row of other objects' names), shuffled
+        (the attributes of SHUFFLED), generic, base.
     """
     scores = {
         "right": right_scores(model, scenes),
         "reworded": right_scores(model, reworded),
         "objects_by_names": {
-            str(size): value for size, value in ((k, object_recall(model, scenes, k)) for k in SET_SIZES) if value
+            str(size): value
+            for size, value in ((k, object_accuracy(model, scenes, k)) for k in SET_SIZES)
+            if value is not None
         },
     }
     return scores if model.hypernetwork is None else {**scores, **swap_scores(model, scenes)}
@@ -135,15 +153,15 @@ def swap_scores(model: HyperCLIP, scenes: SceneTasks) -> dict:
         "matrix": matrix,
         "wrong": {a: sum(values) / len(values) for a, values in others.items()},
         "sibling": {"object": recalls(_features(model, scenes, "object", "wrong"))["object"]},
-        "shuffled": {a: scenes.recall(a, _features(model, scenes, a, "shuffled"), classes[a]) for a in ATTRIBUTES},
+        "shuffled": {a: scenes.recall(a, _features(model, scenes, a, "shuffled"), classes[a]) for a in SHUFFLED},
         "generic": recalls(_features(model, scenes, "object", "generic")),
         "base": recalls(_features(model, scenes, "object", "base")),
     }
 
 
 @torch.inference_mode()
-def object_recall(model: HyperCLIP, scenes: SceneTasks, size: int) -> float | None:
-    """Recall of the objects when a task has `size` of the names; None where there are fewer."""
+def object_accuracy(model: HyperCLIP, scenes: SceneTasks, size: int) -> float | None:
+    """Share of scenes whose object is found when a task has `size` of the names; None where there are fewer."""
     tasks = scenes.tasks["object"]
     names = [name for task in tasks for name in task.class_names]
     per_task = len(tasks[0].class_names)

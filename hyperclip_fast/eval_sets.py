@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from hyperclip_fast.data import load_pictures
 from hyperclip_fast.evaluation import EvalTask, held_out_tasks
@@ -21,7 +20,7 @@ from hyperclip_fast.extras import require
 from hyperclip_fast.image_files import load_image
 from hyperclip_fast.image_sets import read_folder
 from hyperclip_fast.openmoji import load_skin_tones
-from hyperclip_fast.scenes import VALUES, scene_tasks
+from hyperclip_fast.scenes import VALUES, scene_tasks, to_rgba
 
 BUILT_IN = ("openmoji", "digits", "skin-tones", "scenes")
 
@@ -82,14 +81,8 @@ def _read_folder(path: Path, size: int) -> EvalTask:
     found = read_folder(path)
     names = tuple(sorted(set(found.texts)))
     files = require("tqdm", "train").tqdm(found.files, desc="images", unit="image")
-    images = torch.stack([_to_rgba(load_image(file, size)) for file in files])
+    images = torch.stack([to_rgba(load_image(file, size)) for file in files])
     return EvalTask(path.name, names, images, torch.tensor([names.index(text) for text in found.texts]))
-
-
-def _to_rgba(image: Tensor) -> Tensor:
-    """(3, S, S) in [-1, 1] as opaque uint8 (4, S, S)."""
-    rgb = ((image + 1) * 127.5).round().byte()
-    return torch.cat([rgb, torch.full_like(rgb[:1], 255)])
 
 
 def _read_shards(path: Path, size: int) -> EvalTask:
@@ -98,7 +91,7 @@ def _read_shards(path: Path, size: int) -> EvalTask:
     names = known.read_text(encoding="utf-8").splitlines() if known.is_file() else []
     images, texts = [], []
     for image, text in _samples(path):
-        images.append(_to_rgba(load_image(image, size)))
+        images.append(to_rgba(load_image(image, size)))
         texts.append(text)
     if not images:
         raise ValueError(f"data must be shards with samples of an image and a .cls, {path} has none")

@@ -135,8 +135,8 @@ def row_names(tasks: Sequence[EvalTask], row: str) -> list[tuple[str, ...]]:
     Args:
         tasks: T of them.
         row: "right": the task's own; "wrong": those of the task half the list away, or of ELSEWHERE where there is no
-            other; "shuffled": its own words dealt out anew among its names, each name as long as before; "generic": one
-            name that says nothing.
+            other; "shuffled": its own words dealt out anew among its names, each name as long as before, which may give
+            the same set of names, and so the right row: see `shuffling_changes`; "generic": one name that says nothing.
 
     Raises:
         ValueError: for another row.
@@ -150,6 +150,11 @@ def row_names(tasks: Sequence[EvalTask], row: str) -> list[tuple[str, ...]]:
     if row == "generic":
         return [(GENERIC,)] * len(tasks)
     return [_shuffle_words(task.class_names) if row == "shuffled" else tuple(task.class_names) for task in chosen]
+
+
+def shuffling_changes(names: Sequence[str]) -> bool:
+    """Whether "shuffled" gives other names than these in another order: only then it may give another row."""
+    return sorted(_shuffle_words(names)) != sorted(names)
 
 
 def _shuffle_words(names: Sequence[str], seed: int = 0) -> tuple[str, ...]:

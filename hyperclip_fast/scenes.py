@@ -326,7 +326,7 @@ def scene_tasks(
     labels = torch.randint(classes, (sets, scenes // sets), generator=generator)
     wanted = members.gather(1, labels).flatten()
     drawn = composer.draw(len(wanted), generator, {"object": wanted})
-    images = _to_rgba(composer.render(drawn, generator))
+    images = to_rgba(composer.render(drawn, generator))
     objects = class_names("object", composer.names, wording)
     tasks = [
         EvalTask(f"object {i + 1}", tuple(objects[j] for j in ids.tolist()), part, label)
@@ -335,7 +335,7 @@ def scene_tasks(
     return tasks + [EvalTask(a, class_names(a, (), wording), images, drawn[a]) for a in VALUES]
 
 
-def _to_rgba(images: Tensor) -> Tensor:
-    """Images (M, 3, S, S) in [-1, 1] as opaque uint8 RGBA (M, 4, S, S)."""
+def to_rgba(images: Tensor) -> Tensor:
+    """Images (..., 3, S, S) in [-1, 1] as opaque uint8 RGBA (..., 4, S, S)."""
     rgb = ((images + 1) * 127.5).round().clamp(0, 255).byte()
-    return torch.cat([rgb, torch.full_like(rgb[:, :1], 255)], 1)
+    return torch.cat([rgb, torch.full_like(rgb[..., :1, :, :], 255)], -3)

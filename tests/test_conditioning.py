@@ -1,29 +1,39 @@
 """The conditioning experiment: its queue, a run from start to log, what is scored against what, the report's sums."""
 
 import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hyperclip_fast.bench import conditioning, conditioning_overheads, conditioning_scores
 from hyperclip_fast.bench.conditioning_arms import load_runs
+from hyperclip_fast.bench.conditioning_plots import draw
 from hyperclip_fast.bench.conditioning_report import (
     arms_table,
+    attributes_table,
     drops_table,
     findings,
     gains,
     grouped,
+    names_table,
     read_logs,
+    report,
+    shuffling,
     spread,
     swap_table,
+    verdict,
 )
-from hyperclip_fast.bench.conditioning_scores import SceneTasks, all_scores
+from hyperclip_fast.bench.conditioning_scores import SCENES, SHUFFLED, SceneTasks, all_scores, guessing
 
-from hyperclip_fast.scenes import ATTRIBUTES, scene_tasks
+from hyperclip_fast.scenes import ATTRIBUTES, CHANCES, COMBINATIONS, scene_tasks
 from tests.test_scenes import blocks
 from tests.towers import patch_text_tower, tiny_model
 
 PLAN = """
 model: {img_size: 48, patch_size: 16, width: 32, depth: 1, num_heads: 2, embed_dim: 16, hyper_width: 32}
+position_scale: 2.0
 train: {steps: 4, tasks_per_batch: 6, classes_per_task: 2, log_every: 2, lr: 1.0e-3}
 arms:
   baseline: {conditioned: false}
@@ -53,7 +63,9 @@ def plan(tmp_path, monkeypatch):
     (tmp_path / "plan.yaml").write_text(PLAN)
     monkeypatch.setattr(conditioning, "load_pictures", lambda sets, size: blocks())
     monkeypatch.setattr(
-        conditioning, "scene_tasks", lambda data, **options: scene_tasks(data, **{**options, "scenes": 24}, classes=4)
+        conditioning,
+        "scene_tasks",
+        lambda data, **options: scene_tasks(data, **{**options, "scenes": 24, "classes": 4}),
     )
     return [
         "--config",
@@ -76,7 +88,11 @@ def test_queue(tmp_path):
     assert [run.tune for run in runs[4:]] == ["", "norms", "lora"]
     assert runs[4].model.width == 64 and runs[5].model.width == 32 and runs[0].train.steps == 5
     assert not runs[0].model.conditioned and runs[1].model.conditioned and runs[1].train.seed == 0
-    for text, message in (("model: {}", "sections"), (PLAN.replace("[baseline, cross]", "[tall]"), "unknown arms")):
+    for text, message in (
+        ("model: {}", "sections"),
+        (PLAN.replace("[baseline, cross]", "[tall]"), "unknown arms"),
+        (PLAN.replace("scale: 2.0", "scale: -2.0"), "position_scale must be a positive number"),
+    ):
         (tmp_path / "plan.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_runs(tmp_path / "plan.yaml")
@@ -113,8 +129,10 @@ def test_run_and_report(plan, tmp_path, capsys):
     assert logs["b-norms-0"][-1]["parameters_per_task"] == 2 * 3 * 32
     assert 0 < logs["b-lora-0"][-1]["parameters_per_task"] != logs["b-norms-0"][-1]["parameters_per_task"]
     (tmp_path / "logs" / "conclusion.md").write_text("Nothing follows from four steps.\n")
-    assert conditioning.main(["report", "--results", str(tmp_path / "logs")]) == 0
+    assert first["position_scale"] == 2.0
+    assert conditioning.main(["report", *plan[:4]]) == 0
     text = (tmp_path / "logs.md").read_text()
+    assert "start at 2 times timm's scale" in text and "](logs/arms.png)" in text and str(tmp_path) not in text
     assert (
         "cross over the baseline" in text and "2 seeds" in text and "one seed only" not in text.split("## Group b")[0]
     )
@@ -165,20 +183,66 @@ def test_scores_equal_one_scene_at_a_time(tasks):
     assert scores["right"]["colour"] == scores["matrix"]["colour"]["colour"]
     wrong = [scores["matrix"][source]["colour"] for source in ATTRIBUTES if source != "colour"]
     assert scores["wrong"]["colour"] == pytest.approx(sum(wrong) / 5)
+    assert tuple(scores["shuffled"]) == SHUFFLED
+
+
+def test_shuffled_is_scored_where_it_gives_other_names(tasks):
+    assert SHUFFLED == ("object", "colour", "size", "orientation", "place")
+    for attribute in ATTRIBUTES[1:]:
+        right, dealt = (sorted(tasks[0].names(attribute, row)[0]) for row in ("right", "shuffled"))
+        assert (right != dealt) == (attribute in SHUFFLED)
+
+
+def test_position_embeddings_start_at_the_scale(plan, tmp_path):
+    run = load_runs(plan[1])[1]
+    experiment = conditioning.Experiment(tmp_path, tmp_path)
+    one, scaled = (
+        experiment.trainer(replace(run, arm=f"{scale}", position_scale=scale)).model.image.pos_embed
+        for scale in (1.0, run.position_scale)
+    )
+    assert torch.equal(scaled, 2 * one) and one.abs().max() > 0
+
+
+@pytest.mark.parametrize("attribute", ["colour", "count", "size", "place"])
+def test_guessing_is_what_guesses_give(attribute):
+    generator = torch.Generator().manual_seed(0)
+    classes = len(dict.fromkeys(conditioning_scores.VALUES[attribute]))
+    if attribute == "colour":
+        labels = torch.randint(classes, (2000, SCENES), generator=generator)
+    else:
+        column = ("count", "size", "place").index(attribute)
+        labels = COMBINATIONS[torch.multinomial(CHANCES.expand(2000, -1), SCENES, True, generator=generator), column]
+    right = torch.randint(classes, labels.shape, generator=generator) == labels
+    counts, hits = torch.zeros(2000, classes), torch.zeros(2000, classes)
+    counts.scatter_add_(1, labels, torch.ones(labels.shape))
+    hits.scatter_add_(1, labels, right.float())
+    recalls = (hits / counts).mean(1)
+    chance, error = guessing(attribute)
+    assert chance == pytest.approx(float(recalls.mean()), rel=0.02)
+    assert error == pytest.approx(float(recalls.std()), rel=0.08)
 
 
 @torch.inference_mode()
 def test_objects_among_other_numbers_of_names(tasks):
     model = tiny_model(img_size=48, patch_size=16)
     scenes = tasks[0]
-    by_four = conditioning_scores.object_recall(model, scenes, 4)
+    by_four = conditioning_scores.object_accuracy(model, scenes, 4)
     ids, labels = scenes.set_ids("object"), torch.cat([task.labels for task in scenes.tasks["object"]])
     names = [task.class_names for task in scenes.tasks["object"]]
     table = model.adapt(names).table.detach()
     features = conditioning_scores.embed(model, scenes.images, table, ids)
     best = torch.stack([model.encode_text(part) @ f for part, f in zip([names[i] for i in ids], features)]).argmax(1)
     assert by_four == pytest.approx(float((best == labels).double().mean()))
-    assert conditioning_scores.object_recall(model, scenes, 16) is None
+    assert conditioning_scores.object_accuracy(model, scenes, 16) is None
+
+
+def test_an_accuracy_of_zero_is_kept(tasks, monkeypatch):
+    monkeypatch.setattr(conditioning_scores, "object_accuracy", lambda model, scenes, k: None if k > 4 else (4 - k) / 4)
+    model = tiny_model(img_size=48, patch_size=16, conditioned=False)
+    assert all_scores(model, *tasks)["objects_by_names"] == {"2": 0.5, "4": 0.0}
+    old = [log("baseline", seed, 0.4) for seed in (0, 1)]
+    old[0]["scores"]["objects_by_names"], old[1]["scores"]["objects_by_names"] = {"2": 0.5}, {"2": 0.5, "4": 0.3}
+    assert names_table(grouped(old)["g"])[2] == ["baseline", "50.0 ± 0.0", "15.0 ± 21.2"]
 
 
 def log(arm, seed, right, **more):
@@ -186,6 +250,7 @@ def log(arm, seed, right, **more):
     wrong = {source: 0.0 if source == "colour" else 0.4 for source in ATTRIBUTES}
     scores["matrix"] = {source: {a: 0.3 if a == "colour" else v for a in ATTRIBUTES} for source, v in wrong.items()}
     about = {"group": "g", "arm": arm, "seed": seed, "parameters": 10, "image_parameters": 5}
+    about["model"] = {"width": 0}
     return {**about, "lines": [], "last": {"step": 7}, "scores": scores}
 
 
@@ -201,8 +266,8 @@ def test_gains_are_paired_by_seed():
     assert list(arms) == ["baseline", "cross"]
     line = arms_table(arms)[2]
     assert line[5] == "50.0 ± 8.5 (44.0 to 56.0)" and line[6] == "+5.0 ± 1.4 (+4.0 to +6.0)"
-    assert swap_table(arms)[1][-2] == "+20.0 ± 8.5 (+14.0 to +26.0)"
-    assert [row[-1] for row in arms_table(arms)] == ["steps", "7", "7"]
+    assert swap_table(arms)[1][-3] == "+20.0 ± 8.5 (+14.0 to +26.0)"
+    assert [row[-1] for row in arms_table(arms)] == ["steps", "7", "7", ""] and arms_table(arms)[-1][5] == "13.0"
     drops = drops_table(arms)[1:]
     assert drops[0] == ["cross", *["+20.0 ± 8.5 (+14.0 to +26.0)"] * 6]
     assert drops[1][1:3] == ["+10.0 ± 8.5 (+4.0 to +16.0)", "+20.0 ± 8.5 (+14.0 to +26.0)"]
@@ -212,6 +277,51 @@ def test_gains_are_paired_by_seed():
         in findings(arms)
     )
     assert gains({0: 1.0, 2: 5.0}, {2: 3.0, 1: 0.0}) == [2.0] and spread([2.0]) == "2.0" and spread([]) == ""
+
+
+def test_no_verdict_on_guesses():
+    swaps = {"wrong": 0.30, "shuffled": 0.5, "generic": 0.3, "base": 0.2, "reworded": 0.4, "sibling": 0.1}
+    arms = grouped([log("baseline", 0, 0.4), log("cross", 0, 0.4, **swaps)])["g"]
+    assert "held-out objects: own names" in findings(arms) and "At guessing" not in findings(arms)
+    arms["cross"][0]["scores"]["right"]["object"] = 0.125 + 2 * 0.0106  # scenes' standard error is 0.01067
+    assert attributes_table(arms)[-1][1:3] == ["14.6 ± 0.0 \\*", "40.0 ± 0.0"]
+    assert swap_table(arms)[1][-1] == drops_table(arms)[1][1] == drops_table(arms)[2][1] == "guesses"
+    assert "At guessing, and part of every mean: object (cross)." in findings(arms)
+    assert "held-out objects" not in findings(arms)
+
+
+def test_zeros_are_no_agreement():
+    assert "no difference in any seed" in verdict([0.0, 1e-12, 0.0], "x")
+    assert "the seeds disagree" in verdict([0.0, 1.0, 2.0], "x")
+    assert "all 2 seeds agree in sign" in verdict([-1.0, -2.0], "x")
+
+
+def test_shuffling_leaves_out_one_word_names():
+    one = log("cross", 0, 0.5, shuffled=0.4)
+    one["scores"]["shuffled"]["count"] = 0.0
+    assert shuffling({0: one}) == [pytest.approx(10.0)] and shuffling({0: log("baseline", 0, 0.5)}) == []
+
+
+def test_plots_of_a_group_of_rivals_alone(tmp_path):
+    assert "names" not in draw(grouped([log("norms", 0, 0.4)]), tmp_path)
+
+
+def test_logs_without_a_position_scale_have_the_queues():
+    old, new = ({**log("norms", seed, 0.4), "machine": "m"} for seed in (0, 1))
+    for one in (old, new):
+        one |= {"model": {"width": 0, "image_tower": "t", "img_size": 8, "embed_dim": 8}}
+        one |= {"train": {"steps": 1, "tasks_per_batch": 1, "classes_per_task": 2}}
+    assert "start at 10 times timm's" in report("logs", grouped([old]), (), 10.0)
+    assert "start at 3 or 10 times timm's" in report("logs", grouped([old, {**new, "position_scale": 3.0}]), (), 10.0)
+
+
+def test_the_committed_report_is_of_the_committed_logs(tmp_path, monkeypatch):
+    config, committed = Path(conditioning.CONFIG).resolve(), Path(conditioning.RESULTS).resolve()
+    shutil.copytree(committed, tmp_path / conditioning.RESULTS)
+    monkeypatch.chdir(tmp_path)
+    assert conditioning.main(["report", "--config", str(config)]) == 0
+    made = Path(conditioning.RESULTS).with_suffix(".md").read_text()
+    assert made == committed.with_suffix(".md").read_text()
 
 
 def test_no_logs(tmp_path):

@@ -19,6 +19,7 @@ from hyperclip_fast.scenes import (
     SceneSampler,
     class_names,
     scene_tasks,
+    to_rgba,
 )
 
 SIDE = 48
@@ -171,3 +172,10 @@ def draw(**wanted):
 def test_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_to_rgba_takes_one_image_or_many():
+    images = torch.tensor([-1.5, -1.0, 0.0, 1.0, 1.5]).view(5, 1, 1, 1).expand(5, 3, 2, 2)
+    found = to_rgba(images)
+    assert found.dtype == torch.uint8 and found[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]
+    assert (found[:, 3] == 255).all() and torch.equal(to_rgba(images[2]), found[2])
