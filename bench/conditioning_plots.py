@@ -1,5 +1,6 @@
 """Plots of the conditioning runs: accuracy by arm, the swap test, gain against width, number of names, curves."""
 
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from hyperclip_fast.extras import require
 from hyperclip_fast.scenes import ATTRIBUTES
 
 from .conditioning_report import SWAPS, Log, by_names, first_of, gains, sizes_of, values
-from .conditioning_scores import guessing, mean
+from .conditioning_scores import SCENES, guessing, mean
 
 COLOURS = {"baseline": "#57606a", "cross": "#0969da", "mean": "#54aeff", "learned": "#bc4c00", "wide": "#8250df"}
 COLOURS |= {"norms": "#1a7f37", "lora": "#cf222e"}
@@ -118,6 +119,9 @@ def _names(axes: Any, groups: Groups) -> bool:
                 ratio = [statistics.mean(one.get(str(size), 0.0) * size for one in logs) for size in sizes]
                 axis.plot(sizes, ratio, marker="o", label=arm, color=_colour(arm))
         axis.axhline(1, color="black", lw=0.8)
+        error = [2 * math.sqrt((size - 1) / SCENES) for size in sizes]
+        low, high = [1 - one for one in error], [1 + one for one in error]
+        axis.fill_between(sizes, low, high, color="black", alpha=0.08, label="guessing, two standard errors", lw=0)
         axis.set_xscale("log", base=2)
         axis.set_xticks(sizes, sizes)
         axis.set_xlabel("class names")

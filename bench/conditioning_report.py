@@ -49,14 +49,14 @@ def read_logs(folder: str | Path) -> list[Log]:
 
 
 def grouped(logs: Iterable[Log]) -> dict[str, dict[str, dict[int, Log]]]:
-    """Logs by group, arm and seed."""
+    """Logs by group, arm and seed; groups of more runs first."""
     groups: dict[str, dict[str, dict[int, Log]]] = defaultdict(lambda: defaultdict(dict))
     for log in logs:
         groups[log["group"]][log["arm"]][log["seed"]] = log
     order = {arm: i for i, arm in enumerate(DESCRIPTIONS)}
     return {
         group: dict(sorted(arms.items(), key=lambda item: order.get(item[0], len(order))))
-        for group, arms in groups.items()
+        for group, arms in sorted(groups.items(), key=lambda item: -sum(map(len, item[1].values())))
     }
 
 
@@ -127,8 +127,7 @@ def attributes_table(arms: dict[str, dict[int, Log]]) -> Table:
         cells = []
         for attribute in ATTRIBUTES:
             found = list(values(runs, "right", attribute).values())
-            cell = f"{statistics.mean(found):.1f} ± {statistics.stdev(found) if len(found) > 1 else 0:.1f}"
-            cells.append(cell + " \\*" * guesses(runs, attribute))
+            cells.append(spread(found).split(" (")[0] + " \\*" * guesses(runs, attribute))
         table.append([arm, *cells])
     return table
 

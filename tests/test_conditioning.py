@@ -134,7 +134,9 @@ def test_run_and_report(plan, tmp_path, capsys):
     text = (tmp_path / "logs.md").read_text()
     assert "start at 2 times timm's scale" in text and "](logs/arms.png)" in text and str(tmp_path) not in text
     assert (
-        "cross over the baseline" in text and "2 seeds" in text and "one seed only" not in text.split("## Group b")[0]
+        "cross over the baseline" in text
+        and "no hypernetwork | 2 |" in text
+        and "one seed only" not in text.split("## Group b")[0]
     )
     assert {path.name for path in (tmp_path / "logs").glob("*.png")} == {
         "arms.png",
@@ -284,7 +286,7 @@ def test_no_verdict_on_guesses():
     arms = grouped([log("baseline", 0, 0.4), log("cross", 0, 0.4, **swaps)])["g"]
     assert "held-out objects: own names" in findings(arms) and "At guessing" not in findings(arms)
     arms["cross"][0]["scores"]["right"]["object"] = 0.125 + 2 * 0.0106  # scenes' standard error is 0.01067
-    assert attributes_table(arms)[-1][1:3] == ["14.6 ± 0.0 \\*", "40.0 ± 0.0"]
+    assert attributes_table(arms)[-1][1:3] == ["14.6 \\*", "40.0"]
     assert swap_table(arms)[1][-1] == drops_table(arms)[1][1] == drops_table(arms)[2][1] == "guesses"
     assert "At guessing, and part of every mean: object (cross)." in findings(arms)
     assert "held-out objects" not in findings(arms)
