@@ -329,7 +329,8 @@ def check_params(params: object, spec: NormSpec, batch: int, fits: Callable[[Nor
     """
     if not isinstance(params, NormParams):
         raise ValueError(f"params must be NormParams, got {type(params).__name__}")
-    if params.spec != spec and not (fits is not None and fits(params.spec)):
+    # the encoder's spec is read first, so that torch.compile sees a module's integers: static ones
+    if spec != params.spec and not (fits is not None and fits(params.spec)):
         raise ValueError(
             f"params must follow this encoder's spec, {len(spec.names)} layers and P = {spec.num_params}, "
             f"got {len(params.spec.names)} layers and P = {params.spec.num_params}"
