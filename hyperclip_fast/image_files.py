@@ -72,7 +72,7 @@ def open_image(source: str | Path | bytes, max_pixels: int | None = None, max_by
             an agreed range (floating point, or integers beyond 16 bits).
     """
     max_pixels, max_bytes = max_pixels or MAX_PIXELS, max_bytes or MAX_BYTES
-    image_module, ops = require("PIL.Image", "train"), require("PIL.ImageOps", "train")
+    image_module, ops = require("PIL.Image", "clip"), require("PIL.ImageOps", "clip")
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
         content = source if isinstance(source, bytes) else _read(source, max_bytes)
