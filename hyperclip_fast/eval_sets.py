@@ -18,7 +18,7 @@ from torch import Tensor
 from hyperclip_fast.data import load_pictures
 from hyperclip_fast.evaluation import EvalTask, held_out_tasks
 from hyperclip_fast.extras import require
-from hyperclip_fast.image_files import find_images, load_image
+from hyperclip_fast.image_files import class_folders, find_images, load_image
 from hyperclip_fast.openmoji import load_skin_tones
 from hyperclip_fast.scenes import VALUES, scene_tasks
 
@@ -78,7 +78,7 @@ def _one_a_question(tasks: list[EvalTask]) -> list[EvalTask]:
 
 
 def _read_folder(path: Path, size: int) -> EvalTask:
-    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    folders = class_folders(path)
     if len(folders) < 2:
         raise ValueError(f"data must be a folder with a folder for each class, {path} has {len(folders)} folders")
     images, labels = [], []
