@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hyperclip_fast import dense, eval_sets
+from hyperclip_fast import dense, eval_sets, zero_shot
 from hyperclip_fast.cli import main
 from hyperclip_fast.corruptions import CORRUPTIONS, corrupt
 from hyperclip_fast.eval_sets import EvalSet, load_eval_set
@@ -159,12 +159,18 @@ def test_corruptions_grow_with_severity_and_repeat(name):
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_a_corruption_depends_on_no_batch(name):
-    model, data = tiny_model(), EvalSet("set", random_tasks())
     images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(1)) - 0.5
-    parts = torch.cat([corrupt(images[:2], name, 3), corrupt(images[2:], name, 3, first=2)])
-    assert torch.equal(corrupt(images, name, 3), parts)
-    scores = [evaluate(model, data, corruptions=[name], batch_size=size)[1]["metrics"] for size in (3, 12)]
-    assert scores[0] == scores[1]
+    parts = [corrupt(images[:2], name, 3), corrupt(images[2:], name, 3, first=2)]
+    assert torch.equal(corrupt(images, name, 3), torch.cat(parts))
+    assert torch.equal(zero_shot._corruption(name, 3)(images[2:], 2), parts[1])
+
+
+def test_scores_of_noisy_images_depend_on_no_batch():
+    model, tasks, noise = tiny_model(), random_tasks(), zero_shot._corruption("noise", 5)
+    small, large = (torch.cat(class_scores(model, tasks, batch_size=size, change=noise)) for size in (3, 12))
+    torch.testing.assert_close(small, large, rtol=0, atol=1e-6)
+    clean = torch.cat(class_scores(model, tasks))
+    assert (clean - large).abs().max() > 1e-3
 
 
 def test_images_have_noise_of_their_own():
