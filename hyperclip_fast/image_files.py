@@ -57,6 +57,11 @@ def find_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     return files
 
 
+def class_folders(path: str | Path) -> list[Path]:
+    """The folders in a folder that are classes, sorted; hidden ones are none."""
+    return sorted(folder for folder in Path(path).glob("*") if folder.is_dir() and not folder.name.startswith("."))
+
+
 def open_image(source: str | Path | bytes, max_pixels: int | None = None, max_bytes: int | None = None) -> Any:
     """A picture as an RGB Pillow image: upright by its EXIF orientation, on white where it is transparent.
 
