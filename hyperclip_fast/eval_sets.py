@@ -18,12 +18,8 @@ from torch import Tensor
 from hyperclip_fast.data import load_pictures
 from hyperclip_fast.evaluation import EvalTask, held_out_tasks
 from hyperclip_fast.extras import require
-<<<<<<< HEAD
 from hyperclip_fast.image_files import load_image
 from hyperclip_fast.image_sets import read_folder
-=======
-from hyperclip_fast.image_files import class_folders, find_images, load_image
->>>>>>> fix-trainer
 from hyperclip_fast.openmoji import load_skin_tones
 from hyperclip_fast.scenes import VALUES, scene_tasks
 
@@ -83,25 +79,11 @@ def _one_a_question(tasks: list[EvalTask]) -> list[EvalTask]:
 
 
 def _read_folder(path: Path, size: int) -> EvalTask:
-<<<<<<< HEAD
     found = read_folder(path)
     names = tuple(sorted(set(found.texts)))
     files = require("tqdm", "train").tqdm(found.files, desc="images", unit="image")
     images = torch.stack([_to_rgba(load_image(file, size)) for file in files])
     return EvalTask(path.name, names, images, torch.tensor([names.index(text) for text in found.texts]))
-=======
-    folders = class_folders(path)
-    if len(folders) < 2:
-        raise ValueError(f"data must be a folder with a folder for each class, {path} has {len(folders)} folders")
-    images, labels = [], []
-    tqdm = require("tqdm", "train").tqdm
-    for label, folder in enumerate(tqdm(folders, desc="images", unit="class")):
-        for file in find_images(folder):
-            images.append(_to_rgba(load_image(file, size)))
-            labels.append(label)
-    names = tuple(folder.name.replace("_", " ") for folder in folders)
-    return EvalTask(path.name, names, torch.stack(images), torch.tensor(labels))
->>>>>>> fix-trainer
 
 
 def _to_rgba(image: Tensor) -> Tensor:
