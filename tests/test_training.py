@@ -87,6 +87,7 @@ def test_a_finished_run_is_not_evaluated_again(tmp_path):
 def test_a_run_killed_while_it_writes_its_model_is_not_finished(tmp_path, monkeypatch):
     def killed(model, folder):
         folder.mkdir()
+        (folder / "part").write_text("")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -95,6 +96,7 @@ def test_a_run_killed_while_it_writes_its_model_is_not_finished(tmp_path, monkey
     model = trainer(tmp_path, steps=2).train()
     assert torch.equal(HyperCLIP.from_pretrained(tmp_path / "model").logit_scale, model.logit_scale)
     assert not [file.name for file in tmp_path.iterdir() if "tmp" in file.name]
+    assert not (tmp_path / "model" / "part").exists()
 
 
 def test_a_model_takes_the_place_of_another(tmp_path):
