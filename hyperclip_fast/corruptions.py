@@ -20,13 +20,14 @@ PIXELS = (0.6, 0.5, 0.4, 0.3, 0.25)  # of the side
 QUALITY = (25, 18, 15, 10, 7)
 
 
-def noise(images: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """Gaussian noise on each pixel."""
-    random = torch.randn(images.shape, generator=generator, device=generator.device).to(images)
-    return images + 2 * NOISE[severity - 1] * random
+def noise(images: Tensor, severity: int, first: int) -> Tensor:
+    """Gaussian noise on each pixel, drawn for each image by its index."""
+    seeded = [torch.Generator().manual_seed(first + i) for i in range(len(images))]
+    random = [torch.randn(images.shape[1:], generator=generator) for generator in seeded]
+    return images + 2 * NOISE[severity - 1] * torch.stack(random).to(images)
 
 
-def blur(images: Tensor, severity: int, generator: torch.Generator) -> Tensor:
+def blur(images: Tensor, severity: int, first: int) -> Tensor:
     """A Gaussian blur, edges repeated."""
     sigma = BLUR[severity - 1] * images.shape[-1]
     radius = max(1, round(3 * sigma))
@@ -36,20 +37,20 @@ def blur(images: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     return F.conv2d(F.conv2d(padded, kernel, groups=3), kernel.mT, groups=3)
 
 
-def contrast(images: Tensor, severity: int, generator: torch.Generator) -> Tensor:
+def contrast(images: Tensor, severity: int, first: int) -> Tensor:
     """Closer to each channel's mean."""
     mean = images.mean((2, 3), keepdim=True)
     return torch.lerp(mean, images, CONTRAST[severity - 1])
 
 
-def pixelate(images: Tensor, severity: int, generator: torch.Generator) -> Tensor:
+def pixelate(images: Tensor, severity: int, first: int) -> Tensor:
     """Fewer pixels, blown up."""
     size = images.shape[-2:]
     small = [max(1, round(PIXELS[severity - 1] * n)) for n in size]
     return F.interpolate(F.interpolate(images, small, mode="area"), size, mode="nearest")
 
 
-def jpeg(images: Tensor, severity: int, generator: torch.Generator) -> Tensor:
+def jpeg(images: Tensor, severity: int, first: int) -> Tensor:
     """Through a JPEG file of low quality."""
     image_module = require("PIL.Image", "train")
     pixels = ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
@@ -62,7 +63,7 @@ def jpeg(images: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     return (torch.stack(out).permute(0, 3, 1, 2).float() / 127.5 - 1).to(images)
 
 
-CORRUPTIONS: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {
+CORRUPTIONS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
     "noise": noise,
     "blur": blur,
     "contrast": contrast,
@@ -71,8 +72,14 @@ CORRUPTIONS: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {
 }
 
 
-def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
+def corrupt(images: Tensor, name: str, severity: int, first: int = 0) -> Tensor:
     """Images (B, 3, S, S) in [-1, 1], corrupted, in the same range.
+
+    Args:
+        images: what to corrupt.
+        name: one of CORRUPTIONS.
+        severity: one of SEVERITIES.
+        first: index of the first image in its set: an image gets the same noise in any batch.
 
     Raises:
         ValueError: for an unknown corruption, a severity outside 1 ... 5, or images of another shape.
@@ -83,4 +90,4 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
         raise ValueError(f"severity must be one of {SEVERITIES}, got {severity!r}")
     if images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be (B, 3, S, S), got {tuple(images.shape)}")
-    return CORRUPTIONS[name](images, severity, torch.Generator().manual_seed(seed)).clamp(-1, 1)
+    return CORRUPTIONS[name](images, severity, first).clamp(-1, 1)

@@ -24,7 +24,7 @@ from hyperclip_fast.embed_formats import FORMATS, Part, write_beside
 from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
 from hyperclip_fast.image_files import load_image
-from hyperclip_fast.task_bank import TaskBank, fingerprint
+from hyperclip_fast.task_bank import Task, TaskBank, fingerprint
 
 
 @dataclass(frozen=True)
@@ -193,8 +193,8 @@ def _bank(tasks: Mapping[str, Sequence[str]] | TaskBank, clip: HyperCLIP, path: 
     """The run's tasks, made at its first start only: made again, with other threads, rows may differ in a bit."""
     if path.exists():
         bank = TaskBank.load(path, clip)
-        if isinstance(tasks, TaskBank) and not torch.equal(tasks.params.table, bank.params.table):
-            raise ValueError(f"tasks must be the bank that the run began with, {path} holds other rows")
+        if isinstance(tasks, TaskBank) and not all(_same(tasks.task(name), bank.task(name)) for name in tasks.tasks):
+            raise ValueError(f"tasks must be the bank that the run began with, {path} holds other rows or embeddings")
         return bank
     bank = tasks
     if not isinstance(tasks, TaskBank):
@@ -202,6 +202,11 @@ def _bank(tasks: Mapping[str, Sequence[str]] | TaskBank, clip: HyperCLIP, path: 
         bank.add_many(tasks)
     bank.save(path)
     return bank
+
+
+def _same(one: Task, other: Task) -> bool:
+    """Whether two tasks of the same class names are the same."""
+    return torch.equal(one.row, other.row) and torch.equal(one.embeddings, other.embeddings)
 
 
 def read_manifest(path: str | Path, items: Sequence[Item], tasks: Container[str]) -> dict[str, str]:

@@ -74,7 +74,7 @@ def class_scores(
     row: str = "right",
     batch_size: int = 128,
     progress: bool = False,
-    change: Callable[[Tensor], Tensor] | None = None,
+    change: Callable[[Tensor, int], Tensor] | None = None,
 ) -> list[Tensor]:
     """Similarity of every image of every task with the task's classes; batches mix the tasks.
 
@@ -84,7 +84,8 @@ def class_scores(
         row: "base": the base row; else the row is made from the names of `row_names`.
         batch_size: images in a forward pass.
         progress: show a bar.
-        change: applied to each batch of images (B, 3, S, S) in [-1, 1], such as a corruption.
+        change: applied to each batch of images (B, 3, S, S) in [-1, 1] and the index of its first one, such as a
+            corruption.
 
     Returns:
         A tensor (M_t, K_t) for each task, on the CPU.
@@ -104,7 +105,7 @@ def class_scores(
     for start in require("tqdm", "train").tqdm(starts, desc=f"row: {row}", unit="batch") if progress else starts:
         ids = task_ids[start : start + batch_size]
         batch = resize(to_rgb(images[start : start + batch_size]), model.image_size)
-        batch = (batch if change is None else change(batch)).to(model.device)
+        batch = (batch if change is None else change(batch, start)).to(model.device)
         part = torch.einsum("be,bke->bk", model.encode_image(batch, params[ids]), classes[ids])
         scores.append(part.masked_fill(~mask[ids], -torch.inf).cpu())
     by_task = torch.cat(scores).split([len(task.images) for task in tasks])
@@ -177,12 +178,36 @@ def mean_accuracy(accuracies: Mapping[str, float]) -> float:
 
 
 def swap_test(
-    model: HyperCLIP, tasks: Sequence[EvalTask], batch_size: int = 128, progress: bool = False
+    model: HyperCLIP,
+    tasks: Sequence[EvalTask],
+    batch_size: int = 128,
+    progress: bool = False,
+    rows: Sequence[str] = ROWS,
 ) -> dict[str, dict[str, float]]:
-    """Accuracy by task, for each of ROWS."""
+    """Accuracy by task, for each of `rows`, some of ROWS."""
     training = model.training
     model.eval()
     try:
-        return {row: accuracy(tasks, predict(model, tasks, row, batch_size, progress)) for row in ROWS}
+        return {row: accuracy(tasks, predict(model, tasks, row, batch_size, progress)) for row in rows}
     finally:
         model.train(training)
+
+
+def partition_table(results: Sequence[Mapping[str, Mapping[str, float]]]) -> str:
+    """Swap tests of the same pictures, parted into tasks anew for each: mean, least and greatest, as lines of text.
+
+    Args:
+        results: of `swap_test`, one for each partition; all have the rows of the first, "right" among them.
+    """
+    means = {row: [mean_accuracy(result[row]) for result in results] for row in results[0]}
+    lines = [f"{'row':<10}{'mean':>8}{'least':>8}{'most':>8}{'right minus it':>17}{'least':>8}{'most':>8}"]
+    for row, values in means.items():
+        ahead = [right - value for right, value in zip(means["right"], values)]
+        shares = "".join(f"{value:>8.1%}" for value in _mean_and_range(values))
+        mean, least, most = _mean_and_range([100 * value for value in ahead])
+        lines.append(f"{row:<10}{shares}" + ("" if row == "right" else f"{mean:>+17.1f}{least:>+8.1f}{most:>+8.1f}"))
+    return "\n".join(lines)
+
+
+def _mean_and_range(values: Sequence[float]) -> tuple[float, float, float]:
+    return sum(values) / len(values), min(values), max(values)

@@ -1,11 +1,13 @@
-"""What stands before the routes: how many requests at a time, how large and how slow a body may be, and a count of all.
+"""What stands before the routes: names that are answered, places for requests, how large and slow a body may be.
 
 A request that may carry a body takes a place before its body is read, so that the places bound the memory that uploads
 take. The body is counted as it comes: a Content-Length is only believed where it already says too much.
 """
 
 import asyncio
+import re
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -68,6 +70,27 @@ class Observed:
             route = getattr(scope.get("route"), "path", "none")  # a path that nobody serves would be a label of its own
             self.metrics.requests.labels(scope["method"], route, status).inc()
             self.metrics.seconds.labels(route).observe(time.perf_counter() - begin)
+
+
+class KnownHosts:
+    """Refuses requests to other names than its own: a page elsewhere may point a name of its own at this machine.
+
+    Args:
+        app: what comes behind.
+        hosts: names and addresses that clients may call the server by, without a port; "*": any.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Iterable[str]):
+        self.app, self.hosts = app, frozenset(host.lower() for host in hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and "*" not in self.hosts:
+            host = Headers(scope=scope).get("host", "")
+            if re.sub(r":\d*$", "", host).lower() not in self.hosts:
+                message = f"Host must be a name that this server was told to answer to, got {host[:100]!r}"
+                await error_response(400, "unknown_host", message)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class Limited:

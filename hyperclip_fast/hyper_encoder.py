@@ -21,7 +21,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hyperclip_fast.hyper_norms import ROW_NORMS, Rows, bound, copied
+from hyperclip_fast.hyper_norms import ROW_NORMS, Rows, bound, copied, use_local_statistics
 from hyperclip_fast.hyper_vit import HyperViT, known_name, to_hyper_vit
 from hyperclip_fast.kernels.dispatch import use_triton
 from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams, NormSpec, check_params
@@ -130,7 +130,7 @@ class HyperEncoder(nn.Module):
         """The row of a task whose BatchNorms use the statistics of its own unlabelled images.
 
         Statistics travel in the row: by them, weight and bias are rewritten for the running statistics that the encoder
-        shares, so that the new row goes wherever a row goes.
+        shares, so that the new row goes wherever a row goes. They are this process's, for SyncBatchNorm, too.
 
         Args:
             images: (B, C, H, W), or batches of them, whose statistics are averaged.
@@ -216,6 +216,7 @@ def reestimated(encoder: HyperEncoder, batches: Iterable[Tensor], params: NormPa
     if not norms:
         raise ValueError(f"params must be rows of an encoder with BatchNorm, got one of {encoder._stock.__name__}")
     for norm in norms.values():
+        use_local_statistics(norm)
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all batches
         norm.train()

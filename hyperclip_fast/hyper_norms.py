@@ -14,6 +14,7 @@ import torch
 from timm import layers
 from torch import Tensor, distributed, nn
 from torch.distributed.nn.functional import all_reduce
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperclip_fast.hyper_block import is_heard, norm_dtype
 from hyperclip_fast.kernels.batch_norm import batch_norm_act, batch_norm_act_train
@@ -43,9 +44,10 @@ class Rows(NamedTuple):
         Raises:
             ValueError: if B does not divide that dimension.
         """
-        if x.shape[0] % self.batch:
+        pieces = x.shape[0] // max(self.batch, 1)
+        if pieces * self.batch != x.shape[0]:
             raise ValueError(f"a norm's input must lead with a multiple of B = {self.batch}, got {tuple(x.shape)}")
-        return x.shape[0] // self.batch
+        return pieces
 
     def of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Weight, bias and task ids for every entry of x's first dimension."""
@@ -77,8 +79,8 @@ class LayerRows:
     def _norm(self, x: Tensor) -> Tensor:
         rows = self.rows
         dtype = x.dtype if self.stock in (layers.LayerNormFp32, layers.LayerNorm2dFp32) else norm_dtype(self, x)
-        rows.pieces(x)  # each sample's pieces lie together, so they are so many more tokens of it
-        tokens = x.reshape(rows.batch, -1, x.shape[-1])
+        # each sample's pieces lie together, so they are so many more tokens of it
+        tokens = x.unflatten(0, (rows.batch, rows.pieces(x))).flatten(1, -2)
         return layer_norm(tokens, rows.weight, rows.biases(), rows.task_ids, self.eps, dtype).view(x.shape)
 
 
@@ -113,7 +115,7 @@ class GroupRows(AffineRows):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.rows
-        if torch.compiler.is_compiling() or not x.is_contiguous() or rows.task_ids is not None:
+        if torch.compiler.is_compiling() or not x.is_contiguous() or not x.numel() or rows.task_ids is not None:
             return super().forward(x)
         weight, bias, _ = rows.of(x)
         wide, groups = x.view(1, -1, *x.shape[2:]), x.shape[0] * self.num_groups
@@ -145,16 +147,16 @@ class BatchRows:
         """In evaluation on a CPU, what PyTorch's kernel reads of images seen as (1, B * D, H, W), made before the first
         layer runs: small tensors made between the large ones would break up the memory that those use again and again.
         """
-        weight, bias, task_ids, batch = self.rows
+        weight, _, task_ids, batch = self.rows
         is_evaluated = not self.training and self.running_mean is not None and not torch.is_grad_enabled()
         on_cpu = weight.device.type == "cpu" and not use_triton(weight)
         if is_evaluated and on_cpu and task_ids is None and is_eager():
             statistics = (self.running_mean.repeat(batch), self.running_var.repeat(batch))
-            self.__dict__["flat"] = (*statistics, weight.reshape(-1), bias.reshape(-1))
+            self.__dict__["flat"] = (*statistics, weight.reshape(-1), self.rows.biases().reshape(-1))
 
     def _by_batch(self, x: Tensor, rows: tuple[Tensor, Tensor, Tensor | None], act: str) -> Tensor:
         count = x.numel() // x.shape[1]
-        if isinstance(self, nn.SyncBatchNorm) and distributed.is_initialized():
+        if _is_synchronized(self):
             normed, mean, var, count = synchronized(x, self.process_group, self.eps)
             out = batch_norm_act(normed, *rows, torch.zeros_like(mean), torch.ones_like(var), 0.0, act)
         else:
@@ -197,6 +199,11 @@ def synchronized(
     return normed.to(x.dtype), mean.detach(), var.detach(), count
 
 
+def _is_synchronized(norm: nn.Module) -> bool:
+    """Whether a BatchNorm's statistics are those of all processes."""
+    return isinstance(norm, nn.SyncBatchNorm) and norm.training and distributed.is_initialized()
+
+
 def _act_name(norm: nn.Module) -> str | None:
     """The kernel's name of what follows a BatchNorm in the same module; None: `finished` runs it."""
     drop, act = norm._modules.get("drop"), norm._modules.get("act")
@@ -221,11 +228,19 @@ def copied(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     return twin
 
 
+def use_local_statistics(norm: nn.Module) -> None:
+    """Make a SyncBatchNorm the BatchNorm of this process alone, in place; another norm stays as it is."""
+    norm.__class__ = _LOCAL.get(type(norm), type(norm))
+
+
 def bound(norm: nn.Module, rows: Rows) -> nn.Module:
     """A norm's copy for one forward pass in which each sample has its own weight and bias.
 
-    One row for all is the stock norm with that row, bit for bit.
+    One row for all is the stock norm with that row, bit for bit; but PyTorch has no SyncBatchNorm for a CPU.
     """
+    if rows.weight.dim() == 1 and rows.weight.device.type == "cpu" and _is_synchronized(norm):
+        task_ids = torch.zeros(rows.batch, dtype=torch.int64)
+        rows = Rows(rows.weight[None], rows.biases()[None], task_ids, rows.batch)
     if rows.weight.dim() == 1:
         twin = copied(norm, type(norm))
         twin.__dict__["_parameters"] = {**norm._parameters, "weight": rows.weight, "bias": rows.bias}
@@ -237,6 +252,14 @@ def bound(norm: nn.Module, rows: Rows) -> nn.Module:
     return twin
 
 
+class _LocalBatchNorm(_BatchNorm):
+    """BatchNorm of any number of dimensions, as SyncBatchNorm is."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
+_LOCAL = {nn.SyncBatchNorm: _LocalBatchNorm, layers.SyncBatchNormAct: layers.BatchNormAct2d}
 _IDENTITY = nn.Identity()
 _ACTS = {
     nn.Identity: "none",

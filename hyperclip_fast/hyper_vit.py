@@ -95,7 +95,7 @@ class HyperViT(VisionTransformer):
         if params is None:
             return {}, None
         check_params(params, self._spec, x.shape[0], self._fits)
-        if self._spec == params.spec:  # read first, so that torch.compile sees a module's integers: static ones
+        if self._spec == params.spec:
             params = NormParams(self._spec, params.table, params.task_ids)
         if not use_triton(x):
             params = params.gather()

@@ -57,6 +57,11 @@ def find_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     return files
 
 
+def class_folders(path: str | Path) -> list[Path]:
+    """The folders in a folder that are classes, sorted; hidden ones are none."""
+    return sorted(folder for folder in Path(path).glob("*") if folder.is_dir() and not folder.name.startswith("."))
+
+
 def open_image(source: str | Path | bytes, max_pixels: int | None = None, max_bytes: int | None = None) -> Any:
     """A picture as an RGB Pillow image: upright by its EXIF orientation, on white where it is transparent.
 
@@ -72,7 +77,7 @@ def open_image(source: str | Path | bytes, max_pixels: int | None = None, max_by
             an agreed range (floating point, or integers beyond 16 bits).
     """
     max_pixels, max_bytes = max_pixels or MAX_PIXELS, max_bytes or MAX_BYTES
-    image_module, ops = require("PIL.Image", "train"), require("PIL.ImageOps", "train")
+    image_module, ops = require("PIL.Image", "clip"), require("PIL.ImageOps", "clip")
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
         content = source if isinstance(source, bytes) else _read(source, max_bytes)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hyperclip_fast.image_files import find_images
+from hyperclip_fast.image_files import class_folders, find_images
 from hyperclip_fast.sources import Batch, Share, draw_sizes, hash_seed, load, seeded, share_of_tasks
 from hyperclip_fast.train_config import DataConfig, TrainConfig
 
@@ -51,7 +51,7 @@ def read_folder(path: str | Path, class_names: dict[str, str] | None = None) -> 
         ValueError: for a folder without such folders, or without images.
     """
     names = class_names or {}
-    folders = sorted(folder for folder in Path(path).glob("*") if folder.is_dir())
+    folders = class_folders(path)
     if not folders:
         raise ValueError(f"path must be a folder with a folder for each class, got {path}")
     pairs = [
@@ -103,7 +103,8 @@ class ImageSetSource(Dataset):
         pin: for a copy to a GPU.
 
     Raises:
-        ValueError: for fewer classes, or captions, than a batch takes.
+        ValueError: for fewer classes than a task takes, fewer captions than a batch does, or captions in tasks of
+            varying size.
     """
 
     def __init__(
@@ -128,9 +129,15 @@ class ImageSetSource(Dataset):
             self.by_class[text].append(i)
         self.labelled = data.tasks == "labels"
         self.names = tuple(self.by_class) if self.labelled else ()
-        most, have = config.class_range[1], len(self.by_class) if self.labelled else len(images)
-        if have < (most if self.labelled else most * config.tasks_per_batch):
-            raise ValueError(f"classes_per_task must be at most what {data.path} has, {have} {data.tasks}, got {most}")
+        low, most = config.class_range
+        if not self.labelled and low != most:
+            raise ValueError(f"classes_per_task must be one number for captions, got {config.classes_per_task}")
+        what, wanted = (
+            ("classes_per_task", most) if self.labelled else ("a batch's pairs", most * config.tasks_per_batch)
+        )
+        have = len(self.by_class) if self.labelled else len(images)
+        if have < wanted:
+            raise ValueError(f"{what} must be at most what {data.path} has, {have} {data.tasks}, got {wanted}")
         self._order = (-1, torch.empty(0, dtype=torch.long))
 
     def batches(self, start: int, state: Any = None) -> Iterator[Batch]:

@@ -199,8 +199,8 @@ class NormParams:
         Args:
             sources: models, or their state dicts, with the keys of the encoder.
             spec: which layers; None: those of `shared`, or those that DEFAULT_MODULATE finds in the first source.
-            shared: the encoder that will serve the rows; a source must hold its other tensors, unless it holds only
-                norms.
+            shared: the encoder that will serve the rows. A source holds the tensors of the rows alone, or all else
+                exactly as the encoder's state dict: no key less or more, each equal, statistics and the head included.
 
         Raises:
             ValueError: for no source, one without a layer of the spec, or one whose other tensors are not `shared`'s.
@@ -295,10 +295,15 @@ def _unflatten(spec: NormSpec, table, task_ids) -> NormParams:
 
 def _check_shared(i: int, state_dict: Mapping[str, torch.Tensor], shared: torch.nn.Module, spec: NormSpec) -> None:
     """Raise ValueError where a source's tensors beyond the rows differ from the encoder's: one encoder serves them."""
-    norms = {f"{name}.{kind}" for name in spec.names for kind in ("weight", "bias")}
-    for key, tensor in shared.state_dict().items():
-        if key in state_dict and key not in norms and not torch.equal(state_dict[key].to(tensor), tensor):
-            raise ValueError(f"sources must differ from the shared encoder in its norms only, source {i} does in {key}")
+    ours = {key: tensor for key, tensor in shared.state_dict().items() if key not in spec.keys}
+    theirs = {key: tensor for key, tensor in state_dict.items() if key not in spec.keys}
+    for key in {**ours, **theirs} if theirs else ():
+        if key in ours and key in theirs and torch.equal(theirs[key].to(ours[key]), ours[key]):
+            continue
+        where = "" if key in ours and key in theirs else f" ({'it' if key in ours else 'the encoder'} has none)"
+        raise ValueError(
+            f"sources must differ from the shared encoder in its norms only, source {i} does in {key}{where}"
+        )
 
 
 def _check_task_ids(task_ids: torch.Tensor | Sequence[int], table: torch.Tensor) -> torch.Tensor:
@@ -329,7 +334,8 @@ def check_params(params: object, spec: NormSpec, batch: int, fits: Callable[[Nor
     """
     if not isinstance(params, NormParams):
         raise ValueError(f"params must be NormParams, got {type(params).__name__}")
-    if params.spec != spec and not (fits is not None and fits(params.spec)):
+    # the encoder's spec is read first, so that torch.compile sees a module's integers: static ones
+    if spec != params.spec and not (fits is not None and fits(params.spec)):
         raise ValueError(
             f"params must follow this encoder's spec, {len(spec.names)} layers and P = {spec.num_params}, "
             f"got {len(params.spec.names)} layers and P = {params.spec.num_params}"

@@ -4,15 +4,16 @@ In parts, the gradients are still those of the whole batch, though every image i
 all images are embedded without a graph, the loss gives the gradient at each embedding, and each part is then run again
 with a graph that starts from its share of that gradient (GradCache, arXiv 2101.06983). Rows are generated once; the
 parts' gradients at the rows add up and go through the hypernetwork in one pass. A text tower that is trained runs in
-parts, too.
+parts, too. Running statistics of BatchNorms move in the second pass only, once a part.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperclip_fast.distributed import gather_texts
 from hyperclip_fast.hyperclip import HyperCLIP
@@ -169,7 +170,8 @@ def backward_in_parts(
         with objective.autocast():
             return model.encode_image(images[i][0], NormParams(params.spec, rows, images[i][1]))
 
-    embeddings = _without_graph([lambda i=i: embed(i) for i in range(parts)])
+    with _statistics_kept(model.image):
+        embeddings = _without_graph([lambda i=i: embed(i) for i in range(parts)])
     loss, accuracy = objective.compare(embeddings, classes, inputs)
     scaled(loss).backward()
     for i, grad in enumerate(embeddings.grad.tensor_split(parts)):
@@ -199,3 +201,17 @@ def _without_graph(parts: list[Callable[[], Tensor]]) -> Tensor:
     """The parts' results in one tensor, from which a new graph starts."""
     with torch.no_grad():
         return torch.cat([part() for part in parts]).requires_grad_()
+
+
+@contextmanager
+def _statistics_kept(tower: nn.Module) -> Iterator[None]:
+    """BatchNorms in training mode use the batch's statistics, and their running ones stay as they are."""
+    norms = [part for part in tower.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+    norms = [norm for norm in norms if norm.training]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

@@ -22,10 +22,13 @@ from hyperclip_fast.text import TextTower, average_prompts
 
 Template = str | Callable[[str], str]
 Templates = Sequence[Template] | Mapping[str, Sequence[str]]
+PADDING = -1  # no token's number: some tokenizers pad with the token that also ends a text, which must be read
 
 
 class PromptTokenizer:
     """Texts to one integer tensor (k, L) of a fixed length on the CPU, as open_clip's tokenizers.
+
+    Where the tower's own tokenizer fills up shorter texts, what fills them is PADDING.
 
     Args:
         tower: whose tokens.
@@ -35,9 +38,12 @@ class PromptTokenizer:
         self.tower, self.context_length = tower, tower.context_length
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        ids = self.tower.tokenize([texts] if isinstance(texts, str) else list(texts))["input_ids"].cpu()
-        missing = self.context_length - ids.shape[1]
-        return F.pad(ids, (0, missing), value=self.tower.pad_id) if missing else ids
+        tokens = self.tower.tokenize([texts] if isinstance(texts, str) else list(texts))
+        ids = tokens["input_ids"].cpu()
+        if self.tower.pad_id is None:
+            return ids
+        ids = ids.masked_fill(tokens["attention_mask"].cpu() == 0, PADDING)
+        return F.pad(ids, (0, self.context_length - ids.shape[1]), value=PADDING)
 
 
 class PromptEncoder(nn.Module):
@@ -56,9 +62,10 @@ class PromptEncoder(nn.Module):
         if self.tower.pad_id is None:
             features = self.tower(text)
         else:  # padding goes, but for one column: a text may be empty
-            mask = text != self.tower.pad_id
+            mask = text != PADDING
             length = max(1, int(mask.any(0).sum()))
-            features = self.tower(text[:, :length], mask[:, :length].long())
+            ids = text.where(mask, self.tower.pad_id)
+            features = self.tower(ids[:, :length], mask[:, :length].long())
         return self.projection(features.to(self.projection.weight.dtype))
 
 

@@ -6,12 +6,14 @@ Only the first process writes. Files are written beside and renamed.
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hyperclip_fast.extras import require
+from hyperclip_fast.hyperclip import HyperCLIP
 
 
 class RunFolder:
@@ -61,6 +63,14 @@ class RunFolder:
             os.replace(beside, self.path / "checkpoint.pt")
             if self.events:
                 self.events.flush()
+
+    def save_model(self, model: HyperCLIP) -> None:
+        """Write the model, in place of one that is there."""
+        beside, place = self.path / ".model.tmp", self.path / "model"
+        shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed here
+        model.save_pretrained(beside)
+        shutil.rmtree(place, ignore_errors=True)
+        os.replace(beside, place)
 
     def log(self, step: int, entry: dict[str, Any]) -> None:
         """Append one JSON line, and numbers to TensorBoard."""

@@ -1,6 +1,7 @@
 """`hyperclip serve`: arguments, the model's thread, and a process that ends without losing what it accepted."""
 
 import argparse
+import re
 import signal
 import socket
 from pathlib import Path
@@ -16,6 +17,13 @@ def add_serve(commands) -> None:
     parser.add_argument("--model", metavar="DIR", help="a trained model's folder or hub id; default: the demo model")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps, ...; default: %(default)s")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: %(default)s")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name that clients call the server by, such as its proxy's; repeatable; * for any",
+    )
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one; default: %(default)s")
     _add(parser, "--threads", int, None, "of the model on a CPU; default: as PyTorch likes")
     _add(parser, "--max-batch", int, 32, "images in a forward pass")
@@ -56,8 +64,8 @@ def _serve(args: argparse.Namespace) -> int:
     service = bank_service(Path(args.bank), runner, options)
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     with socket.create_server((args.host, args.port), family=family) as listening:
-        host = f"[{args.host}]" if ":" in args.host else args.host
-        print(f"Serving {len(service.registry)} tasks at http://{host}:{listening.getsockname()[1]}", flush=True)
+        address = f"http://{_in_url(args.host)}:{listening.getsockname()[1]}"
+        print(f"Serving {len(service.registry)} tasks at {address}", flush=True)
         config = uvicorn.Config(
             create_app(service),
             log_level="warning",
@@ -87,8 +95,9 @@ def serve_options(args: argparse.Namespace):
     """ServeOptions of the arguments.
 
     Raises:
-        ValueError: for a number out of range.
+        ValueError: for a number out of range, or a host that no request could name.
     """
+    from hyperclip_fast.hyperclip import MAX_CHARACTERS, MAX_CLASSES
     from hyperclip_fast.server import ServeOptions
     from hyperclip_fast.task_registry import TaskLimits
 
@@ -96,10 +105,12 @@ def serve_options(args: argparse.Namespace):
         least = 0 if name in ("port", "max_wait_ms", "drain_seconds", "max_ad_hoc") else 1
         if name in ("max_mib", "max_seconds", "max_megapixels"):
             least = 0.001
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and not value >= least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    if args.port > 65535:
-        raise ValueError(f"--port must be at most 65535, got {args.port}")
+        most = {"port": 65535, "max_classes": MAX_CLASSES, "max_length": MAX_CHARACTERS}.get(name, 10**9)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not least <= value <= most:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least} and at most {most}, got {value}")
+    for host in args.allow_host:
+        if host != "*" and not re.fullmatch(r"\[[\da-fA-F:.]+\]|[^\s:/*\[\]]+", host):
+            raise ValueError(f"--allow-host must be a name without a port, [address] for IPv6, or *, got {host}")
     limits = TaskLimits(args.max_tasks, args.max_ad_hoc, args.max_classes, args.max_length)
     return ServeOptions(
         max_batch=args.max_batch,
@@ -112,4 +123,10 @@ def serve_options(args: argparse.Namespace):
         max_pixels=round(args.max_megapixels * 1e6),
         max_images=args.max_images,
         limits=limits,
+        hosts=("localhost", "127.0.0.1", "[::1]", _in_url(args.host), *args.allow_host),
     )
+
+
+def _in_url(host: str) -> str:
+    """An address as a URL, and so a request's Host, has it."""
+    return f"[{host}]" if ":" in host else host

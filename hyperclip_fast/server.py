@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hyperclip_fast.batching import Batcher, Classify, ModelThread, Ranked
 from hyperclip_fast.http_errors import RequestError, add_error_handlers
-from hyperclip_fast.http_limits import Limited, Metrics, Observed
+from hyperclip_fast.http_limits import KnownHosts, Limited, Metrics, Observed
 from hyperclip_fast.image_files import MAX_PIXELS, image_transform, open_image
 from hyperclip_fast.task_bank import Task
 from hyperclip_fast.task_registry import TaskLimits, TaskRegistry, read_bank, write_bank
@@ -54,6 +54,7 @@ class ServeOptions:
         max_images: of a request.
         limits: of the tasks.
         save_delay: seconds that a changed task waits to be saved with others.
+        hosts: names that requests may call the server by, see KnownHosts.
     """
 
     max_batch: int = 32
@@ -68,6 +69,7 @@ class ServeOptions:
     max_images: int = 16
     limits: TaskLimits = field(default_factory=TaskLimits)
     save_delay: float = 0.5
+    hosts: tuple[str, ...] = ("*",)
 
 
 class Service:
@@ -266,6 +268,7 @@ def create_app(service: Service) -> FastAPI:
         max_bytes=options.max_bytes,
         max_seconds=options.max_seconds,
     )
+    app.add_middleware(KnownHosts, hosts=options.hosts)
     app.add_middleware(Observed, metrics=service.metrics)
     return app
 

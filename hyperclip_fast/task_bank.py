@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hyperclip_fast.hyperclip import HyperCLIP, check_tasks
 from hyperclip_fast.hypernetwork import pad_classes
-from hyperclip_fast.norm_params import NormParams, load_safetensors, save_safetensors
+from hyperclip_fast.norm_params import NormParams, NormSpec, load_safetensors, save_safetensors
 
 
 @dataclass(frozen=True)
@@ -226,6 +226,7 @@ class TaskBank:
             "tasks": json.dumps({task: self._classes[i] for task, i in zip(self.tasks, order)}),
             "norm_spec": self.model.image.norm_spec.to_json(),
             "model": fingerprint(self.model),
+            "config": _config(self.model),
         }
         tensors = {
             "table": self._table[order].cpu(),
@@ -244,8 +245,10 @@ class TaskBank:
         tensors, metadata = load_safetensors(path)
         if missing := {"tasks", "norm_spec", "model"} - set(metadata):
             raise ValueError(f"path must be a saved TaskBank, {path} lacks {sorted(missing)}")
-        if metadata["model"] != fingerprint(model):
+        if metadata["model"] != fingerprint(model) or metadata.get("config", _config(model)) != _config(model):
             raise ValueError(f"path must hold a bank made by this model, {path} was made by another one")
+        if NormSpec.from_json(metadata["norm_spec"]) != model.image.norm_spec:
+            raise ValueError(f"path must hold rows for the layers that this model modulates, {path} has other layers")
         tasks = _tasks(metadata["tasks"], path)
         sizes = [len(classes) for classes in tasks.values()]
         shapes = {
@@ -310,7 +313,10 @@ def _tasks(text: str, path: str | Path) -> dict[str, tuple[str, ...]]:
     """Class names by task, from a bank's metadata."""
     try:
         tasks = {task: tuple(classes) for task, classes in json.loads(text).items()}
-        check_tasks(list(tasks.values()))
+        if not tasks:
+            raise ValueError("there are none")
+        for classes in tasks.values():  # one by one: a bank that grew may hold more names than one call
+            check_tasks([classes])
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"path must be a saved TaskBank, {path} has damaged tasks: {error}") from error
     return tasks
@@ -328,3 +334,11 @@ def fingerprint(model: HyperCLIP) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _config(model: HyperCLIP) -> str:
+    """What else makes results, and shows in no weight, as JSON; files from before it was kept have none."""
+    config = model.config
+    names = ("img_size", "num_heads", "global_pool", "hyper_heads", "hyper_pool")
+    values = {name: getattr(config, name) for name in names}
+    return json.dumps({"image_tower": config.image_tower.removeprefix("hyper_"), **values})

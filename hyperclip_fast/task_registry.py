@@ -138,7 +138,7 @@ class TaskRegistry:
         """Save what is not saved yet.
 
         Raises:
-            OSError: if that fails.
+            Exception: what the save raised, if it fails.
         """
         self._closing.set()
         if self._saving is not None:
@@ -158,7 +158,7 @@ class TaskRegistry:
             try:
                 await asyncio.to_thread(self._save, dict(self._named))
                 pause = self._delay
-            except OSError:
+            except Exception:  # not the disk's alone: a GPU may lack the room to gather rows; no change is forgotten
                 self.failed_saves += 1
                 self._changed, pause = True, RETRY_SECONDS
                 if self._closing.is_set():

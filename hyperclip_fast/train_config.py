@@ -27,12 +27,13 @@ class TrainConfig:
     Args:
         steps: optimiser steps.
         tasks_per_batch: G.
-        classes_per_task: K, one picture each; or the least and the most, from which each task draws its own.
-        lr: peak learning rate.
+        classes_per_task: K, one picture each; or the least and the most, from which each task draws its own (pictures
+            and labels only).
+        lr: peak learning rate, greater than 0; to leave a part as it is, see freeze.
         min_lr: learning rate at the end of the schedule.
         warmup: steps of linear warm-up.
         schedule: from lr to min_lr, "cosine" or "linear"; or "constant".
-        weight_decay: of matrices; vectors and timm's no_weight_decay names are spared.
+        weight_decay: of matrices; vectors and the image tower's no_weight_decay names (timm's) are spared.
         image_lr: peak for the image tower; None, here and in the next five: as the others have it.
         text_lr: peak for text tower and projection.
         hyper_lr: peak for the hypernetwork.
@@ -97,6 +98,8 @@ class TrainConfig:
         for name in ("steps", "tasks_per_batch", "accumulate", "log_every", "save_every", "picture_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be greater than 0, got {self.lr}")
         for name in ("warmup", "clip", "loss_chunk", "eval_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

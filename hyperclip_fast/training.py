@@ -229,29 +229,36 @@ class Trainer:
         if len(tasks) < 2:
             return {}
         model = model or self.model
-        result = {row: mean_accuracy(by_task) for row, by_task in swap_test(model, tasks).items()}
+        by_row = swap_test(model, tasks, rows=("right", "base", "wrong"))
+        result = {row: mean_accuracy(by_task) for row, by_task in by_row.items()}
         self.log({"held_out": {row: round(value, 4) for row, value in result.items()}})
         return result
 
-    def current_model(self) -> HyperCLIP:
-        """The model that the run gives, whole: the average of the weights where there is one."""
+    def current_model(self) -> HyperCLIP | None:
+        """The model that the run gives, whole: the average of the weights where there is one.
+
+        With FSDP in several processes the first alone gets it, the others None.
+        """
         if self.ema is not None:
             return self.ema.module
         if self.share.world == 1 or self.config.parallel == "ddp":
             return self.model
         state = distributed.states(self.model, self.optimizer)["model"]
+        if self.share.rank > 0:
+            return None
         copy = HyperCLIP(self.model.config).to(self.device)
-        if state:  # the first process alone gets it
-            copy.load_state_dict(state)
+        copy.load_state_dict(state)
         return copy
 
-    def train(self) -> HyperCLIP:
+    def train(self) -> HyperCLIP | None:
         """Train to the last step, logging and saving on the way; returns the model, also written to out/model.
 
+        With FSDP in several processes the first alone returns it, the others None.
         On SIGTERM or SIGINT the step is finished and a checkpoint written; `stopped` then holds the signal.
         """
         if self.step >= self.config.steps and (self.out / "model").is_dir():
-            return self.current_model().eval()  # finished in an earlier run
+            model = self.current_model()  # finished in an earlier run
+            return model if model is None else model.eval()
         tasks = held_out_tasks(self.pictures) if self.pictures is not None and self.share.rank == 0 else []
         with _signals_noted() as noted:
             self._train(tasks, noted)
@@ -259,7 +266,7 @@ class Trainer:
         model = self.current_model()
         if self.stopped is None and self.share.rank == 0:
             print(f"held out {self.evaluate(tasks, model)}" if tasks else f"trained {self.step} steps")
-            model.eval().save_pretrained(self.out / "model")
+            self.folder.save_model(model.eval())
         distributed.barrier(self.share.world)
         return model
 

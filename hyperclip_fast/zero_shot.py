@@ -4,8 +4,7 @@ For each norm row (see evaluation.ROWS) and each corruption: top-1 and top-5 acc
 where images have groups the accuracy of the worst, as DataComp reports it. Figures are averaged over a set's tasks.
 """
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -80,11 +79,15 @@ def evaluate(
             severities = SEVERITIES if change else (0,)
             found = []
             for severity in severities:
-                apply = partial(corrupt, name=change, severity=severity) if change else None
+                apply = _corruption(change, severity) if change else None
                 scores = class_scores(model, data.tasks, row, batch_size, True, apply)
                 found.append(metrics(scores, data.tasks, data.groups))
             records.append(_record(model, data, name, row, change, _average(found)))
     return records
+
+
+def _corruption(name: str, severity: int) -> Callable[[Tensor, int], Tensor]:
+    return lambda images, first: corrupt(images, name, severity, first)
 
 
 def _average(found: Sequence[dict]) -> dict:

@@ -63,10 +63,12 @@ def batch_norm_act_train_reference(
     """The specification of `batch_norm_act_train` in plain PyTorch; with one row out is F.batch_norm's, bit for bit."""
     count = x.numel() // x.shape[1]
     if weight.shape[0] == 1:
-        mean, var = weight.new_zeros(weight.shape[1]), weight.new_zeros(weight.shape[1])
-        weight, bias, mean, var = _shared(x, weight, bias, mean, var)
+        weight, bias = _shared(x, weight, bias)
+        mean, var = weight.new_zeros(weight.shape[0]), weight.new_zeros(weight.shape[0])
         normed = F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)  # which leaves mean and var in its buffers
-        mean, var = mean.to(_compute(x)), var.to(_compute(x)) * ((count - 1) / count)
+        var = var * ((count - 1) / count)
+        if mean.dtype != _compute(x):  # the buffers have the rows' dtype, in which a variance may be infinite
+            mean, var = statistics(x.to(_compute(x)))
     else:
         weight, bias = _rows_of_samples(x, task_ids, weight, bias)
         wide = x.to(weight.dtype)

@@ -129,7 +129,7 @@ def launch_backward(
     """
     B, C = x.shape[:2]
     layout = _layout(x)
-    _, chunk, slices, programs = _slices(x, layout) if x.numel() else (1, 1, 1, 1)
+    _, chunk, slices, programs = _slices(x, layout) if x.numel() else (1, 1, 0, 1)  # of no slices the sum is 0
     two_passes = is_batch and need_x
     sum_weight, sum_bias = need_weight or two_passes, need_bias or two_passes
     kinds = sum_weight + sum_bias

@@ -43,7 +43,7 @@ def _mixed_eager(x, weight, bias, mean, var, eps) -> torch.Tensor:
 
 def is_flat(x: torch.Tensor) -> bool:
     """Whether `_flat_batch_norm` is the fast way."""
-    return x.device.type == "cpu" and x.is_contiguous()
+    return x.device.type == "cpu" and x.is_contiguous() and x.numel() > 0
 
 
 def _flat_batch_norm(x, mean, var, weight, bias, eps) -> torch.Tensor:
@@ -82,7 +82,7 @@ def statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _sample_sums(grad, x, mean, rstd) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums (B, C) over each sample's pixels of grad, and of grad * xhat; grad has x's format."""
     B, C, H, W = x.shape
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or not x.numel():
         return grad.sum((2, 3)), ((x - _spread(mean)) * grad).sum((2, 3)) * rstd
     mean, rstd = mean.expand(B, C), rstd.expand(B, C)
     if is_flat(x):

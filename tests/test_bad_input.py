@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import struct
+import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -227,6 +228,12 @@ def test_absurd_labels_are_refused_before_they_are_embedded(bank, monkeypatch):
         with pytest.raises(ValueError, match=match):
             bank.model.adapt(list(tasks.values()))
     assert bank.tasks == ("pets", "food")
+
+
+def test_without_pillow_the_error_names_an_extra_that_has_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(ImportError, match=r"hyperclip_fast\[clip\]"):
+        open_image(b"")
 
 
 def test_the_limit_on_labels_is_not_below_it(bank, monkeypatch):

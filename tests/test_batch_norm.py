@@ -308,11 +308,12 @@ def test_a_large_mean_does_not_swallow_the_variance(triton_backend):
         torch.testing.assert_close(var.double().cpu(), exact, rtol=1e-4, atol=0)
 
 
-def test_an_empty_batch(triton_backend):
-    leaves, task_ids, mean, var = Case(B=0).tensors()
+@pytest.mark.parametrize("case", [Case(B=0), Case(H=0), Case(H=0, T=3, mix="none")], ids=str)
+def test_an_empty_batch(case, triton_backend):
+    leaves, *rest = case.tensors()
     leaves = require_grads(leaves)
     with kernel_run():
-        out, *_ = call(Case(B=0), leaves, task_ids, mean, var)
+        out, *_ = call(case, leaves, *rest)
         out.sum().backward()
     assert out.shape == leaves["x"].shape
     assert leaves["weight"].grad.count_nonzero() == 0 and leaves["bias"].grad.count_nonzero() == 0

@@ -1,10 +1,11 @@
 """BatchNorm's statistics: of the whole mixed batch in training, shared, frozen, re-estimated, and across processes."""
 
 import copy
+import itertools
 
 import pytest
 import torch
-from timm.layers import convert_sync_batchnorm
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,6 +15,7 @@ from .encoder_cases import rows_of, small_pair, with_row
 from .helpers import assert_close
 
 IDS = [2, 0, 0, 1, 2, 3, 3, 0]
+TASKS = (4, 1)
 
 
 def images(batch=8, seed=1):
@@ -105,18 +107,41 @@ def test_reestimate_refuses():
         plain.reestimate(images().float(), plain.base_params)
 
 
+@pytest.fixture
+def group():
+    """One process with gloo, in which PyTorch's SyncBatchNorm refuses a CPU's tensors."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def of_vectors(width):
+    return nn.Sequential(nn.Flatten(2), nn.BatchNorm1d(width), nn.Unflatten(2, (5, 5)))
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("norm", [BatchNormAct2d, nn.BatchNorm2d, of_vectors])
+def test_reestimate_uses_this_processs_images_alone(norm, group):
+    _, encoder = small_pair(norm)
+    row = rows_of(encoder, 1)
+    expected = encoder.reestimate(images(), row).table
+    synchronized = convert_sync_batchnorm(encoder)
+    assert torch.equal(synchronized.reestimate(images(), row).table, expected)
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in synchronized.modules())
+
+
 class Adapted(nn.Module):
     """An encoder and the rows of its norms, which are trained in place of the norms' own."""
 
-    def __init__(self):
+    def __init__(self, tasks):
         super().__init__()
         _, self.encoder = small_pair()
-        self.table = nn.Parameter(rows_of(self.encoder).table)
+        self.table = nn.Parameter(rows_of(self.encoder, tasks).table)
         for key in self.encoder.norm_spec.keys:
             self.encoder.get_parameter(key).requires_grad_(False)
 
     def forward(self, x, ids):
-        return self.encoder(x, NormParams(self.encoder.norm_spec, self.table, ids))
+        return self.encoder(x, NormParams(self.encoder.norm_spec, self.table, ids % len(self.table)))
 
 
 def step(model, x, ids):
@@ -130,10 +155,10 @@ def worker(rank, folder):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     mine = slice(4 * rank, 4 * rank + 4)
-    model = DistributedDataParallel(Adapted())  # which takes no SyncBatchNorm of a CPU, so it comes after
-    model.module.encoder = convert_sync_batchnorm(model.module.encoder)
-    results = step(model, images()[mine], torch.tensor(IDS)[mine])
-    torch.save(results, f"{folder}/{rank}.pt")
+    for tasks in TASKS:
+        model = DistributedDataParallel(Adapted(tasks))  # which takes no SyncBatchNorm of a CPU, so it comes after
+        model.module.encoder = convert_sync_batchnorm(model.module.encoder)
+        torch.save(step(model, images()[mine], torch.tensor(IDS)[mine]), f"{folder}/{tasks}-{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -141,9 +166,8 @@ def worker(rank, folder):
 @pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 def test_synchronized_statistics_are_those_of_one_process_with_the_whole_batch(tmp_path):
     torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
-    expected = step(Adapted(), images(), torch.tensor(IDS))
-    for rank in range(2):
-        ours = torch.load(tmp_path / f"{rank}.pt")
+    for tasks, rank in itertools.product(TASKS, range(2)):
+        expected, ours = step(Adapted(tasks), images(), torch.tensor(IDS)), torch.load(tmp_path / f"{tasks}-{rank}.pt")
         assert_close(ours.pop("out"), expected["out"][4 * rank : 4 * rank + 4], "out", slack=10)
         assert ours.keys() == expected.keys() - {"out"}
         for name, value in ours.items():

@@ -239,13 +239,32 @@ def test_another_run_is_not_overwritten(source, tmp_path):
     bank.add_many(TASKS)
     bank.save(tmp_path / "bank.safetensors")
     bank._table += 1
-    with pytest.raises(ValueError, match="holds other rows"):
-        embed([source / "photos", source / "shard.tar"], bank, tmp_path / "out", EmbedConfig(part_size=3, batch_size=4))
+    other = TaskBank(bank.model)
+    other.add_many(TASKS)
+    other._embeddings[1] = -other._embeddings[1]
+    for wrong in (bank, other):
+        with pytest.raises(ValueError, match="holds other rows or embeddings"):
+            embed(
+                [source / "shard.tar", source / "photos"][::-1],
+                wrong,
+                tmp_path / "out",
+                EmbedConfig("safetensors", 3, 4),
+            )
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("dear")
     for out in (tmp_path / "full", tmp_path / "full" / "letter.txt"):
         with pytest.raises(ValueError, match="out must be a new or an empty folder"):
             run(source, out)
+    assert files(tmp_path / "out") == before
+
+
+def test_a_bank_that_tasks_were_removed_from_goes_on(source, tmp_path):
+    bank = TaskBank(tiny_model(text_tower=TEXT))
+    bank.add_many({"gone": ["x"], **TASKS, "more": ["y", "z"]})
+    bank.remove("gone")  # its rows are no longer in the order of its names
+    embed([source / "shard.tar"], bank, tmp_path / "out")
+    before = files(tmp_path / "out")
+    embed([source / "shard.tar"], bank, tmp_path / "out")
     assert files(tmp_path / "out") == before
 
 

@@ -2,22 +2,24 @@
 
 import io
 import json
+import re
 import tarfile
 
 import pytest
 import torch
 from PIL import Image
 
-from hyperclip_fast import dense, eval_sets
+from hyperclip_fast import dense, eval_sets, zero_shot
 from hyperclip_fast.cli import main
 from hyperclip_fast.corruptions import CORRUPTIONS, corrupt
 from hyperclip_fast.eval_sets import EvalSet, load_eval_set
-from hyperclip_fast.evaluation import EvalTask, class_scores
+from hyperclip_fast.evaluation import ROWS, EvalTask, class_scores, held_out_tasks, partition_table, swap_test
 from hyperclip_fast.openmoji import TONES, load_skin_tones
 from hyperclip_fast.scenes import ATTRIBUTES, scene_tasks
 from hyperclip_fast.text import create_text_tower
 from hyperclip_fast.zero_shot import evaluate, metrics
 from tests.test_scenes import blocks
+from tests.test_training import pictures
 from tests.towers import patch_text_tower, tiny_model
 
 COLOURS = {"dark red": (139, 0, 0), "lime": (0, 255, 0), "navy": (0, 0, 128)}
@@ -70,6 +72,9 @@ def test_a_folder_and_shards(folder, shards):
     data = load_eval_set(str(folder), 16)
     assert data.name == "colours" and data.groups is None
     check_colours(data.tasks[0], [1, 2, 3])
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "0.png").write_bytes(png("red"))
+    check_colours(load_eval_set(str(folder), 16).tasks[0], [1, 2, 3])
     check_colours(load_eval_set(str(shards), 16).tasks[0], [1, 2, 2])
     check_colours(load_eval_set(str(shards / "0.tar"), 16).tasks[0], [0, 1, 2])
 
@@ -133,7 +138,7 @@ def test_records_of_rows_and_corruptions():
     ]
     assert records[0]["metrics"] == metrics(class_scores(model, tasks), tasks, None)
     by_severity = [
-        metrics(class_scores(model, tasks, change=lambda x, s=s: corrupt(x, "contrast", s)), tasks, None)
+        metrics(class_scores(model, tasks, change=lambda x, first, s=s: corrupt(x, "contrast", s, first)), tasks, None)
         for s in (1, 2, 3, 4, 5)
     ]
     assert records[1]["metrics"]["acc1"] == pytest.approx(sum(one["acc1"] for one in by_severity) / 5)
@@ -150,6 +155,27 @@ def test_corruptions_grow_with_severity_and_repeat(name):
         assert errors == sorted(errors)
     once, again = corrupt(images, name, 3), corrupt(images, name, 3)
     assert torch.equal(once, again) and once.abs().max() <= 1 and once.shape == images.shape
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_a_corruption_depends_on_no_batch(name):
+    images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(1)) - 0.5
+    parts = [corrupt(images[:2], name, 3), corrupt(images[2:], name, 3, first=2)]
+    assert torch.equal(corrupt(images, name, 3), torch.cat(parts))
+    assert torch.equal(zero_shot._corruption(name, 3)(images[2:], 2), parts[1])
+
+
+def test_scores_of_noisy_images_depend_on_no_batch():
+    model, tasks, noise = tiny_model(), random_tasks(), zero_shot._corruption("noise", 5)
+    small, large = (torch.cat(class_scores(model, tasks, batch_size=size, change=noise)) for size in (3, 12))
+    torch.testing.assert_close(small, large, rtol=0, atol=1e-6)
+    clean = torch.cat(class_scores(model, tasks))
+    assert (clean - large).abs().max() > 1e-3
+
+
+def test_images_have_noise_of_their_own():
+    noisy = corrupt(torch.zeros(2, 3, 16, 16), "noise", 1)
+    assert not torch.equal(noisy[0], noisy[1])
 
 
 def test_what_corruptions_leave_alone():
@@ -240,6 +266,55 @@ def test_command_line(folder, tmp_path, capsys):
     assert [record["row"] for record in records] == rows[1:] and records[0]["dataset"] == "colours"
     assert len(capsys.readouterr().out.strip().splitlines()) == 6
     assert main([*run, "--rows", "left"]) == 2 and "row must be one of" in capsys.readouterr().err
+
+
+def test_command_line_averages_over_partitions(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hyperclip_fast.data.load_pictures", lambda: pictures(names_per_group=24))
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    run = ["evaluate", "--model", str(tmp_path / "model"), "--classes", "3", "--partitions", "2"]
+    assert main([*run, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    tasks = [held_out_tasks(pictures(names_per_group=24), 3, seed=seed) for seed in (0, 1)]
+    assert [task.class_names for task in tasks[0]] != [task.class_names for task in tasks[1]]
+    assert results == [swap_test(model, some) for some in tasks]
+    assert main(run) == 0
+    head, _, *table = capsys.readouterr().out.splitlines()
+    count = sum(len(task.images) for task in tasks[0])
+    assert head == f"{count} held-out pictures in {len(tasks[0])} tasks, partitions: 2, guessing: 33.3%"
+    assert table == partition_table(results).splitlines() and [line.split()[0] for line in table[1:]] == list(ROWS)
+
+
+def test_partitions_as_a_table():
+    results = [
+        {"right": {"a": 0.5, "b": 0.3}, "wrong": {"a": 0.3, "b": 0.3}},
+        {"right": {"a": 0.6, "b": 0.6}, "wrong": {"a": 0.7, "b": 0.7}},
+    ]
+    assert [line.split() for line in partition_table(results).splitlines()[1:]] == [
+        ["right", "50.0%", "40.0%", "60.0%"],
+        ["wrong", "50.0%", "30.0%", "70.0%", "+0.0", "-10.0", "+10.0"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--rows right", "--rows must be left out without --data, got \\['right'\\]"),
+        ("--corruptions noise", "--corruptions must be left out without --data"),
+        ("--data digits --partitions 3", "--partitions must be left out with --data digits, got 3"),
+        ("--data digits --classes 3", "--classes must be left out with --data digits, got 3"),
+        ("--dense --data digits", "--data must be left out with --dense, got digits"),
+        ("--dense --rows right", "--rows must be left out with --dense"),
+        ("--dense --corruptions noise", "--corruptions must be left out with --dense"),
+        ("--dense --batch-size 8", "--batch-size must be left out with --dense, got 8"),
+        ("--dense --partitions 2", "--partitions must be left out with --dense"),
+        ("--partitions 0", "--partitions must be at least 1, got 0"),
+        ("--batch-size 0", "--batch-size must be at least 1, got 0"),
+    ],
+)
+def test_options_that_do_not_apply_are_refused(options, message, capsys):
+    assert main(["evaluate", *options.split()]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_templates_can_be_changed():

@@ -60,6 +60,25 @@ def test_every_kind_of_norm(kind, channels_last):
 
 
 @pytest.mark.parametrize("kind", ROW_NORMS, ids=lambda kind: kind.__name__)
+def test_every_kind_of_norm_takes_an_empty_batch(kind):
+    norm, shape = make_norm(kind).eval(), (8, 4, 5) if ROW_NORMS[kind].channels_first else (4, 5, 8)
+    x = torch.randn(0, *{nn.BatchNorm1d: (8, 5)}.get(kind, shape))
+    bias = None if getattr(norm, "bias", None) is None else torch.randn(3, 8)
+    for rows in (
+        Rows(torch.randn(3, 8), bias, torch.zeros(0, dtype=torch.int64), 0),
+        Rows(x.new_ones(0, 8), None, None, 0),
+    ):
+        with torch.no_grad():
+            assert bound(norm, rows)(x).shape == x.shape
+        rows.weight.requires_grad_()
+        out = bound(norm, rows)(x)
+        out.sum().backward()
+        assert out.shape == x.shape and rows.weight.grad.shape == rows.weight.shape and not rows.weight.grad.any()
+        with pytest.raises(ValueError, match="multiple of B = 0"):
+            bound(norm, rows)(torch.cat([x, x.new_ones(2, *x.shape[1:])]))
+
+
+@pytest.mark.parametrize("kind", ROW_NORMS, ids=lambda kind: kind.__name__)
 def test_dtype_under_autocast_is_the_stock_norms(kind):
     torch.manual_seed(0)
     norm = make_norm(kind).eval()
@@ -90,6 +109,16 @@ def test_any_mix_in_any_order(ids, seed):
     x, rows = images(len(ids), seed), rows_of(encoder)
     assert_close(encoder(x, rows[ids]), one_by_one(stock, x, rows, ids), slack=10)
     assert_close(encoder(x, NormParams(rows.spec, rows.table[ids])), one_by_one(stock, x, rows, ids), slack=10)
+
+
+@pytest.mark.parametrize("norm", [layers.BatchNormAct2d, layers.LayerNorm2d, layers.GroupNorm1Act])
+def test_no_images(norm):
+    stock, encoder = small_pair(norm)
+    rows = rows_of(encoder)
+    for params in (rows[[]], NormParams(rows.spec, rows.table[:0]), NormParams(rows.spec, rows.table[:1])):
+        with torch.no_grad():
+            assert torch.equal(encoder(images(0), params), stock(images(0)))
+        assert torch.equal(encoder(images(0), params), stock(images(0)))
 
 
 def test_threads_never_mix():

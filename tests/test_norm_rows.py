@@ -65,6 +65,12 @@ def test_refused_sources():
         other.head.bias.add_(1)
     with pytest.raises(ValueError, match=r"in its norms only, source 1 does in head\.bias"):
         NormParams.from_state_dict(tuned(0), other, shared=vit)
+    whole = tuned(0).state_dict()
+    bare = {name: tensor for name, tensor in whole.items() if not name.startswith("head.")}
+    scaled = {**whole, "blocks.0.ls1.gamma": torch.ones(32)}
+    for wrong, match in ((bare, r"in head\.weight \(it has none\)"), (scaled, r"ls1\.gamma \(the encoder has none\)")):
+        with pytest.raises(ValueError, match=match):
+            NormParams.from_state_dict(wrong, shared=vit)
     cut = {name: tensor for name, tensor in other.state_dict().items() if name != "blocks.1.norm2.bias"}
     with pytest.raises(ValueError, match=r"must hold blocks\.1\.norm2\.bias of shape \(32,\), got nothing"):
         NormParams.from_state_dict(tuned(0), cut)

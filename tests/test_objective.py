@@ -1,6 +1,8 @@
 """A batch in parts gives the gradients of the whole batch, for images, rows and texts, with the same dropout in both
 passes; texts, padding and labels reach the loss as they should."""
 
+import copy
+
 import pytest
 import torch
 
@@ -72,6 +74,23 @@ def test_dropout_is_the_same_in_both_passes():
     for name, parameter in model.named_parameters():
         bound = 1e-5 * float(parameter.grad.abs().max())
         torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=bound, msg=name)
+
+
+def test_running_statistics_move_once_a_part():
+    sizes = dict.fromkeys(("patch_size", "width", "depth", "num_heads"))
+    model, given = tiny_model(image_tower="tinynet_e", **sizes).train(), batch([4, 4])
+    twin = copy.deepcopy(model)
+    run(model, given, 2)
+    inputs = inputs_of(twin, given)
+    params = twin.rows(inputs.table[inputs.index])
+    for i, (images, ids) in enumerate(zip(inputs.images.chunk(2), inputs.task_ids.chunk(2))):
+        torch.manual_seed(hash_seed(5, i))
+        twin.encode_image(images, params[ids])
+    moved = dict(twin.named_buffers())
+    assert int(moved["image.bn1.num_batches_tracked"]) == 2
+    for name, statistic in model.named_buffers():
+        torch.testing.assert_close(statistic, moved[name], msg=name)
+    assert all(norm.track_running_stats for norm in model.modules() if isinstance(norm, torch.nn.BatchNorm2d))
 
 
 @pytest.mark.parametrize("shuffled", [False, True])

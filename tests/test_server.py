@@ -5,6 +5,7 @@ import io
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -211,6 +212,18 @@ def test_there_is_room_for_so_many_tasks(client):
 def test_the_frameworks_own_errors_are_json_too(client):
     check_error(client.get("/nowhere"), 404, "not_found")
     check_error(client.delete("/v1/classify"), 405, "method_not_allowed")
+
+
+def test_only_known_hosts_are_answered(service):
+    service.options = replace(OPTIONS, hosts=("localhost", "[::1]", "My.Proxy"))
+    with TestClient(create_app(service)) as client:
+        for host in ("localhost", "localhost:8000", "[::1]:80", "my.proxy"):
+            assert client.get("/healthz", headers={"host": host}).status_code == 200
+        for host in ("evil.example", "localhost.evil.example:8000", "localhost:8000:1", "[::1", "[", ":", ""):
+            check_error(client.get("/v1/tasks", headers={"host": host}), 400, "unknown_host")
+        refused = client.put("/v1/tasks/pets", json={"classes": ["a"]}, headers={"host": "evil.example"})
+        check_error(refused, 400, "unknown_host")
+        assert len(service.registry) == 0
 
 
 def test_a_failure_inside_tells_nothing_of_the_inside(client, service, monkeypatch):

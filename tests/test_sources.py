@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from hyperclip_fast.data import TaskBatch
+from hyperclip_fast.image_sets import read_folder
 from hyperclip_fast.sources import Share, TaskSource, picture_source
 from hyperclip_fast.train_config import DataConfig, RunConfig, TrainConfig
 from hyperclip_fast.train_data import create_source
@@ -56,6 +57,25 @@ def test_captions_in_groups(tmp_path):
     assert [text for task in batch.classes for text in task] == [f"picture {i}" for i in which(batch.images)]
 
 
+def test_captions_in_tasks_of_varying_size_are_refused(tmp_path):
+    given = {"kind": "table", "path": write_table(tmp_path, 24), "tasks": "captions"}
+    with pytest.raises(ValueError, match="classes_per_task must be one number for captions, got \\(2, 4\\)"):
+        source(given, classes_per_task=(2, 4))
+
+
+@pytest.mark.parametrize("tasks, message", [("labels", "classes_per_task .* got 25"), ("captions", "pairs .* got 75")])
+def test_a_batch_larger_than_the_set_is_refused(tmp_path, tasks, message):
+    given = {"kind": "table", "path": write_table(tmp_path, 24), "tasks": tasks}
+    with pytest.raises(ValueError, match=message):
+        source(given, tasks_per_batch=3, classes_per_task=25)
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    folder = write_folder(tmp_path / "set", classes=2, each=1)
+    write_folder(tmp_path / "set" / ".cache", classes=1, each=1)
+    assert set(read_folder(folder).texts) == {"class 0", "class 1"}
+
+
 def test_labels_make_tasks_of_varying_size(tmp_path):
     folder = write_folder(tmp_path / "set", classes=10, each=3)
     stream = source({"kind": "folder", "path": folder}, tasks_per_batch=4, classes_per_task=[2, 6])
@@ -82,7 +102,8 @@ def test_class_names_may_come_from_a_file(tmp_path):
 @pytest.mark.parametrize("kind", ["pictures", "folder", "table"])
 @pytest.mark.parametrize("tasks, classes", [(4, 4), (4, [2, 4]), (1, 8)])
 def test_processes_share_the_batch_of_one(tmp_path, kind, tasks, classes):
-    data = {"kind": kind, "tasks": "captions" if kind == "table" else "labels", "transform": "timm"}
+    captions = kind == "table" and classes != [2, 4]
+    data = {"kind": kind, "tasks": "captions" if captions else "labels", "transform": "timm"}
     if kind != "pictures":
         data["path"] = write_folder(tmp_path / "set", 9, 2) if kind == "folder" else write_table(tmp_path / "set", 40)
     train = {"tasks_per_batch": tasks, "classes_per_task": classes}

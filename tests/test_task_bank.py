@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hyperclip_fast.norm_params import load_safetensors, save_safetensors
 from hyperclip_fast.task_bank import TaskBank
 from tests.towers import patch_text_tower, tiny_model
 
@@ -117,6 +118,36 @@ def test_save_and_load(bank, tmp_path):
 def test_a_bank_fits_its_model_whatever_else_the_config_says(bank, tmp_path):
     bank.save(tmp_path / "tasks.safetensors")
     bank.model.config.drop_path_rate = 0.3  # makes no row
+    assert TaskBank.load(tmp_path / "tasks.safetensors", bank.model).tasks == bank.tasks
+
+
+def test_a_model_that_computes_otherwise_with_the_same_weights_is_another(bank, tmp_path):
+    path = tmp_path / "tasks.safetensors"
+    bank.save(path)
+    for options in ({"num_heads": 4}, {"hyper_heads": 4}, {"global_pool": "avg"}):
+        other = tiny_model(**options)
+        with pytest.raises(ValueError, match="made by another one"):
+            TaskBank.load(path, other)
+    tensors, metadata = load_safetensors(path)
+    save_safetensors(tensors, path, {key: text for key, text in metadata.items() if key != "config"})
+    assert TaskBank.load(path, bank.model).tasks == bank.tasks  # files from before it was kept
+
+
+def test_rows_of_other_layers_of_the_same_size_are_refused(bank, tmp_path):
+    image = bank.model.image
+    image.set_modulate(["blocks.0.norm1"])
+    narrow = TaskBank(bank.model)
+    narrow.add_row("pets", TASKS["pets"], image.base_params)
+    narrow.save(tmp_path / "tasks.safetensors")
+    assert TaskBank.load(tmp_path / "tasks.safetensors", bank.model).tasks == ("pets",)
+    image.set_modulate(["blocks.1.norm1"])
+    with pytest.raises(ValueError, match="has other layers"):
+        TaskBank.load(tmp_path / "tasks.safetensors", bank.model)
+
+
+def test_a_bank_that_grew_beyond_one_calls_names_is_read(bank, tmp_path, monkeypatch):
+    bank.save(tmp_path / "tasks.safetensors")
+    monkeypatch.setattr("hyperclip_fast.hyperclip.MAX_NAMES", 12)
     assert TaskBank.load(tmp_path / "tasks.safetensors", bank.model).tasks == bank.tasks
 
 

@@ -84,6 +84,34 @@ def test_a_finished_run_is_not_evaluated_again(tmp_path):
     assert (tmp_path / "log.jsonl").read_text() == log
 
 
+def test_a_run_killed_while_it_writes_its_model_is_not_finished(tmp_path, monkeypatch):
+    def killed(model, folder):
+        folder.mkdir()
+        (folder / "part").write_text("")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(HyperCLIP, "save_pretrained", killed)
+        trainer(tmp_path, steps=2).train()
+    model = trainer(tmp_path, steps=2).train()
+    assert torch.equal(HyperCLIP.from_pretrained(tmp_path / "model").logit_scale, model.logit_scale)
+    assert not [file.name for file in tmp_path.iterdir() if "tmp" in file.name]
+    assert not (tmp_path / "model" / "part").exists()
+
+
+def test_a_model_takes_the_place_of_another(tmp_path):
+    trainer(tmp_path, steps=2).train()
+    (tmp_path / "checkpoint.pt").unlink()
+    (tmp_path / "model" / "other").write_text("")
+    trainer(tmp_path, steps=2).train()
+    assert not (tmp_path / "model" / "other").exists() and (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_the_trainers_own_evaluation_takes_three_rows(tmp_path):
+    run = trainer(tmp_path)
+    assert tuple(run.evaluate(held_out_tasks(pictures(), min_classes=2))) == ("right", "base", "wrong")
+
+
 def test_seeds_differ_and_repeat(tmp_path):
     losses = [float(trainer(tmp_path / str(i), seed=seed).train_step()["loss"]) for i, seed in enumerate((0, 0, 1))]
     assert losses[0] == losses[1] != losses[2]
@@ -124,6 +152,7 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
         ("model: {colour: red}", "unknown keys \\['colour'\\]"),
         ("train: {speed: 3}", "unknown keys \\['speed'\\]"),
         ("train: {steps: 0}", "steps must be at least 1"),
+        ("train: {lr: 0}", "lr must be greater than 0, got 0"),
         ("train: {warmup: -1}", "warmup must not be negative"),
         ("train: {classes_per_task: [8, 4]}", "classes_per_task must be at least 2"),
         ("train: {classes_per_task: many}", "classes_per_task must be int"),
@@ -202,6 +231,7 @@ def test_accuracy_and_swap_test():
     result = swap_test(model.train(), tasks)
     assert model.training
     assert tuple(result) == ROWS
+    assert swap_test(model, tasks, rows=("wrong", "right")) == {row: result[row] for row in ("wrong", "right")}
     for by_task in result.values():
         assert set(by_task) == {task.name for task in tasks}
     with pytest.raises(ValueError, match="row must be one of"):
