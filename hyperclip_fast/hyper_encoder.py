@@ -10,7 +10,7 @@ what gradient checkpointing runs again in backward is the same copy, rows includ
 import copy
 import fnmatch
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -21,8 +21,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hyperclip_fast.hyper_norms import ROW_NORMS, Rows, bound, copied, use_local_statistics
+from hyperclip_fast.hyper_norms import ROW_NORMS, Rows, bound, copied, flatten, use_local_statistics
 from hyperclip_fast.hyper_vit import HyperViT, known_name, to_hyper_vit
+from hyperclip_fast.kernels.batch_norm_mixed import is_eager
 from hyperclip_fast.kernels.dispatch import use_triton
 from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams, NormSpec, check_params
 
@@ -107,11 +108,17 @@ class HyperEncoder(nn.Module):
         check_params(params, self._spec, x.shape[0])
         spec, table, task_ids = self._spec, params.table, params.task_ids  # its integers are static: a module's own
         table = table.to(self.get_parameter(spec.keys[0]).dtype)
-        if task_ids is not None and table.shape[0] > 1 and not use_triton(x):
+        fused = use_triton(x)
+        if task_ids is not None and table.shape[0] > 1 and not fused:
             table, task_ids = table.index_select(0, task_ids), None
-        pieces = iter(table[0].split(spec.sizes) if table.shape[0] == 1 else table.split(spec.sizes, dim=1))
+        is_plain = table.device.type == "cpu" and not fused and is_eager() and not torch.is_grad_enabled()
+        pieces = iter(_pieces(table, spec.sizes, is_plain))
         rows = [Rows(next(pieces), next(pieces) if bias else None, task_ids, x.shape[0]) for bias in spec.biases]
-        return _bind(self, self._stock, self._path, rows)
+        binding = _Binding(rows, is_plain)
+        model = binding.bind(self, self._stock, self._path)
+        if is_plain:
+            flatten(binding.twins)
+        return model
 
     def train(self, mode: bool = True) -> "HyperEncoder":
         """timm's `train`; frozen BatchNorms stay in evaluation."""
@@ -184,18 +191,42 @@ def _blank(stock: type[nn.Module]) -> HyperEncoder:
     return object.__new__(_encoder_class(stock))
 
 
-def _bind(module: nn.Module, kind: type[nn.Module], path: Path, rows: list[Rows]) -> nn.Module:
-    """A module's copy of class `kind` whose modulated norms hold their rows; what has none is shared."""
-    twin = copied(module, kind)
-    own = twin.__dict__
-    own["_compiled_call_impl"] = None  # a part compiled by itself would run the original
-    own["_modules"] = children = module._modules.copy()
-    for name, place in path.items():
-        child = children[name]
-        if "forward" in child.__dict__:
-            raise ValueError(f"params cannot pass {name} ({type(child).__name__}), whose forward was replaced")
-        children[name] = bound(child, rows[place]) if type(place) is int else _bind(child, type(child), place, rows)
-    return twin
+def _pieces(table: Tensor, sizes: Sequence[int], is_plain: bool) -> Sequence[Tensor]:
+    """Each norm's columns of a table (T, P), or of its only row; where `is_plain` they are contiguous."""
+    if table.shape[0] == 1:
+        return table[0].split(sizes)
+    return torch.split_with_sizes_copy(table, sizes, dim=1) if is_plain else table.split(sizes, dim=1)
+
+
+class _Binding:
+    """What `bind` reads and leaves in one call.
+
+    Args:
+        rows: of the norms, in the spec's order.
+        is_plain: see `bound`.
+    """
+
+    def __init__(self, rows: list[Rows], is_plain: bool):
+        self.rows, self.is_plain = rows, is_plain
+        self.twins: list[nn.Module] = []  # the norms' copies
+
+    def bind(self, module: nn.Module, kind: type[nn.Module], path: Path) -> nn.Module:
+        """A module's copy of class `kind` whose modulated norms hold their rows; what has none is shared."""
+        twin = copied(module, kind)
+        own = twin.__dict__
+        own["_compiled_call_impl"] = None  # a part compiled by itself would run the original
+        own["_modules"] = children = module._modules.copy()
+        for name, place in path.items():
+            child = children[name]
+            if "forward" in child.__dict__:
+                raise ValueError(f"params cannot pass {name} ({type(child).__name__}), whose forward was replaced")
+            children[name] = self._bound(child, place) if type(place) is int else self.bind(child, type(child), place)
+        return twin
+
+    def _bound(self, norm: nn.Module, place: int) -> nn.Module:
+        twin = bound(norm, self.rows[place], self.is_plain)
+        self.twins.append(twin)
+        return twin
 
 
 def _path(module: nn.Module, places: dict[nn.Module, int]) -> Path:

@@ -8,6 +8,7 @@ BatchNorm: in training the statistics are those of the whole mixed batch (of all
 running statistics are one moving average for all tasks; in evaluation they are the running statistics.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperclip_fast.hyper_block import is_heard, norm_dtype
 from hyperclip_fast.kernels.batch_norm import batch_norm_act, batch_norm_act_train
-from hyperclip_fast.kernels.batch_norm_mixed import is_eager, is_flat
-from hyperclip_fast.kernels.dispatch import use_triton
+from hyperclip_fast.kernels.batch_norm_mixed import is_flat
 from hyperclip_fast.kernels.layer_norm import layer_norm
 
 
@@ -130,12 +130,11 @@ class BatchRows:
     flat: tuple[Tensor, ...] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, images = self.rows.of(x), x if x.dim() == 4 else x.view(*x.shape, *[1] * (4 - x.dim()))
-        if self.flat is not None and is_flat(images) and images.shape[0] == self.rows.batch:
-            wide = images.view(1, -1, *images.shape[2:])
-            out = nn.functional.batch_norm(wide, *self.flat, False, 0.0, self.eps)
-            return finished(self, out.view(x.shape))
-        act = _act_name(self)
+        wide = None if self.flat is None else self._wide(x)
+        if wide is not None:
+            out = torch.batch_norm(wide, *self.flat, False, 0.0, self.eps, False)
+            return finished(self, out if wide is x else out.view(x.shape))
+        images, rows, act = _as_images(x), self.rows.of(x), _act_name(self)
         if not self.training and self.running_mean is not None:
             out = batch_norm_act(images, *rows, self.running_mean, self.running_var, self.eps, act or "none")
         else:
@@ -143,16 +142,13 @@ class BatchRows:
         out = out if x.dim() == 4 else out.view(x.shape)
         return finished(self, out) if act is None else out
 
-    def prepare(self) -> None:
-        """In evaluation on a CPU, what PyTorch's kernel reads of images seen as (1, B * D, H, W), made before the first
-        layer runs: small tensors made between the large ones would break up the memory that those use again and again.
-        """
-        weight, _, task_ids, batch = self.rows
-        is_evaluated = not self.training and self.running_mean is not None and not torch.is_grad_enabled()
-        on_cpu = weight.device.type == "cpu" and not use_triton(weight)
-        if is_evaluated and on_cpu and task_ids is None and is_eager():
-            statistics = (self.running_mean.repeat(batch), self.running_var.repeat(batch))
-            self.__dict__["flat"] = (*statistics, weight.reshape(-1), self.rows.biases().reshape(-1))
+    def _wide(self, x: Tensor) -> Tensor | None:
+        """What `flat` normalises: x for one row, else images seen as (1, B * D, H, W); None where they cannot be."""
+        if self.rows.weight.dim() == 1:
+            return x
+        images = _as_images(x)
+        is_wide = is_flat(images) and images.shape[0] == self.rows.batch
+        return images.view(1, -1, *images.shape[2:]) if is_wide else None
 
     def _by_batch(self, x: Tensor, rows: tuple[Tensor, Tensor, Tensor | None], act: str) -> Tensor:
         count = x.numel() // x.shape[1]
@@ -224,7 +220,7 @@ def finished(norm: nn.Module, x: Tensor) -> Tensor:
 def copied(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     """A module of class `kind` with all that `module` has: the same parameters, buffers, parts, hooks and options."""
     twin = object.__new__(kind)
-    twin.__dict__.update(module.__dict__)
+    object.__setattr__(twin, "__dict__", module.__dict__.copy())
     return twin
 
 
@@ -233,23 +229,60 @@ def use_local_statistics(norm: nn.Module) -> None:
     norm.__class__ = _LOCAL.get(type(norm), type(norm))
 
 
-def bound(norm: nn.Module, rows: Rows) -> nn.Module:
+def bound(norm: nn.Module, rows: Rows, is_plain: bool = False) -> nn.Module:
     """A norm's copy for one forward pass in which each sample has its own weight and bias.
 
     One row for all is the stock norm with that row, bit for bit; but PyTorch has no SyncBatchNorm for a CPU.
+
+    Args:
+        norm: the encoder's own.
+        rows: what it is given.
+        is_plain: `flatten` comes next.
     """
-    if rows.weight.dim() == 1 and rows.weight.device.type == "cpu" and _is_synchronized(norm):
+    is_shared = rows.weight.dim() == 1
+    if is_shared and _is_synchronized(norm) and rows.weight.device.type == "cpu":
         task_ids = torch.zeros(rows.batch, dtype=torch.int64)
-        rows = Rows(rows.weight[None], rows.biases()[None], task_ids, rows.batch)
-    if rows.weight.dim() == 1:
+        rows, is_shared = Rows(rows.weight[None], rows.biases()[None], task_ids, rows.batch), False
+    if is_shared and not (is_plain and isinstance(norm, _BatchNorm) and _is_evaluated(norm)):
         twin = copied(norm, type(norm))
         twin.__dict__["_parameters"] = {**norm._parameters, "weight": rows.weight, "bias": rows.bias}
         return twin
     twin = copied(norm, ROW_NORMS[type(norm)])
     twin.__dict__["rows"] = rows
-    if isinstance(twin, BatchRows):
-        twin.prepare()
     return twin
+
+
+def flatten(twins: Iterable[nn.Module]) -> None:
+    """In evaluation without gradients on a CPU: gives bound BatchNorms what PyTorch's kernel reads, for all at once.
+
+    Rows are one for all, or row b for sample b; images are then seen as (1, B * D, H, W). All is made before the first
+    layer runs: small tensors made between the large ones would break up the memory that those use again and again.
+    """
+    twins = [twin for twin in twins if isinstance(twin, BatchRows) and _is_evaluated(twin)]
+    for twin, mean, var in zip(twins, *(_repeated(twins, name) for name in ("running_mean", "running_var"))):
+        twin.__dict__["flat"] = (twin.rows.weight.reshape(-1), twin.rows.biases().reshape(-1), mean, var)
+
+
+def _repeated(twins: Sequence[nn.Module], name: str) -> Sequence[Tensor]:
+    """Each norm's buffer, B times in a row; as it is where there is one row for all."""
+    buffers = [twin._buffers[name] for twin in twins]
+    batch = twins[0].rows.batch if twins and twins[0].rows.weight.dim() == 2 else 1
+    if batch == 1:
+        return buffers
+    if not batch or len({buffer.dtype for buffer in buffers}) > 1:
+        return [buffer.repeat(batch) for buffer in buffers]
+    repeated = torch.cat([buffer for buffer in buffers for _ in range(batch)])
+    return repeated.split([batch * buffer.numel() for buffer in buffers])
+
+
+def _is_evaluated(norm: nn.Module) -> bool:
+    """Whether a BatchNorm uses statistics that it keeps."""
+    return not norm.training and norm._buffers["running_mean"] is not None
+
+
+def _as_images(x: Tensor) -> Tensor:
+    """(B, D), (B, D, L) or (B, D, H, W) as the last."""
+    return x if x.dim() == 4 else x.view(*x.shape, *[1] * (4 - x.dim()))
 
 
 class _LocalBatchNorm(_BatchNorm):

@@ -111,6 +111,19 @@ def test_any_mix_in_any_order(ids, seed):
     assert_close(encoder(x, NormParams(rows.spec, rows.table[ids])), one_by_one(stock, x, rows, ids), slack=10)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_evaluation_without_gradients(memory_format):
+    stock, encoder = small_pair()
+    x, rows = images().contiguous(memory_format=memory_format), rows_of(encoder)
+    ids = torch.tensor(IDS)
+    with torch.no_grad():
+        assert_close(encoder(x, rows[ids]), one_by_one(stock, x, rows, IDS), slack=10)
+        assert_close(encoder(x[:1], rows[ids[:1]]), one_by_one(stock, x[:1], rows, IDS[:1]), slack=10)
+        base = encoder.base_params
+        for params in (base, NormParams(base.spec, base.table, torch.zeros_like(ids))):
+            assert torch.equal(encoder(x, params), stock(x))
+
+
 @pytest.mark.parametrize("norm", [layers.BatchNormAct2d, layers.LayerNorm2d, layers.GroupNorm1Act])
 def test_no_images(norm):
     stock, encoder = small_pair(norm)
