@@ -10,7 +10,7 @@ what gradient checkpointing runs again in backward is the same copy, rows includ
 import copy
 import fnmatch
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -112,7 +112,7 @@ class HyperEncoder(nn.Module):
         if task_ids is not None and table.shape[0] > 1 and not fused:
             table, task_ids = table.index_select(0, task_ids), None
         is_plain = table.device.type == "cpu" and not fused and is_eager() and not torch.is_grad_enabled()
-        pieces = iter(_pieces(table, spec.sizes, is_plain))
+        pieces = iter(table[0].split(spec.sizes) if table.shape[0] == 1 else table.split(spec.sizes, dim=1))
         rows = [Rows(next(pieces), next(pieces) if bias else None, task_ids, x.shape[0]) for bias in spec.biases]
         binding = _Binding(rows, is_plain)
         model = binding.bind(self, self._stock, self._path)
@@ -189,13 +189,6 @@ def _encoder_class(stock: type[nn.Module]) -> type[HyperEncoder]:
 def _blank(stock: type[nn.Module]) -> HyperEncoder:
     """What unpickling fills."""
     return object.__new__(_encoder_class(stock))
-
-
-def _pieces(table: Tensor, sizes: Sequence[int], is_plain: bool) -> Sequence[Tensor]:
-    """Each norm's columns of a table (T, P), or of its only row; where `is_plain` they are contiguous."""
-    if table.shape[0] == 1:
-        return table[0].split(sizes)
-    return torch.split_with_sizes_copy(table, sizes, dim=1) if is_plain else table.split(sizes, dim=1)
 
 
 class _Binding:

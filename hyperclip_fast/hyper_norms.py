@@ -9,7 +9,7 @@ running statistics are one moving average for all tasks; in evaluation they are 
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm import layers
@@ -127,12 +127,12 @@ class BatchRows:
     """BatchNorm over (B, D), (B, D, L) or (B, D, H, W), with the activation that timm keeps in it."""
 
     rows: Rows
-    flat: tuple[Tensor, ...] | None = None
+    flat: tuple[Any, ...] | None = None  # arguments of torch.batch_norm behind the input
 
     def forward(self, x: Tensor) -> Tensor:
         wide = None if self.flat is None else self._wide(x)
         if wide is not None:
-            out = torch.batch_norm(wide, *self.flat, False, 0.0, self.eps, False)
+            out = torch.batch_norm(wide, *self.flat)
             return finished(self, out if wide is x else out.view(x.shape))
         images, rows, act = _as_images(x), self.rows.of(x), _act_name(self)
         if not self.training and self.running_mean is not None:
@@ -253,26 +253,37 @@ def bound(norm: nn.Module, rows: Rows, is_plain: bool = False) -> nn.Module:
 
 
 def flatten(twins: Iterable[nn.Module]) -> None:
-    """In evaluation without gradients on a CPU: gives bound BatchNorms what PyTorch's kernel reads, for all at once.
+    """In evaluation without gradients on a CPU: gives bound BatchNorms what PyTorch's kernel reads.
 
-    Rows are one for all, or row b for sample b; images are then seen as (1, B * D, H, W). All is made before the first
-    layer runs: small tensors made between the large ones would break up the memory that those use again and again.
+    Rows are one for all, or row b for sample b. Those become one scale and one shift, and images are seen as
+    (1, B * D, H, W). All is made before the first layer runs: small tensors made between the large ones would break up
+    the memory that those use again and again.
     """
     twins = [twin for twin in twins if isinstance(twin, BatchRows) and _is_evaluated(twin)]
-    for twin, mean, var in zip(twins, *(_repeated(twins, name) for name in ("running_mean", "running_var"))):
-        twin.__dict__["flat"] = (twin.rows.weight.reshape(-1), twin.rows.biases().reshape(-1), mean, var)
+    if not twins:
+        return
+    rstds = _rstds(twins)
+    longest = max(twin.rows.weight.numel() for twin in twins)
+    mean, var = rstds[0].new_zeros(longest), rstds[0].new_ones(longest)
+    for twin, rstd in zip(twins, rstds):
+        weight, bias, shared, own = twin.rows.weight, twin.rows.biases(), twin._buffers, twin.__dict__
+        if weight.dim() == 1:
+            own["flat"] = (weight, bias, shared["running_mean"], shared["running_var"], False, 0.0, twin.eps, False)
+            continue
+        scale = weight * rstd
+        shift = torch.addcmul(bias, scale, shared["running_mean"], value=-1.0).view(-1)
+        size = shift.shape[0]
+        own["flat"] = (scale.view(-1), shift, mean[:size], var[:size], False, 0.0, 0.0, False)
 
 
-def _repeated(twins: Sequence[nn.Module], name: str) -> Sequence[Tensor]:
-    """Each norm's buffer, B times in a row; as it is where there is one row for all."""
-    buffers = [twin._buffers[name] for twin in twins]
-    batch = twins[0].rows.batch if twins and twins[0].rows.weight.dim() == 2 else 1
-    if batch == 1:
-        return buffers
-    if not batch or len({buffer.dtype for buffer in buffers}) > 1:
-        return [buffer.repeat(batch) for buffer in buffers]
-    repeated = torch.cat([buffer for buffer in buffers for _ in range(batch)])
-    return repeated.split([batch * buffer.numel() for buffer in buffers])
+def _rstds(twins: Sequence[nn.Module]) -> Sequence[Tensor]:
+    """1 / sqrt(running variance + eps) of each norm, float32 or wider."""
+    variances = [twin._buffers["running_var"] for twin in twins]
+    sizes, eps = [var.shape[0] for var in variances], [twin.eps for twin in twins]
+    var = torch.cat(variances)
+    var = var.to(torch.promote_types(var.dtype, torch.float32))
+    added = eps[0] if len(set(eps)) == 1 else var.new_tensor(eps).repeat_interleave(torch.tensor(sizes))
+    return torch.rsqrt(var + added).split(sizes)
 
 
 def _is_evaluated(norm: nn.Module) -> bool:

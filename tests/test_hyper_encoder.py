@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hyperclip_fast import HyperEncoder, HyperViT, NormParams
-from hyperclip_fast.hyper_norms import ROW_NORMS, Rows, bound
+from hyperclip_fast.hyper_norms import ROW_NORMS, Rows, bound, flatten
 
 from .encoder_cases import rows_of, small_pair, with_row
 from .helpers import assert_close
@@ -122,6 +122,33 @@ def test_evaluation_without_gradients(memory_format):
         base = encoder.base_params
         for params in (base, NormParams(base.spec, base.table, torch.zeros_like(ids))):
             assert torch.equal(encoder(x, params), stock(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("eps", [[1e-5, 1e-5], [1e-5, 0.1]])
+def test_norms_evaluated_together(eps, dtype):
+    """What is made for all BatchNorms at once: each keeps its eps; statistics in the precision of the stock norm."""
+    torch.manual_seed(0)
+    norms = [make_norm(layers.BatchNormAct2d).eval(), make_norm(nn.BatchNorm2d).eval()]
+    weight, bias = torch.randn(2, 4, 8, dtype=dtype), torch.randn(2, 4, 8, dtype=dtype)
+    x = torch.randn(4, 8, 5, 5, dtype=dtype)
+    twins = []
+    for i, norm in enumerate(norms):
+        norm.eps = eps[i]
+        norm.to(dtype)
+        twins.append(bound(norm, Rows(weight[i], bias[i], None, 4), is_plain=True))
+    with torch.no_grad():
+        flatten(twins)
+        for i, (norm, twin) in enumerate(zip(norms, twins)):
+            ref = copy.deepcopy(norm).double()
+            expected = []
+            for b in range(4):
+                ref.weight.copy_(weight[i, b])
+                ref.bias.copy_(bias[i, b])
+                expected.append(ref(x[b : b + 1].double()))
+            out = twin(x)
+            assert out.dtype == dtype and twin.flat is not None
+            assert_close(out, torch.cat(expected), slack=4)
 
 
 @pytest.mark.parametrize("norm", [layers.BatchNormAct2d, layers.LayerNorm2d, layers.GroupNorm1Act])
