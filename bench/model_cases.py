@@ -121,7 +121,7 @@ class _Mixture:
         if tasks > 1:
             torch._dynamo.maybe_mark_dynamic(self.table, 0)  # one compilation for every T
         self.probes = torch.linspace(0, batch - 1, min(PROBES, batch)).round().long().to(group.device)
-        width = group.stock.num_features
+        width = group.stock.head_hidden_size
         generator = torch.Generator().manual_seed(2)
         self.incoming = torch.randn(batch, width, generator=generator).to(group.device, group.dtype)
         self.expected: dict[str, list[Tensor]] = {}

@@ -262,18 +262,20 @@ def flatten(twins: Iterable[nn.Module]) -> None:
     twins = [twin for twin in twins if isinstance(twin, BatchRows) and _is_evaluated(twin)]
     if not twins:
         return
+    if twins[0].rows.weight.dim() == 1:
+        for twin in twins:
+            rows, shared = twin.rows, twin._buffers
+            statistics = shared["running_mean"], shared["running_var"]
+            twin.__dict__["flat"] = (rows.weight, rows.biases(), *statistics, False, 0.0, twin.eps, False)
+        return
     rstds = _rstds(twins)
     longest = max(twin.rows.weight.numel() for twin in twins)
     mean, var = rstds[0].new_zeros(longest), rstds[0].new_ones(longest)
     for twin, rstd in zip(twins, rstds):
-        weight, bias, shared, own = twin.rows.weight, twin.rows.biases(), twin._buffers, twin.__dict__
-        if weight.dim() == 1:
-            own["flat"] = (weight, bias, shared["running_mean"], shared["running_var"], False, 0.0, twin.eps, False)
-            continue
-        scale = weight * rstd
-        shift = torch.addcmul(bias, scale, shared["running_mean"], value=-1.0).view(-1)
+        scale = twin.rows.weight * rstd
+        shift = torch.addcmul(twin.rows.biases(), scale, twin._buffers["running_mean"], value=-1.0).view(-1)
         size = shift.shape[0]
-        own["flat"] = (scale.view(-1), shift, mean[:size], var[:size], False, 0.0, 0.0, False)
+        twin.__dict__["flat"] = (scale.view(-1), shift, mean[:size], var[:size], False, 0.0, 0.0, False)
 
 
 def _rstds(twins: Sequence[nn.Module]) -> Sequence[Tensor]:
