@@ -11,22 +11,25 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hyperclip_fast.data import load_pictures
+from hyperclip_fast.eval_sets import load_eval_set
 from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
 from hyperclip_fast.scenes import ATTRIBUTES, SceneSampler, scene_tasks
 from hyperclip_fast.training import Trainer
 
 from .conditioning_arms import Run, load_plan, load_runs
+from .conditioning_names import PICTURE_SIZE, SETS, NameData, held_out_scores, name_scores, names_section
 from .conditioning_overheads import measure_overheads, overheads_table
 from .conditioning_plots import draw
 from .conditioning_report import grouped, read_logs, report
-from .conditioning_scores import OBJECTS, SCENES, SceneTasks, all_scores, mean, right_scores
+from .conditioning_scores import OBJECTS, SCENES, SceneTasks, Scores, all_scores, mean, right_scores
 from .conditioning_tuning import tune_all
 from .machine import device_name
 
@@ -61,12 +64,27 @@ class Experiment:
             return
         trainer = self.trainer(run)
         start = time.perf_counter()
-        self.train(trainer, run.name)
+        self.train(trainer, run)
         trainer.model.save_pretrained(self.work / run.name / "model")
-        scores = all_scores(trainer.model, self.scenes, self.reworded)
+        scores = self.scores(run, trainer.model)
         lines = [json.loads(line) for line in (self.work / run.name / "log.jsonl").read_text().splitlines()]
         last = {"step": trainer.step, "scores": _rounded(scores), "seconds": round(time.perf_counter() - start, 1)}
         write_log(path, [_about(run, trainer.model), *lines, last])
+
+    @cached_property
+    def names(self) -> NameData:
+        """Named pictures and digits, for runs on names."""
+        return NameData.make(load_pictures(SETS, size=PICTURE_SIZE), load_eval_set("skin-tones", PICTURE_SIZE))
+
+    def scores(self, run: Run, model: HyperCLIP) -> dict[str, Any]:
+        """Every figure of a run's model, on the run's kind of data."""
+        if run.data == "names":
+            return name_scores(model, self.names)
+        return all_scores(model, self.scenes, self.reworded)
+
+    def look(self, run: Run, model: HyperCLIP) -> Scores:
+        """What is looked at during a run."""
+        return held_out_scores(model, self.names) if run.data == "names" else right_scores(model, self.few)
 
     def tune(self, run: Run) -> list[dict[str, Any]]:
         """The log of a rival that tunes the baseline of its group and seed for each attribute."""
@@ -79,8 +97,10 @@ class Experiment:
         return [_about(run, model), last]
 
     def trainer(self, run: Run) -> Trainer:
-        """A trainer on scenes; position embeddings start at the run's scale."""
+        """A trainer on the run's kind of data; position embeddings start at the run's scale."""
         config = run.train
+        if run.data == "names":
+            return Trainer(run.model, config, self.work / run.name, pictures=self.names.pictures)
         sampler = SceneSampler(
             self.pictures, config.tasks_per_batch, config.classes_per_task, config.seed, run.model.img_size
         )
@@ -89,12 +109,12 @@ class Experiment:
             trainer.model.image.pos_embed.data.mul_(run.position_scale)
         return trainer
 
-    def train(self, trainer: Trainer, name: str) -> None:
+    def train(self, trainer: Trainer, run: Run) -> None:
         """Train to the last step; log training's figures as means over the steps since the last line."""
         config, sums, count = trainer.config, {}, 0
         look = max(1, config.steps // LOOKS)
         tqdm = require("tqdm", "train").tqdm
-        for _ in (bar := tqdm(range(trainer.step, config.steps), desc=name, unit="step", dynamic_ncols=True)):
+        for _ in (bar := tqdm(range(trainer.step, config.steps), desc=run.name, unit="step", dynamic_ncols=True)):
             metrics = trainer.train_step()
             sums = {key: sums.get(key, 0.0) + float(value) for key, value in metrics.items()}
             count += 1
@@ -103,7 +123,7 @@ class Experiment:
                 bar.set_postfix(accuracy=round(sums["accuracy"] / count, 3))
                 sums, count = {}, 0
             if trainer.step % look == 0 and trainer.step < config.steps:
-                trainer.log({"held_out": _rounded(right_scores(trainer.model, self.few))})
+                trainer.log({"held_out": _rounded(self.look(run, trainer.model))})
                 trainer.save()
 
 
@@ -116,6 +136,7 @@ def _about(run: Run, model: HyperCLIP) -> dict[str, Any]:
         "model": asdict(run.model),
         "train": asdict(run.train),
         "position_scale": run.position_scale,
+        "data": run.data,
         "parameters": _count(model),
         "image_parameters": _count(model.image),
         "machine": f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} thread, torch {torch.__version__}",
@@ -175,7 +196,10 @@ def _run(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     folder, scale = Path(args.results), load_plan(args.config)["position_scale"]
-    groups = grouped(read_logs(folder))
+    logs = read_logs(folder)
+    groups, named = (grouped(log for log in logs if (log.get("data") == "names") == names) for names in (False, True))
+    if not groups:
+        raise ValueError(f"results must have logs of runs on scenes, {folder} has those of {sorted(named)} alone")
     plots = draw(groups, folder)
     measured = folder / OVERHEADS
     overheads = overheads_table(json.loads(measured.read_text())) if measured.exists() else ""
@@ -183,7 +207,9 @@ def _report(args: argparse.Namespace) -> int:
     conclusion = words.read_text(encoding="utf-8") if words.exists() else ""
     path = folder.with_suffix(".md")
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text(report(folder, groups, plots, scale, overheads, conclusion), encoding="utf-8")
+    sections = [names_section(group, arms, folder) for group, arms in named.items()]
+    text = report(folder, groups, plots, scale, overheads, conclusion)
+    beside.write_text("\n".join([text, *sections]), encoding="utf-8")
     os.replace(beside, path)
     print(path)
     return 0
