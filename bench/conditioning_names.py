@@ -254,7 +254,7 @@ def numbers_table(arms: Arms) -> Table:
 def names_findings(arms: Arms) -> str:
     """What the numbers say, paired by seed."""
     names = {arm: values(runs) for arm, runs in arms.items()}
-    base, learned, own, runs = names.get("baseline", {}), names.get("learned", {}), names.get("cross", {})
+    base, learned, own = names.get("baseline", {}), names.get("learned", {}), names.get("cross", {})
     runs = arms.get("cross", {})
     lines = [
         verdict(gains(own, base), "cross over the baseline"),
