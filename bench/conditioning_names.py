@@ -59,11 +59,6 @@ class NameData:
         """The colour pictures without the digits."""
         return self.pictures.subset(~_is_digit(self.pictures))
 
-    @property
-    def digits(self) -> Pictures:
-        """The digits."""
-        return self.pictures.subset(_is_digit(self.pictures))
-
 
 def _is_digit(pictures: Pictures) -> torch.Tensor:
     return torch.tensor([group == DIGITS for group in pictures.groups])[pictures.labels]
@@ -86,10 +81,10 @@ def name_scores(model: HyperCLIP, data: NameData) -> dict:
         held_out: the number of held-out names.
     """
     model.eval()
-    openmoji, digits = data.openmoji, held_out_tasks(data.digits)
+    openmoji, tasks = data.openmoji, partitions(data.pictures)
     rows = ROWS if model.hypernetwork is not None else ("right",)
-    tasks = [*partitions(openmoji), *digits]
     found = {row: task_accuracies(model, tasks, row) for row in rows}
+    guessing = _guessing(tasks)
     drawings, tones = partitions(data.drawings), data.tones
     shares = metrics(class_scores(model, tones.tasks), tones.tasks, tones.groups)
     return {
@@ -102,8 +97,8 @@ def name_scores(model: HyperCLIP, data: NameData) -> dict:
         "tones": shares["group_acc1"],
         "by_names": {str(k): value for k in SET_SIZES if (value := by_names(model, openmoji, k)) is not None},
         "chance": {
-            "right": _guessing(partitions(openmoji)),
-            DIGITS: mean(_guessing(digits)),
+            "right": {name: value for name, value in guessing.items() if name != DIGITS},
+            DIGITS: guessing[DIGITS],
             "drawings": mean(_guessing(drawings)),
             "tones": mean(_guessing(tones.tasks)),
         },
