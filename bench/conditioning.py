@@ -25,14 +25,16 @@ from hyperclip_fast.training import Trainer
 from .conditioning_arms import Run, load_plan, load_runs
 from .conditioning_overheads import measure_overheads, overheads_table
 from .conditioning_plots import draw
-from .conditioning_report import grouped, read_logs, report
+from .conditioning_report import grouped, markdown, read_logs, report
 from .conditioning_scores import OBJECTS, SCENES, SceneTasks, all_scores, mean, right_scores
 from .conditioning_tuning import tune_all
+from .conditioning_width import width_table, widths
 from .machine import device_name
 
 CONFIG = "configs/conditioning.yaml"
 RESULTS = "bench/results/conditioning"
 OVERHEADS, CONCLUSION = "overheads.json", "conclusion.md"  # beside the logs; the report quotes both
+TOLERANCE = 0.01  # of recall, between a model and its log
 LOOKS = 5  # times that held-out scenes are scored in a run, the end included
 
 
@@ -51,14 +53,19 @@ class Experiment:
         self.reworded = SceneTasks(scene_tasks(self.pictures, scenes=SCENES, classes=OBJECTS, wording=-1))
         self.few = SceneTasks(scene_tasks(self.pictures, scenes=480, seed=1))
 
-    def run(self, run: Run) -> None:
-        """Train, score, and write the log; nothing for a run that has one."""
+    def run(self, run: Run, baseline: Run | None = None) -> None:
+        """Train, score, and write the log; nothing for a run that has one.
+
+        Args:
+            run: what is trained.
+            baseline: the run whose model a rival tunes; of no use to other runs.
+        """
         path = self.results / f"{run.name}.jsonl"
-        if path.exists():
-            return
-        if run.tune:
-            write_log(path, self.tune(run))
-            return
+        if not path.exists():
+            write_log(path, self.tune(run, baseline) if run.tune else self.fit(run))
+
+    def fit(self, run: Run) -> list[dict[str, Any]]:
+        """The log of a training; its model is saved."""
         trainer = self.trainer(run)
         start = time.perf_counter()
         self.train(trainer, run.name)
@@ -66,17 +73,33 @@ class Experiment:
         scores = all_scores(trainer.model, self.scenes, self.reworded)
         lines = [json.loads(line) for line in (self.work / run.name / "log.jsonl").read_text().splitlines()]
         last = {"step": trainer.step, "scores": _rounded(scores), "seconds": round(time.perf_counter() - start, 1)}
-        write_log(path, [_about(run, trainer.model), *lines, last])
+        return [_about(run, trainer.model), *lines, last]
 
-    def tune(self, run: Run) -> list[dict[str, Any]]:
+    def tune(self, run: Run, baseline: Run | None) -> list[dict[str, Any]]:
         """The log of a rival that tunes the baseline of its group and seed for each attribute."""
-        folder = self.work / f"{run.group}-baseline-{run.seed}" / "model"
-        if not folder.is_dir():
-            raise ValueError(f"the run {run.name} needs its group's baseline of the same seed, {folder} is not there")
-        model = load_model(folder)
+        if baseline is None:
+            raise ValueError(f"the run {run.name} needs its group's baseline of the same seed, the queue has none")
+        model = self.trained(baseline)
         result = tune_all(model, run, self.pictures, self.scenes, self.reworded)
         last = {"step": run.train.steps * len(ATTRIBUTES), **result, "scores": _rounded(result["scores"])}
         return [_about(run, model), last]
+
+    def trained(self, run: Run) -> HyperCLIP:
+        """The model of a run, trained if need be, and trained again where there is its log alone.
+
+        Raises:
+            ValueError: for a model that is not the log's: its recall of some attribute differs by more than TOLERANCE.
+        """
+        self.run(run)
+        folder = self.work / run.name / "model"
+        if not folder.is_dir():
+            self.fit(run)
+        model = load_model(folder)
+        found, path = right_scores(model, self.scenes), self.results / f"{run.name}.jsonl"
+        logged = json.loads(path.read_text().splitlines()[-1])["scores"]["right"]
+        if any(abs(found[attribute] - logged[attribute]) > TOLERANCE for attribute in ATTRIBUTES):
+            raise ValueError(f"model must score as {path} says, {logged}, that in {folder} scores {_rounded(found)}")
+        return model
 
     def trainer(self, run: Run) -> Trainer:
         """A trainer on scenes; position embeddings start at the run's scale."""
@@ -164,10 +187,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    runs = [run for run in load_runs(args.config) if not args.only or {run.group, run.name} & set(args.only)]
+    queue = load_runs(args.config)
+    baselines = {(run.group, run.seed): run for run in queue if run.arm == "baseline"}
     experiment = Experiment(args.results, args.work)
-    for run in runs:
-        experiment.run(run)
+    for run in (run for run in queue if not args.only or {run.group, run.name} & set(args.only)):
+        experiment.run(run, baselines.get((run.group, run.seed)))
         scores = json.loads((Path(args.results) / f"{run.name}.jsonl").read_text().splitlines()[-1])["scores"]
         print(f"{run.name}: right {mean(scores['right']):.3f}", flush=True)
     return 0
@@ -176,14 +200,15 @@ def _run(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     folder, scale = Path(args.results), load_plan(args.config)["position_scale"]
     groups = grouped(read_logs(folder))
-    plots = draw(groups, folder)
+    plots, pairs = draw(groups, folder), widths(groups)
+    gains = markdown(width_table(pairs)) if pairs else ""
     measured = folder / OVERHEADS
     overheads = overheads_table(json.loads(measured.read_text())) if measured.exists() else ""
     words = folder / CONCLUSION
     conclusion = words.read_text(encoding="utf-8") if words.exists() else ""
     path = folder.with_suffix(".md")
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text(report(folder, groups, plots, scale, overheads, conclusion), encoding="utf-8")
+    beside.write_text(report(folder, groups, plots, scale, overheads, conclusion, gains), encoding="utf-8")
     os.replace(beside, path)
     print(path)
     return 0
