@@ -278,8 +278,8 @@ before: this, stem, patch, learning rate, number of steps, on seeds 100 and up a
 and scenes below were scored once, when a run had ended; the curves' scenes are others.
 """
 
-WIDTHS = """Arm cross and a baseline of the same encoder, schedule and seed; the control "wide" of one group is the baseline
-of that width. Gains are paired, on the seeds that both arms have."""
+WIDTHS = """Arm cross and a baseline of the same encoder, schedule and seed; the control "wide" of one group is the
+baseline of its width. Gains are paired, on the seeds that both arms have."""
 
 
 def report(

@@ -2,9 +2,9 @@
 
 HyperCLIP adapts to a task by one pass over its class names; these train: all norm parameters ("norms"), LoRA of rank 4
 on every product of the blocks ("lora", peft), or a bottleneck behind every block ("adapters", Houlsby et al. 2019; one
-a block as in Pfeiffer et al. 2021; peft has none for a timm model). Text side, temperature and bias stay the baseline's,
-and so do BatchNorm's statistics: the encoder is in evaluation mode throughout. What is tuned is a plain timm model, one
-for each attribute, so its steps count six times.
+a block as in Pfeiffer et al. 2021; peft has none for a timm model). Text side, temperature and bias stay the
+baseline's, and so do BatchNorm's statistics: the encoder is in evaluation mode throughout. What is tuned is a plain
+timm model, one for each attribute, so its steps count six times.
 """
 
 import time
@@ -26,7 +26,7 @@ from .conditioning_arms import Run
 from .conditioning_scores import SceneTasks, embed_with
 
 RANK = 4
-REDUCTION = 2  # a block's width over its adapter's: as many parameters as LoRA's, in a transformer with an MLP of 4 D
+BOTTLENECK = 32  # of an adapter; half the block's width where that is less. At width 64: as many parameters as LoRA's
 
 
 class Adapter(nn.Module):
@@ -40,7 +40,8 @@ class Adapter(nn.Module):
     def __init__(self, width: int, dims: int):
         super().__init__()
         layer = nn.Linear if dims == 3 else partial(nn.Conv2d, kernel_size=1)
-        self.down, self.up = layer(width, width // REDUCTION), layer(width // REDUCTION, width)
+        inner = min(BOTTLENECK, width // 2)
+        self.down, self.up = layer(width, inner), layer(inner, width)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
