@@ -92,8 +92,8 @@ def _swap(axes: Any, groups: Groups) -> bool:
 
 
 def _width(axes: Any, groups: Groups) -> bool:
-    found = widths(groups)
-    draw_widths(axes[0], found)
+    if found := widths(groups):
+        draw_widths(axes[0], found)
     return bool(found)
 
 
