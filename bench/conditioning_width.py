@@ -4,11 +4,14 @@ A pair is two logs of the same encoder, schedule and seed, whatever their groups
 baseline of another whose encoder has its width. Logs without a partner are left out.
 """
 
+import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from hyperclip_fast.training import TrainConfig
 
 from .conditioning_report import Groups, Log, Table, gains, spread, values
 
@@ -35,15 +38,17 @@ class Width:
         return gains(values(self.cross), values(self.baseline))
 
 
-def schedule(model: dict[str, Any], train: dict[str, Any]) -> tuple[str, ...]:
-    """What two runs must share to be a pair, their seed aside: encoder and training, as their logs or configs say."""
-    rest = sorted((key, value) for key, value in train.items() if key != "seed")
-    return tuple(map(repr, [*(model[key] for key in ENCODER), *rest]))
+def schedule(model: dict[str, Any], train: dict[str, Any]) -> str:
+    """What two runs must share to be a pair, their seed aside: encoder and training, as their logs or configs say.
+
+    A log that is older than a setting of training has its default.
+    """
+    return json.dumps([[model[key] for key in ENCODER], {**asdict(TrainConfig()), **train, "seed": 0}], sort_keys=True)
 
 
 def widths(groups: Groups) -> list[Width]:
     """Encoders with at least one pair, by family, then parameters."""
-    found: dict[tuple[str, ...], Width] = {}
+    found: dict[str, Width] = {}
     logs = [log for arms in groups.values() for runs in arms.values() for log in runs.values()]
     for log in logs:
         if log["arm"] in ("cross", *BASELINES):
@@ -72,21 +77,31 @@ def width_table(found: Iterable[Width]) -> Table:
 
 
 def draw_widths(axis: Any, found: Iterable[Width]) -> None:
-    """The gain over parameters: a line a family through the means, ± one standard deviation, a dot for each seed."""
+    """The gain over parameters: a line a family through the means, ± one standard deviation, a dot for each seed.
+
+    A single seed has an open marker and no spread.
+    """
     families = defaultdict(list)
     for one in found:
         families[one.family].append(one)
+    ticks = {one.parameters: f"{one.parameters / 1e3:,.0f} k" for line in families.values() for one in line}
     for family, line in families.items():
         colour, marker = MARKERS.get(family, ("black", "^"))
         at, means = [one.parameters for one in line], [statistics.mean(one.gains) for one in line]
         errors = [statistics.stdev(one.gains) if len(one.gains) > 1 else 0.0 for one in line]
-        axis.errorbar(at, means, errors, marker=marker, ms=6, capsize=4, label=family, color=colour)
-        for one in line:
+        axis.errorbar(at, means, errors, capsize=4, color=colour, label=family)
+        for one, middle in zip(line, means):
+            single = len(one.gains) == 1
+            axis.plot(one.parameters, middle, marker, ms=7, color=colour, mfc="white" if single else colour)
             axis.plot([one.parameters] * len(one.gains), one.gains, ".", color=colour, alpha=0.45)
-            lowest = (one.parameters, min(one.gains))
-            axis.annotate(one.encoder, lowest, (0, -12), textcoords="offset points", fontsize=6, ha="center")
+            side = (one.parameters, middle), (8, 4)
+            name = one.encoder.split(", ")[-1].removeprefix("mobilenetv3_small_")
+            axis.annotate(name, *side, textcoords="offset points", fontsize=7, color=colour)
     axis.axhline(0, color="black", lw=0.8)
     axis.set_xscale("log")
+    axis.set_xticks(list(ticks), list(ticks.values()), rotation=30)
+    axis.minorticks_off()
+    axis.margins(x=0.25, y=0.1)
     axis.set(xlabel="parameters of the image encoder", ylabel="cross over the baseline, points of recall")
     axis.set_title("gain against width: mean ± standard deviation, seeds", fontsize=9)
     axis.legend(fontsize=8)

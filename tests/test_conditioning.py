@@ -416,6 +416,10 @@ def test_gains_against_width_are_of_pairs():
         ["mobilenetv3_small_075", "1,000", "1,000", "40.0", "62.0", "+22.0", "1: no spread"],
     ]
     assert widths(grouped([logs[0], logs[9]])) == []
+    for one in logs[:2]:
+        one["train"] |= {"precision": "float32", "betas": [0.9, 0.98]}  # the defaults, which older logs leave out
+    logs[1]["train"] = {"steps": 1000, "seed": 0}
+    assert len(widths(grouped(logs[:2]))) == 1
 
 
 def test_no_verdict_on_guesses():
