@@ -26,7 +26,8 @@ class Run:
         arm: its arm's name.
         model: what is trained.
         train: how; `train.seed` is the run's.
-        tune: per-task tuning of the group's baseline in place of a training of its own: "norms" or "lora"; "": none.
+        tune: per-task tuning of the group's baseline in place of a training of its own: of conditioning_tuning.METHODS;
+            "": none.
         position_scale: of the first position embeddings, over timm's.
         data: what is trained and scored on, one of DATA.
     """
