@@ -292,7 +292,7 @@ over tasks of at most 10 names of one group and over {partitions} partitions of 
 tasks; every name has one colour picture. ± is the standard deviation over seeds, which share the held-out names: these
 leave a standard error of their own, {error:.1f} points where a model guesses.
 
-*Digits* were written by the same people as training's, but are other pictures. *Line drawings* are of held-out names,
+*Digits*: pictures that training never saw, of names that it knows. *Line drawings* are of held-out names,
 a style that training never saw. *Corrupted*: five corruptions of severity {severity}. *Worst group*: the least among
 groups of names, chosen after the fact and so below their mean by chance alone. *Skin tones*: {hands} hands in five
 tones, all names in one task, of training names too, but training saw them in yellow only. Norm rows: *wrong* is made
