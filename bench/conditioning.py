@@ -11,23 +11,27 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hyperclip_fast.data import load_pictures
+from hyperclip_fast.eval_sets import load_eval_set
 from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
 from hyperclip_fast.scenes import ATTRIBUTES, SceneSampler, scene_tasks
 from hyperclip_fast.training import Trainer
 
 from .conditioning_arms import Run, load_plan, load_runs
+from .conditioning_names import PICTURE_SIZE, SETS, NameData, held_out_scores, name_scores, names_section
 from .conditioning_overheads import measure_overheads, overheads_table
 from .conditioning_plots import draw
-from .conditioning_report import grouped, read_logs, report
-from .conditioning_scores import OBJECTS, SCENES, SceneTasks, all_scores, mean, right_scores
+from .conditioning_report import grouped, markdown, read_logs, report
+from .conditioning_scores import OBJECTS, SCENES, SceneTasks, Scores, all_scores, mean, right_scores
 from .conditioning_tuning import tune_all
+from .conditioning_width import width_table, widths
 from .machine import device_name
 
 CONFIG = "configs/conditioning.yaml"
@@ -51,36 +55,66 @@ class Experiment:
         self.reworded = SceneTasks(scene_tasks(self.pictures, scenes=SCENES, classes=OBJECTS, wording=-1))
         self.few = SceneTasks(scene_tasks(self.pictures, scenes=480, seed=1))
 
-    def run(self, run: Run) -> None:
-        """Train, score, and write the log; nothing for a run that has one."""
+    def run(self, run: Run, baseline: Run | None = None) -> None:
+        """Train, score, and write the log; nothing for a run that has one.
+
+        Args:
+            run: what is trained.
+            baseline: the run whose model a rival tunes; of no use to other runs.
+        """
         path = self.results / f"{run.name}.jsonl"
-        if path.exists():
-            return
-        if run.tune:
-            write_log(path, self.tune(run))
-            return
+        if not path.exists():
+            write_log(path, self.tune(run, baseline) if run.tune else self.fit(run))
+
+    def fit(self, run: Run) -> list[dict[str, Any]]:
+        """The log of a training; its model is saved."""
         trainer = self.trainer(run)
         start = time.perf_counter()
-        self.train(trainer, run.name)
+        self.train(trainer, run)
         trainer.model.save_pretrained(self.work / run.name / "model")
-        scores = all_scores(trainer.model, self.scenes, self.reworded)
+        scores = self.scores(run, trainer.model)
         lines = [json.loads(line) for line in (self.work / run.name / "log.jsonl").read_text().splitlines()]
         last = {"step": trainer.step, "scores": _rounded(scores), "seconds": round(time.perf_counter() - start, 1)}
-        write_log(path, [_about(run, trainer.model), *lines, last])
+        return [_about(run, trainer.model), *lines, last]
 
-    def tune(self, run: Run) -> list[dict[str, Any]]:
+    @cached_property
+    def names(self) -> NameData:
+        """Named pictures and digits, for runs on names."""
+        return NameData.make(load_pictures(SETS, size=PICTURE_SIZE), load_eval_set("skin-tones", PICTURE_SIZE))
+
+    def scores(self, run: Run, model: HyperCLIP) -> dict[str, Any]:
+        """Every figure of a run's model, on the run's kind of data."""
+        if run.data == "names":
+            return name_scores(model, self.names)
+        return all_scores(model, self.scenes, self.reworded)
+
+    def look(self, run: Run, model: HyperCLIP) -> Scores:
+        """What is looked at during a run."""
+        return held_out_scores(model, self.names) if run.data == "names" else right_scores(model, self.few)
+
+    def tune(self, run: Run, baseline: Run | None) -> list[dict[str, Any]]:
         """The log of a rival that tunes the baseline of its group and seed for each attribute."""
-        folder = self.work / f"{run.group}-baseline-{run.seed}" / "model"
-        if not folder.is_dir():
-            raise ValueError(f"the run {run.name} needs its group's baseline of the same seed, {folder} is not there")
-        model = load_model(folder)
+        if baseline is None:
+            raise ValueError(f"the run {run.name} needs its group's baseline of the same seed, the queue has none")
+        model = self.trained(baseline)
+        before = right_scores(model, self.scenes)
         result = tune_all(model, run, self.pictures, self.scenes, self.reworded)
-        last = {"step": run.train.steps * len(ATTRIBUTES), **result, "scores": _rounded(result["scores"])}
-        return [_about(run, model), last]
+        scores = _rounded({**result["scores"], "before": before})
+        return [_about(run, model), {"step": run.train.steps * len(ATTRIBUTES), **result, "scores": scores}]
+
+    def trained(self, run: Run) -> HyperCLIP:
+        """The model of a run, trained if need be, and trained again where there is its log alone."""
+        self.run(run)
+        folder = self.work / run.name / "model"
+        if not folder.is_dir():
+            self.fit(run)
+        return load_model(folder)
 
     def trainer(self, run: Run) -> Trainer:
-        """A trainer on scenes; position embeddings start at the run's scale."""
+        """A trainer on the run's kind of data; position embeddings start at the run's scale."""
         config = run.train
+        if run.data == "names":
+            return Trainer(run.model, config, self.work / run.name, pictures=self.names.pictures)
         sampler = SceneSampler(
             self.pictures, config.tasks_per_batch, config.classes_per_task, config.seed, run.model.img_size
         )
@@ -89,12 +123,12 @@ class Experiment:
             trainer.model.image.pos_embed.data.mul_(run.position_scale)
         return trainer
 
-    def train(self, trainer: Trainer, name: str) -> None:
+    def train(self, trainer: Trainer, run: Run) -> None:
         """Train to the last step; log training's figures as means over the steps since the last line."""
         config, sums, count = trainer.config, {}, 0
         look = max(1, config.steps // LOOKS)
         tqdm = require("tqdm", "train").tqdm
-        for _ in (bar := tqdm(range(trainer.step, config.steps), desc=name, unit="step", dynamic_ncols=True)):
+        for _ in (bar := tqdm(range(trainer.step, config.steps), desc=run.name, unit="step", dynamic_ncols=True)):
             metrics = trainer.train_step()
             sums = {key: sums.get(key, 0.0) + float(value) for key, value in metrics.items()}
             count += 1
@@ -103,7 +137,7 @@ class Experiment:
                 bar.set_postfix(accuracy=round(sums["accuracy"] / count, 3))
                 sums, count = {}, 0
             if trainer.step % look == 0 and trainer.step < config.steps:
-                trainer.log({"held_out": _rounded(right_scores(trainer.model, self.few))})
+                trainer.log({"held_out": _rounded(self.look(run, trainer.model))})
                 trainer.save()
 
 
@@ -116,6 +150,7 @@ def _about(run: Run, model: HyperCLIP) -> dict[str, Any]:
         "model": asdict(run.model),
         "train": asdict(run.train),
         "position_scale": run.position_scale,
+        "data": run.data,
         "parameters": _count(model),
         "image_parameters": _count(model.image),
         "machine": f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} thread, torch {torch.__version__}",
@@ -164,10 +199,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    runs = [run for run in load_runs(args.config) if not args.only or {run.group, run.name} & set(args.only)]
+    queue = load_runs(args.config)
+    baselines = {(run.group, run.seed): run for run in queue if run.arm == "baseline"}
     experiment = Experiment(args.results, args.work)
-    for run in runs:
-        experiment.run(run)
+    for run in (run for run in queue if not args.only or {run.group, run.name} & set(args.only)):
+        experiment.run(run, baselines.get((run.group, run.seed)))
         scores = json.loads((Path(args.results) / f"{run.name}.jsonl").read_text().splitlines()[-1])["scores"]
         print(f"{run.name}: right {mean(scores['right']):.3f}", flush=True)
     return 0
@@ -175,15 +211,21 @@ def _run(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     folder, scale = Path(args.results), load_plan(args.config)["position_scale"]
-    groups = grouped(read_logs(folder))
-    plots = draw(groups, folder)
+    logs = read_logs(folder)
+    groups, named = (grouped(log for log in logs if (log.get("data") == "names") == names) for names in (False, True))
+    if not groups:
+        raise ValueError(f"results must have logs of runs on scenes, {folder} has those of {sorted(named)} alone")
+    plots, pairs = draw(groups, folder), widths(groups)
+    gains = markdown(width_table(pairs)) if pairs else ""
     measured = folder / OVERHEADS
     overheads = overheads_table(json.loads(measured.read_text())) if measured.exists() else ""
     words = folder / CONCLUSION
     conclusion = words.read_text(encoding="utf-8") if words.exists() else ""
     path = folder.with_suffix(".md")
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text(report(folder, groups, plots, scale, overheads, conclusion), encoding="utf-8")
+    sections = [names_section(group, arms, folder) for group, arms in named.items()]
+    text = report(folder, groups, plots, scale, overheads, conclusion, gains)
+    beside.write_text("\n".join([text, *sections]), encoding="utf-8")
     os.replace(beside, path)
     print(path)
     return 0

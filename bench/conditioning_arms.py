@@ -13,6 +13,7 @@ from hyperclip_fast.config import from_dict
 from hyperclip_fast.hyperclip import HyperCLIPConfig, config_from_dict
 from hyperclip_fast.training import TrainConfig
 
+DATA = ("scenes", "names")  # composed scenes; OpenMoji's colour pictures by name, and digits
 SECTIONS = {"model", "position_scale", "train", "arms", "groups"}
 
 
@@ -25,8 +26,10 @@ class Run:
         arm: its arm's name.
         model: what is trained.
         train: how; `train.seed` is the run's.
-        tune: per-task tuning of the group's baseline in place of a training of its own: "norms" or "lora"; "": none.
+        tune: per-task tuning of the group's baseline in place of a training of its own: of conditioning_tuning.METHODS;
+            "": none.
         position_scale: of the first position embeddings, over timm's.
+        data: what is trained and scored on, one of DATA.
     """
 
     group: str
@@ -35,6 +38,7 @@ class Run:
     train: TrainConfig
     tune: str = ""
     position_scale: float = 1.0
+    data: str = "scenes"
 
     @property
     def seed(self) -> int:
@@ -58,6 +62,7 @@ class GroupConfig:
         train: changes to the shared training.
         overrides: by arm: changes to the model for this group only.
         group: to which these runs belong, where it is not the entry's own name.
+        data: one of DATA; rivals that tune for each attribute need scenes.
     """
 
     arms: tuple[str, ...]
@@ -66,6 +71,7 @@ class GroupConfig:
     train: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
     group: str = ""
+    data: str = "scenes"
 
 
 def load_plan(path: str | Path) -> dict[str, Any]:
@@ -92,7 +98,8 @@ def load_runs(path: str | Path) -> list[Run]:
     """All runs of a plan, in the order of running.
 
     Raises:
-        ValueError: as `load_plan`; for an arm that is not described, or keys that are no fields.
+        ValueError: as `load_plan`; for an arm that is not described, keys that are no fields, unknown data, or a rival
+            that tunes for each attribute where there are none.
     """
     plan = load_plan(path)
     runs = []
@@ -100,6 +107,11 @@ def load_runs(path: str | Path) -> list[Run]:
         group = from_dict(GroupConfig, values, f"group {name}")
         if unknown := set(group.arms) - set(plan["arms"]):
             raise ValueError(f"group {name} has unknown arms {sorted(unknown)}, expected some of {list(plan['arms'])}")
+        if group.data not in DATA:
+            raise ValueError(f"data of group {name} must be one of {DATA}, got {group.data!r}")
+        rivals = [arm for arm in group.arms if "tune" in plan["arms"][arm]]
+        if rivals and group.data != "scenes":
+            raise ValueError(f"arms of group {name} must not tune for attributes with data {group.data}, got {rivals}")
         runs += [_run(plan, group.group or name, group, arm, seed) for seed in group.seeds for arm in group.arms]
     return runs
 
@@ -110,4 +122,4 @@ def _run(plan: dict[str, Any], name: str, group: GroupConfig, arm: str, seed: in
     model = config_from_dict({**plan["model"], **group.model, **changes})
     train = from_dict(TrainConfig, {**plan["train"], **group.train, "seed": seed}, "train")
     train = train if steps is None else replace(train, steps=steps)
-    return Run(name, arm, model, train, tune, plan["position_scale"])
+    return Run(name, arm, model, train, tune, plan["position_scale"], group.data)

@@ -9,13 +9,13 @@ from typing import Any
 from hyperclip_fast.extras import require
 from hyperclip_fast.scenes import ATTRIBUTES
 
-from .conditioning_report import SWAPS, Log, by_names, first_of, gains, sizes_of, values
+from .conditioning_report import SWAPS, Groups, Log, by_names, sizes_of, values
 from .conditioning_scores import SCENES, guessing, mean
+from .conditioning_width import draw_widths, widths
 
 COLOURS = {"baseline": "#57606a", "cross": "#0969da", "mean": "#54aeff", "learned": "#bc4c00", "wide": "#8250df"}
-COLOURS |= {"norms": "#1a7f37", "lora": "#cf222e"}
+COLOURS |= {"norms": "#1a7f37", "lora": "#cf222e", "adapters": "#bf8700"}
 GUESSING = 100 * statistics.mean(guessing(attribute)[0] for attribute in ATTRIBUTES)
-Groups = dict[str, dict[str, dict[int, Log]]]
 
 
 def draw(groups: Groups, folder: str | Path) -> list[str]:
@@ -92,23 +92,9 @@ def _swap(axes: Any, groups: Groups) -> bool:
 
 
 def _width(axes: Any, groups: Groups) -> bool:
-    axis, points = axes[0], {}
-    for arms in groups.values():
-        width = first_of(arms)["model"]["width"]
-        for arm in ("cross", "mean", "learned", "wide"):
-            gain = gains(values(arms.get(arm, {})), values(arms.get("baseline", {})))
-            if width and gain:
-                points.setdefault(arm, []).append((width, *_ends(gain)))
-    widths = {width for line in points.values() for width, *_ in line}
-    for arm, line in points.items():
-        at, middles, ends = zip(*sorted(line, key=lambda point: point[0]))
-        errors = [[end[side][0] for end in ends] for side in (0, 1)]
-        axis.errorbar(at, middles, errors, marker="o", capsize=4, label=arm, color=_colour(arm))
-    axis.axhline(0, color="black", lw=0.8)
-    axis.set(xlabel="encoder width D", ylabel="recall over the baseline's, points")
-    axis.legend(fontsize=8)
-    axis.grid(alpha=0.3)
-    return len(widths) > 1
+    if found := widths(groups):
+        draw_widths(axes[0], found)
+    return bool(found)
 
 
 def _names(axes: Any, groups: Groups) -> bool:

@@ -20,6 +20,7 @@ from .conditioning_scores import SCENES, SHUFFLED, guessing, mean
 
 Log = dict[str, Any]
 Table = list[list[str]]
+Groups = dict[str, dict[str, dict[int, Log]]]  # by group, arm and seed
 SWAPS = ("right", "reworded", "wrong", "generic", "base")
 GUESSES = "guesses"  # in the place of a difference of two guesses
 DESCRIPTIONS = {
@@ -30,6 +31,7 @@ DESCRIPTIONS = {
     "wide": "control: baseline with as many parameters",
     "norms": "rival: baseline's norms tuned for each attribute",
     "lora": "rival: LoRA on the baseline for each attribute",
+    "adapters": "rival: bottleneck adapters on the baseline for each attribute",
 }
 
 
@@ -48,9 +50,9 @@ def read_logs(folder: str | Path) -> list[Log]:
     return logs
 
 
-def grouped(logs: Iterable[Log]) -> dict[str, dict[str, dict[int, Log]]]:
+def grouped(logs: Iterable[Log]) -> Groups:
     """Logs by group, arm and seed; groups of more runs first."""
-    groups: dict[str, dict[str, dict[int, Log]]] = defaultdict(lambda: defaultdict(dict))
+    groups: Groups = defaultdict(lambda: defaultdict(dict))
     for log in logs:
         groups[log["group"]][log["arm"]][log["seed"]] = log
     order = {arm: i for i, arm in enumerate(DESCRIPTIONS)}
@@ -88,13 +90,13 @@ def markdown(table: Table) -> str:
 
 
 def arms_table(arms: dict[str, dict[int, Log]]) -> Table:
-    """Accuracy, gain over the baseline, parameters and steps of every arm; rivals' steps come on top."""
+    """Accuracy, gain over the baseline, parameters, steps and seconds of every arm; rivals' come on top."""
     base = values(arms.get("baseline", {}))
-    head = ["arm", "seeds", "parameters", "of the encoder", "a task adds", "recall", "over baseline", "steps"]
-    table = [head]
+    head = ["arm", "seeds", "parameters", "of the encoder", "a task adds", "recall", "over baseline"]
+    table = [[*head, "steps", "seconds"]]
     for arm, runs in arms.items():
         one, found = next(iter(runs.values())), values(runs)
-        gain = "" if arm == "baseline" else spread(gains(found, base), "+")
+        gain = "" if arm == "baseline" else spread(gains(found, values(runs, "before") or base), "+")
         steps, extra = one["last"]["step"], one["last"].get("parameters_per_task", 0)
         sizes = [f"{one[key]:,}" for key in ("parameters", "image_parameters")]
         cells = [
@@ -104,10 +106,16 @@ def arms_table(arms: dict[str, dict[int, Log]]) -> Table:
             spread(list(found.values())),
             gain,
             f"{'+' if extra else ''}{steps:,}",
+            f"{'+' if extra else ''}{seconds:,.0f}" if (seconds := least_seconds(runs)) else "",
         ]
         table.append([f"{arm}: {DESCRIPTIONS.get(arm, arm)}", *cells])
     chance = statistics.mean(guessing(attribute)[0] for attribute in ATTRIBUTES)
-    return [*table, ["guessing", *[""] * 4, f"{100 * chance:.1f}", "", ""]]
+    return [*table, ["guessing", *[""] * 4, f"{100 * chance:.1f}", *[""] * 3]]
+
+
+def least_seconds(runs: dict[int, Log]) -> float | None:
+    """Of the quickest seed, as other work on the machine slows a run; None where no log says."""
+    return min((log["last"]["seconds"] for log in runs.values() if "seconds" in log["last"]), default=None)
 
 
 def guesses(runs: dict[int, Log], attribute: str) -> bool:
@@ -239,6 +247,12 @@ def findings(arms: dict[str, dict[int, Log]]) -> str:
             else verdict(objects, f"{arm}, held-out objects: own names over other objects'"),
         ]
     lines.append(verdict(gains(learned, base), "learned tokens over the baseline"))
+    for arm, runs in arms.items():
+        before = values(runs, "before")
+        lines.append(verdict(gains(right[arm], before), f"{arm} over the model that it tuned"))
+        if any(abs(number) > 0.05 for number in gains(before, base)):
+            again = f"it tuned baselines trained again, {spread(list(before.values()))} before tuning"
+            lines.append(f'- {arm}: {again}; "over baseline" below is over these.')
     return "\n".join(line for line in lines if line)
 
 
@@ -261,19 +275,27 @@ Norm rows: *right*, from the task's own class names; *reworded*, names and row i
 reads a set: given for the other attributes only; *wrong*, from another attribute's names, averaged over the other five;
 *generic*, from "an object"; *base*, the encoder's own. Class embeddings are the right ones throughout.
 
+A rival is compared with the very model that it tuned. Seconds are those of the quickest seed, as other work ran on the
+machine beside these runs: of training with its scores; a rival's, which come on top of its baseline's, of tuning for
+all six attributes, a sixth for each. What conditioning costs is timed under "Overheads", the arms taking turns.
+
 In every arm position embeddings, where the encoder has them, start at {scale} times timm's scale. What was looked at
 before: this, stem, patch, learning rate, number of steps, on seeds 100 and up and scenes of training objects. The seeds
 and scenes below were scored once, when a run had ended; the curves' scenes are others.
 """
 
+WIDTHS = """Arm cross and a baseline of the same encoder, schedule and seed; the control "wide" of one group is the
+baseline of its width. Gains are paired, on the seeds that both arms have."""
+
 
 def report(
     folder: str | Path,
-    groups: dict[str, dict[str, dict[int, Log]]],
+    groups: Groups,
     plots: Sequence[str],
     position_scale: float,
     overheads: str = "",
     conclusion: str = "",
+    widths: str = "",
 ) -> str:
     """The whole report in Markdown.
 
@@ -284,6 +306,7 @@ def report(
         position_scale: of runs whose logs do not say it.
         overheads: the table of overheads; empty: not measured.
         conclusion: what somebody wrote of these figures.
+        widths: the table of gains against width; empty: no pair of runs.
     """
     logs = [log for arms in groups.values() for runs in arms.values() for log in runs.values()]
     scale = " or ".join(f"{scale:g}" for scale in sorted({log.get("position_scale", position_scale) for log in logs}))
@@ -310,6 +333,8 @@ def report(
             parts += [markdown(matrix_table(arms["cross"]))]
         if "baseline" in arms:
             parts += ["Held-out objects among more and more names:", markdown(names_table(arms))]
+    if widths:
+        parts += ["## Gain against width", WIDTHS, widths]
     if overheads:
         parts += ["## Overheads", "`python -m hyperclip_fast.bench.conditioning overheads`. " + overheads]
     return "\n\n".join(parts) + "\n"

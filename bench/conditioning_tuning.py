@@ -1,12 +1,15 @@
 """The costly rivals: the trained baseline tuned for each attribute by gradient steps on its own labelled scenes.
 
-HyperCLIP adapts to a task by one pass over its class names; these train: all norm parameters ("norms"), or LoRA of rank
-4 on every product of the blocks ("lora", peft). Text side, temperature and bias stay the baseline's. What is tuned is a
-plain timm model, one for each attribute, so its steps count six times.
+HyperCLIP adapts to a task by one pass over its class names; these train: all norm parameters ("norms"), LoRA of rank 4
+on every product of the blocks ("lora", peft), or a bottleneck behind every block ("adapters", Houlsby et al. 2019; one
+a block as in Pfeiffer et al. 2021; peft has none for a timm model). Text side, temperature and bias stay the
+baseline's, and so do BatchNorm's statistics: the encoder is in evaluation mode throughout. What is tuned is a plain
+timm model, one for each attribute, so its steps count six times.
 """
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +26,28 @@ from .conditioning_arms import Run
 from .conditioning_scores import SceneTasks, embed_with
 
 RANK = 4
+BOTTLENECK = 32  # of an adapter; half the block's width where that is less. At width 64: as many parameters as LoRA's
+
+
+class Adapter(nn.Module):
+    """y + up(GELU(down(y))), y (B, N, D) or (B, D, H, W) as a block returns it; starts as the identity.
+
+    Args:
+        width: D.
+        dims: of y, 3 or 4.
+    """
+
+    def __init__(self, width: int, dims: int):
+        super().__init__()
+        layer = nn.Linear if dims == 3 else partial(nn.Conv2d, kernel_size=1)
+        inner = min(BOTTLENECK, width // 2)
+        self.down, self.up = layer(width, inner), layer(inner, width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """The same shape as y's."""
+        return y + self.up(F.gelu(self.down(y)))
 
 
 def _norms(encoder: nn.Module, model: HyperCLIP) -> nn.Module:
@@ -34,11 +59,36 @@ def _norms(encoder: nn.Module, model: HyperCLIP) -> nn.Module:
 
 def _lora(encoder: nn.Module, model: HyperCLIP) -> nn.Module:
     peft = require("peft", "peft")
-    names = [name for name, part in encoder.named_modules() if name.startswith("blocks.") and type(part) is nn.Linear]
+    names = [name for name, part in encoder.named_modules() if name.startswith("blocks.") and _is_product(part)]
     return peft.get_peft_model(encoder, peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names))
 
 
-METHODS: dict[str, Callable[[nn.Module, HyperCLIP], nn.Module]] = {"norms": _norms, "lora": _lora}
+def _is_product(part: nn.Module) -> bool:
+    """A linear layer, or a convolution that is one for each pixel."""
+    return type(part) is nn.Linear or (type(part) is nn.Conv2d and part.groups == 1 and part.kernel_size == (1, 1))
+
+
+def _adapters(encoder: nn.Module, model: HyperCLIP) -> nn.Module:
+    encoder.requires_grad_(False)
+    stages = ([*stage] if type(stage) is nn.Sequential else [stage] for stage in encoder.blocks)
+    blocks = [block for stage in stages for block in stage]
+    shapes: list[torch.Size] = []
+    probes = [block.register_forward_hook(lambda _, inputs, y: shapes.append(y.shape)) for block in blocks]
+    with torch.no_grad():
+        encoder(torch.zeros(1, 3, model.image_size, model.image_size))
+    for probe in probes:
+        probe.remove()
+    encoder.adapters = nn.ModuleList(Adapter(shape[-1 if len(shape) == 3 else 1], len(shape)) for shape in shapes)
+    for block, adapter in zip(blocks, encoder.adapters, strict=True):
+        block.register_forward_hook(lambda _, inputs, y, adapter=adapter: adapter(y))
+    return encoder
+
+
+METHODS: dict[str, Callable[[nn.Module, HyperCLIP], nn.Module]] = {
+    "norms": _norms,
+    "lora": _lora,
+    "adapters": _adapters,
+}
 
 
 def tune(model: HyperCLIP, run: Run, attribute: str, pictures: Pictures) -> tuple[nn.Module, int]:
@@ -49,10 +99,15 @@ def tune(model: HyperCLIP, run: Run, attribute: str, pictures: Pictures) -> tupl
         run: `tune` says how, `train` how long, with what learning rate and seed.
         attribute: what its tasks ask for.
         pictures: what scenes are made of.
+
+    Raises:
+        ValueError: for a `tune` that is none of METHODS.
     """
+    if run.tune not in METHODS:
+        raise ValueError(f"tune must be one of {list(METHODS)}, got {run.tune!r}")
     config = run.train
     torch.manual_seed(config.seed)
-    encoder = METHODS[run.tune](model.specialize(["any"]), model).train()
+    encoder = METHODS[run.tune](model.specialize(["any"]), model).eval()
     sampler = SceneSampler(
         pictures, config.tasks_per_batch, config.classes_per_task, config.seed, model.image_size, (attribute,)
     )
@@ -71,7 +126,7 @@ def tune(model: HyperCLIP, run: Run, attribute: str, pictures: Pictures) -> tupl
         torch.nn.utils.clip_grad_norm_(tuned, config.clip)
         optimizer.step()
         schedule.step()
-    return encoder.eval(), sum(parameter.numel() for parameter in tuned)
+    return encoder, sum(parameter.numel() for parameter in tuned)
 
 
 @torch.no_grad()

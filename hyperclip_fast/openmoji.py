@@ -75,6 +75,15 @@ def load_openmoji(
     return cached
 
 
+def line_drawings(labels: Tensor) -> Tensor:
+    """(M,) bool, which of OpenMoji's pictures are line drawings: of a name with two, the second, as they are loaded.
+
+    Args:
+        labels: (M,) as `load_openmoji` returns them.
+    """
+    return torch.cat([labels.new_zeros(1, dtype=torch.bool), labels[1:] == labels[:-1]])
+
+
 SKIN = re.compile("-1F3F[BCDEF]")  # the code points of the five tones
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 

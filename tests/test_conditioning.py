@@ -2,13 +2,13 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from hyperclip_fast.bench import conditioning, conditioning_overheads, conditioning_scores
-from hyperclip_fast.bench.conditioning_arms import load_runs
+from hyperclip_fast.bench.conditioning_arms import Run, load_runs
 from hyperclip_fast.bench.conditioning_plots import draw
 from hyperclip_fast.bench.conditioning_report import (
     arms_table,
@@ -26,8 +26,11 @@ from hyperclip_fast.bench.conditioning_report import (
     verdict,
 )
 from hyperclip_fast.bench.conditioning_scores import SCENES, SHUFFLED, SceneTasks, all_scores, guessing
+from hyperclip_fast.bench.conditioning_tuning import METHODS, tune
+from hyperclip_fast.bench.conditioning_width import schedule, width_table, widths
 
 from hyperclip_fast.scenes import ATTRIBUTES, CHANCES, COMBINATIONS, scene_tasks
+from hyperclip_fast.training import TrainConfig
 from tests.test_scenes import blocks
 from tests.towers import patch_text_tower, tiny_model
 
@@ -41,9 +44,10 @@ arms:
   wide: {conditioned: false}
   norms: {conditioned: false, tune: norms}
   lora: {conditioned: false, tune: lora}
+  adapters: {conditioned: false, tune: adapters}
 groups:
   a: {arms: [baseline, cross], seeds: [0, 1], train: {steps: 5}}
-  b: {arms: [wide, norms, lora], seeds: [0], overrides: {wide: {width: 64}}}
+  b: {arms: [wide, norms, lora, adapters], seeds: [0], overrides: {wide: {width: 64}}}
 """
 
 
@@ -85,7 +89,7 @@ def test_queue(tmp_path):
     (tmp_path / "plan.yaml").write_text(PLAN)
     runs = load_runs(tmp_path / "plan.yaml")
     assert [run.name for run in runs][:4] == ["a-baseline-0", "a-cross-0", "a-baseline-1", "a-cross-1"]
-    assert [run.tune for run in runs[4:]] == ["", "norms", "lora"]
+    assert [run.tune for run in runs[4:]] == ["", "norms", "lora", "adapters"]
     assert runs[4].model.width == 64 and runs[5].model.width == 32 and runs[0].train.steps == 5
     assert not runs[0].model.conditioned and runs[1].model.conditioned and runs[1].train.seed == 0
     for text, message in (
@@ -101,11 +105,18 @@ def test_queue(tmp_path):
 def test_the_queue_in_the_repository_is_whole():
     runs = load_runs("configs/conditioning.yaml")
     assert len({run.name for run in runs}) == len(runs)
-    for group in {run.group for run in runs}:
-        seeds = {
-            arm: [run.seed for run in runs if (run.group, run.arm) == (group, arm)] for arm in ("baseline", "cross")
-        }
-        assert seeds["baseline"] == seeds["cross"] and len(seeds["cross"]) >= 3
+    plain = {paired(run) for run in runs if run.arm in ("baseline", "wide")}
+    groups = {run.group for run in runs}
+    for group in groups:
+        cross = [run for run in runs if (run.group, run.arm) == (group, "cross")]
+        assert len(cross) >= 3 and all(paired(run) in plain for run in cross)
+        baselines = {run.seed: run for run in runs if (run.group, run.arm) == (group, "baseline")}
+        for run in (run for run in runs if run.group == group and run.tune):
+            assert run.model == baselines[run.seed].model and run.tune in METHODS
+
+
+def paired(run):
+    return schedule(asdict(run.model), asdict(run.train)), run.seed
 
 
 def test_run_and_report(plan, tmp_path, capsys):
@@ -120,7 +131,7 @@ def test_run_and_report(plan, tmp_path, capsys):
         for path in (tmp_path / "logs").iterdir()
     }
     assert set(logs) == {"a-baseline-0", "a-cross-0", "a-baseline-1", "a-cross-1"} | {
-        f"b-{arm}-0" for arm in ("baseline", "wide", "norms", "lora")
+        f"b-{arm}-0" for arm in ("baseline", "wide", "norms", "lora", "adapters")
     }
     first, last = logs["a-cross-0"][0], logs["a-cross-0"][-1]
     assert first["parameters"] > logs["a-baseline-0"][0]["parameters"] == first["image_parameters"] + 24 * 16 + 2
@@ -128,6 +139,7 @@ def test_run_and_report(plan, tmp_path, capsys):
     assert [line["step"] for line in logs["a-cross-0"][1:-1] if "accuracy" in line] == [2, 4]
     assert logs["b-norms-0"][-1]["parameters_per_task"] == 2 * 3 * 32
     assert 0 < logs["b-lora-0"][-1]["parameters_per_task"] != logs["b-norms-0"][-1]["parameters_per_task"]
+    assert logs["b-adapters-0"][-1]["parameters_per_task"] == (32 + 1) * 16 + (16 + 1) * 32
     (tmp_path / "logs" / "conclusion.md").write_text("Nothing follows from four steps.\n")
     assert first["position_scale"] == 2.0
     assert conditioning.main(["report", *plan[:4]]) == 0
@@ -138,12 +150,87 @@ def test_run_and_report(plan, tmp_path, capsys):
         and "no hypernetwork | 2 |" in text
         and "one seed only" not in text.split("## Group b")[0]
     )
+    assert "| vit_tiny_patch16_224, width 32 | " in text.split("## Gain against width")[1]
     assert {path.name for path in (tmp_path / "logs").glob("*.png")} == {
         "arms.png",
         "swap.png",
+        "width.png",
         "names.png",
         "curves.png",
     }
+
+
+def test_a_rival_trains_its_baseline_where_there_is_its_log_alone(plan, tmp_path):
+    (tmp_path / "plan.yaml").write_text(PLAN.replace("[wide, ", "[baseline, "))
+    only = ["--only", "b-norms-0"]
+    assert conditioning.main(["run", *plan, *only]) == 0  # which trains the baseline first
+    log, path = tmp_path / "logs" / "b-norms-0.jsonl", tmp_path / "logs" / "b-baseline-0.jsonl"
+    first, baseline = read(log)[-1]["scores"], path.read_text()
+    log.unlink()
+    shutil.rmtree(tmp_path / "work")  # the baseline's log is all that is left of it
+    assert conditioning.main(["run", *plan, *only]) == 0
+    assert read(log)[-1]["scores"] == first and path.read_text() == baseline
+    assert first["before"] == read(path)[-1]["scores"]["right"]
+
+
+TOWERS = {
+    "vit": {"img_size": 48, "patch_size": 16},
+    "mobilenet": {"image_tower": "mobilenetv3_small_050", "img_size": 32}
+    | dict.fromkeys(("patch_size", "width", "depth", "num_heads")),
+}
+
+
+@pytest.fixture(params=TOWERS)
+def baseline(request):
+    return tiny_model(conditioned=False, **TOWERS[request.param])
+
+
+def tuned_names(encoder):
+    return {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rivals_start_as_the_baseline(baseline, method):
+    images = torch.randn(3, 3, *[baseline.image_size] * 2, generator=torch.Generator().manual_seed(0))
+    plain = baseline.specialize(["any"])
+    with torch.no_grad():
+        expected = plain(images)
+    encoder = METHODS[method](baseline.specialize(["any"]), baseline).eval()
+    assert torch.equal(encoder(images), expected)
+    norms = {f"{name}.{kind}" for name in baseline.image.norm_spec.names for kind in ("weight", "bias")}
+    tuned = tuned_names(encoder)
+    if method == "norms":
+        assert tuned == norms
+    else:
+        assert tuned and all("lora_" in name or name.startswith("adapters.") for name in tuned)
+    encoder(images).sum().backward()
+    assert {name for name, one in encoder.named_parameters() if one.grad is not None} == tuned
+
+
+@pytest.mark.parametrize(
+    ("tower", "widths"),
+    [("vit", [32, 32]), ("mobilenet", [8, 16, 16, 24, 24, 24, 24, 24, 48, 48, 48, 288])],
+)
+def test_one_adapter_a_block(tower, widths):
+    model = tiny_model(conditioned=False, **TOWERS[tower])
+    encoder = METHODS["adapters"](model.specialize(["any"]), model)
+    counts = [sum(parameter.numel() for parameter in adapter.parameters()) for adapter in encoder.adapters]
+    assert counts == [2 * width * min(width // 2, 32) + min(width // 2, 32) + width for width in widths]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tuning_moves_what_it_should_and_nothing_else(baseline, method):
+    run = Run(
+        "g", method, baseline.config, TrainConfig(steps=3, tasks_per_batch=2, classes_per_task=2, lr=1e-2), method
+    )
+    torch.manual_seed(run.seed)
+    start = METHODS[method](baseline.specialize(["any"]), baseline).state_dict()  # with BatchNorm's statistics
+    encoder, count = tune(baseline, run, "colour", blocks())
+    state = encoder.state_dict()
+    assert {name for name in state if not torch.equal(state[name], start[name])} == tuned_names(encoder)
+    assert count == sum(state[name].numel() for name in tuned_names(encoder))
+    with pytest.raises(ValueError, match="tune must be one of"):
+        tune(baseline, replace(run, tune="prompts"), "colour", blocks())
 
 
 def test_a_stopped_run_goes_on_where_it_was(plan, tmp_path, monkeypatch):
@@ -269,7 +356,7 @@ def test_gains_are_paired_by_seed():
     line = arms_table(arms)[2]
     assert line[5] == "50.0 ± 8.5 (44.0 to 56.0)" and line[6] == "+5.0 ± 1.4 (+4.0 to +6.0)"
     assert swap_table(arms)[1][-3] == "+20.0 ± 8.5 (+14.0 to +26.0)"
-    assert [row[-1] for row in arms_table(arms)] == ["steps", "7", "7", ""] and arms_table(arms)[-1][5] == "13.0"
+    assert [row[-2] for row in arms_table(arms)] == ["steps", "7", "7", ""] and arms_table(arms)[-1][5] == "13.0"
     drops = drops_table(arms)[1:]
     assert drops[0] == ["cross", *["+20.0 ± 8.5 (+14.0 to +26.0)"] * 6]
     assert drops[1][1:3] == ["+10.0 ± 8.5 (+4.0 to +16.0)", "+20.0 ± 8.5 (+14.0 to +26.0)"]
@@ -279,6 +366,65 @@ def test_gains_are_paired_by_seed():
         in findings(arms)
     )
     assert gains({0: 1.0, 2: 5.0}, {2: 3.0, 1: 0.0}) == [2.0] and spread([2.0]) == "2.0" and spread([]) == ""
+
+
+def test_rivals_seconds_come_on_top_and_are_the_quickest_seeds():
+    base, *norms = log("baseline", 0, 0.4), log("norms", 0, 0.5), log("norms", 1, 0.5)
+    base["last"]["seconds"] = 250.0
+    for one, seconds in zip(norms, (1200.0, 1100.4)):
+        one["last"] |= {"seconds": seconds, "parameters_per_task": 6}
+    assert [row[-1] for row in arms_table(grouped([base, *norms])["g"])] == ["seconds", "250", "+1,100", ""]
+    assert arms_table(grouped([base, *norms])["g"])[2][4] == "6"
+
+
+def test_a_rival_is_compared_with_the_model_that_it_tuned():
+    logs = [log("baseline", 0, 0.40), log("norms", 0, 0.60, before=0.45), log("lora", 0, 0.60, before=0.40)]
+    arms = grouped(logs)["g"]
+    assert [row[6] for row in arms_table(arms)] == ["over baseline", "", "+15.0", "+20.0", ""]
+    assert "norms over the model that it tuned: +15.0 points" in findings(arms)
+    assert "norms: it tuned baselines trained again, 45.0 before tuning" in findings(arms)
+    assert "lora: it tuned baselines trained again" not in findings(arms)
+
+
+def wide_log(group, arm, seed, right, tower, size, steps=1000):
+    model = {"image_tower": tower, "img_size": 48, "embed_dim": 64, "width": None, "conditioned": arm == "cross"}
+    model |= dict.fromkeys(("patch_size", "depth", "num_heads", "global_pool"))
+    about = {"group": group, "model": model, "train": {"steps": steps, "seed": seed}, "image_parameters": size}
+    return {**log(arm, seed, right), **about}
+
+
+def test_gains_against_width_are_of_pairs():
+    small, large = ("mobilenetv3_small_050", 600), ("mobilenetv3_small_075", 1000)
+    logs = [
+        wide_log("large", "cross", 0, 0.62, *large),
+        wide_log("small", "wide", 0, 0.40, *large),  # the baseline of the other group's width
+        wide_log("small", "wide", 1, 0.90, *large, steps=5),  # another schedule
+        wide_log("large", "cross", 1, 0.10, *large),  # whose baseline is not there
+        wide_log("small", "norms", 1, 0.90, *large),  # no baseline
+        wide_log("small", "cross", 1, 0.70, *small),
+        wide_log("small", "cross", 0, 0.60, *small),
+        wide_log("small", "baseline", 0, 0.50, *small),
+        wide_log("small", "baseline", 1, 0.40, *small),
+        wide_log("other", "cross", 0, 0.50, "tinynet_e", 7),  # alone
+    ]
+    table = width_table(widths(grouped(logs)))
+    assert table[1:] == [
+        [
+            "mobilenetv3_small_050",
+            "600",
+            "1,000",
+            "45.0 ± 7.1",
+            "65.0 ± 7.1",
+            "+20.0 ± 14.1 (+10.0 to +30.0)",
+            "2",
+        ],
+        ["mobilenetv3_small_075", "1,000", "1,000", "40.0", "62.0", "+22.0", "1: no spread"],
+    ]
+    assert widths(grouped([logs[0], logs[9]])) == []
+    for one in logs[:2]:
+        one["train"] |= {"precision": "float32", "betas": [0.9, 0.98]}  # the defaults, which older logs leave out
+    logs[1]["train"] = {"steps": 1000, "seed": 0}
+    assert len(widths(grouped(logs[:2]))) == 1
 
 
 def test_no_verdict_on_guesses():
