@@ -21,6 +21,8 @@ from .runner import Case, Provider, Run, Unavailable, relative_error
 from .towers import LoopTower, NaiveTower, OurTower, StockTower
 
 STEPS = ("forward", "training")
+# Where a batch's images share statistics, random weights amplify rounding: stock's first gradient is up to 2e-3 off.
+COUPLED_SLACK = 100.0
 PROBES = 4  # images of a batch whose outputs and gradients are compared with float64
 # Who is measured on an engine. single: our model, T = 1; loop: one pass of the stock model a task.
 TOWERS = {
@@ -131,7 +133,8 @@ class _Mixture:
         for engine in engines:
             for name in TOWERS[engine]:
                 providers.append(Provider(name, engine, lambda name=name, engine=engine: self._build(name, engine)))
-        return Case(labels, providers, self._check, self.group.dtype, self.group.device)
+        slack = COUPLED_SLACK if self.group.is_coupled else 1.0
+        return Case(labels, providers, self._check, self.group.dtype, self.group.device, slack=slack)
 
     def _build(self, name: str, engine: str) -> Run:
         group = self.group

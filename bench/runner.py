@@ -49,6 +49,7 @@ class Case:
         dtype: of the computation; chooses the tolerance.
         device: where it runs.
         clock: calls a function and returns its seconds.
+        slack: how many tolerances are allowed.
     """
 
     labels: dict[str, Any]
@@ -57,6 +58,7 @@ class Case:
     dtype: torch.dtype
     device: torch.device
     clock: Callable[[Run], float] = wall_seconds
+    slack: float = 1.0
 
 
 def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
@@ -124,6 +126,7 @@ def _prepare(case: Case, provider: Provider) -> tuple[Run | None, dict[str, Any]
         return None, {"status": "failed", "reason": f"{type(reason).__name__}: {text}"}
     # cuDNN's convolutions are in TF32 unless PyTorch is told otherwise
     allowed = 1e-3 if case.dtype == torch.float32 and case.device.type == "cuda" else TOLERANCE[case.dtype]
+    allowed *= case.slack
     if error > allowed:
         reason = f"relative error {error:.1e}, allowed {allowed:.0e}"
         return None, {"status": "wrong", "error": error, "reason": reason}

@@ -118,7 +118,6 @@ BATCH_NORM = {  # as MUTATIONS
             ("need_weight or two_passes", "need_weight"),
             ("None if two_passes else grad_x", "grad_x"),
             ("grad_residual if has_g else grad_out", "grad_out"),
-            ("None if has_g else residual", "residual"),
             ('"none" if has_g else act', "act"),
             ("0 if need_weight else 1", "0"),
         ),

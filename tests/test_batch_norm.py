@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from hyperclip_fast.kernels import batch_norm_launch
 from hyperclip_fast.kernels.batch_norm import batch_norm_act, batch_norm_act_train
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -211,6 +212,17 @@ def test_matches_float64(case):
 
 
 @pytest.mark.parametrize("statistics", ["task", "batch"])
+@pytest.mark.parametrize("layout, programs", [("contiguous", 4), ("last", 2)])
+def test_slices_of_several_tiles(layout, programs, statistics):
+    # four tiles of pixels in two slices, the last tile partly filled; contiguous: two tiles of channels
+    case = Case(B=1, C=12, H=20, W=20, T=2, statistics=statistics, layout=layout, programs=programs)
+    with mock.patch(f"{LAUNCH}.PROGRAMS", programs):
+        x = case.tensors()[0]["x"]
+        assert batch_norm_launch._slices(x, batch_norm_launch._layout(x))[1:3] == (2, 2)
+    compare(case)
+
+
+@pytest.mark.parametrize("statistics", ["task", "batch"])
 @pytest.mark.parametrize("layout", ["contiguous", "last"])
 def test_wide_batch_is_combined_in_chunks(layout, statistics):
     # 150 samples: three chunks of the kernels that add partials, the last one partly filled
@@ -279,6 +291,11 @@ def test_what_is_frozen_costs_nothing(frozen, statistics, triton_backend):
     kinds = 2 if statistics == "batch" and "x" not in frozen else 2 - len({"weight", "bias"} & set(frozen))
     partials = [shape for shape in allocations.shapes if len(shape) == 4 and shape[1:] == (case.B, 1, case.C)]
     assert partials == ([(kinds, case.B, 1, case.C)] if kinds else [])
+    rows, asked = (
+        [shape for shape in allocations.shapes if shape[1:] == (case.T, case.C)],
+        {"weight", "bias"} - {*frozen},
+    )
+    assert rows == ([(len(asked), case.T, case.C)] if asked else [])
     activations = allocations.shapes.count((case.B, case.C, case.H, case.W))
     assert activations == 2 - len({"x", "residual"} & set(frozen))
 

@@ -23,6 +23,23 @@ def test_all_towers_of_a_batch_norm_network_agree(name, step):
         assert row["status"] == ("unavailable" if name == "loop" and reason else "ok"), row
 
 
+def test_another_row_is_wrong_in_training_though_rounding_has_slack(monkeypatch):
+    def shifted(self, provider, engine):
+        self.task_ids = (ids := self.task_ids).roll(1)
+        try:
+            return build(self, provider, engine)
+        finally:
+            self.task_ids = ids
+
+    build = model_cases._Mixture._build
+    monkeypatch.setattr(model_cases._Mixture, "_build", shifted)
+    (case,) = model_cases.model_cases(
+        ["mobilenetv3_small_050"], [6], [6], ["distinct"], ["training"], ["eager"], torch.float32, CPU, img_size=32
+    )
+    statuses = {row["provider"]: row["status"] for row in run_case(case, seconds=0.01)}
+    assert (statuses["stock"], statuses["ours"], statuses["naive"]) == ("ok", "wrong", "wrong")
+
+
 def test_table_of_encoders(capsys):
     sizes = ["--models", "tinynet_e", "vit_tiny_patch16_224", "--img-size", "32", "--batches", "2", "3"]
     assert main(["bench", "encoders", *sizes, "--tasks", "2", "--seconds", "0.01"]) == 0
