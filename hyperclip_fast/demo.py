@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from hyperclip_fast.data import load_pictures, resize, to_rgb
-from hyperclip_fast.evaluation import EvalTask, accuracy, held_out_tasks, mean_accuracy, predict
+from hyperclip_fast.evaluation import EvalTask, accuracy, mean_accuracy, predict
 from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
 from hyperclip_fast.task_bank import TaskBank
 from hyperclip_fast.timing import interleaved, medians
+from hyperclip_fast.train_data import evaluation_tasks
 
 
 def choose_tasks(tasks: Sequence[EvalTask], per_task: int = 10, seed: int = 0) -> list[EvalTask]:
@@ -103,7 +104,7 @@ def _wrap(name: str, width: int = 22) -> str:
 def run(out: str | Path = "demo.png", model: str | Path | None = None, device: str = "cpu") -> None:
     """Classify a mixed batch of held-out pictures, print accuracies and speeds, save the contact sheet."""
     clip = load_model(model, device)
-    tasks = choose_tasks(held_out_tasks(load_pictures()))
+    tasks = choose_tasks(evaluation_tasks(load_pictures(), ("openmoji", "digits", "scenes")))
     bank = TaskBank(clip)
     bank.add_many({task.name: task.class_names for task in tasks})
     names = [task.name for task in tasks for _ in task.images]

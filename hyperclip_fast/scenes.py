@@ -55,6 +55,7 @@ PLACES = tuple(
 )
 VALUES = {"colour": tuple(COLOURS), "count": COUNTS, "size": tuple(SIZES), "orientation": TURNS, "place": PLACES}
 ATTRIBUTES = ("object", *VALUES)
+MOST_VALUES = min(map(len, VALUES.values()))  # the most classes that a task of any attribute can have
 TEMPLATES = {  # the last wording of each is for evaluation only
     "object": ("{}", "a {}", "a picture of a {}", "this image shows a {}"),
     "colour": ("{} background", "on a {} background", "a {} backdrop", "in front of a {} wall"),
@@ -243,7 +244,7 @@ class SceneSampler:
         attributes: Sequence[str] = ATTRIBUTES,
     ):
         self.composer = Composer(pictures.subset(~pictures.held_out), size)
-        most = min(len(self.composer.objects), *map(len, VALUES.values()))
+        most = min(len(self.composer.objects), MOST_VALUES)
         if not 2 <= classes_per_task <= most:
             raise ValueError(f"classes_per_task must lie in [2, {most}], got {classes_per_task}")
         if tasks_per_batch < 1:

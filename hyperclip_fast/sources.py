@@ -196,6 +196,28 @@ class TaskSource:
         return resize(images, self.image_size)
 
 
+class JoinedSource:
+    """Batches made of those of several sources, whose tasks meet in one batch.
+
+    Args:
+        sources: each gives its own tasks, and this process its part of them; none is a stream with a state.
+    """
+
+    def __init__(self, sources: Sequence[Source]):
+        self.sources = tuple(sources)
+        self.names = tuple(dict.fromkeys(name for source in sources for name in source.names))
+
+    def batches(self, start: int, state: Any = None) -> Iterator[Batch]:
+        """The batches from step `start` on."""
+        for parts in zip(*(source.batches(start) for source in self.sources)):
+            yield Batch(
+                images=torch.cat([part.images for part in parts]),
+                labels=torch.cat([part.labels for part in parts]),
+                counts=sum((part.counts for part in parts), ()),
+                classes=sum((part.classes for part in parts), ()),
+            )
+
+
 def picture_source(pictures: Pictures, config: TrainConfig, image_size: int, share: Share) -> TaskSource:
     """Batches of Pictures' training part.
 

@@ -126,9 +126,10 @@ class DataConfig:
     """What a model is trained on.
 
     Args:
-        kind: "pictures": OpenMoji and digits; "folder": a folder of image files for each class; "table": a CSV or TSV
+        kind: "pictures": the built-in sets; "folder": a folder of image files for each class; "table": a CSV or TSV
             file of image paths and texts; "shards": webdataset tar files, streamed.
-        sets: which pictures, of "openmoji" and "digits".
+        sets: which pictures, of "openmoji", "digits" and "scenes": half of a batch's tasks then ask for attributes of
+            scenes composed of OpenMoji's pictures, with up to 6 classes; all of them, where this set is alone.
         path: the folder, the table, or the shards, such as "shards/{0000..0127}.tar" (several: joined by "::").
         tasks: what the texts of a folder or table are: "labels", of which each task draws a set, with one image each;
             or "captions", of which a task is the group that comes next. Shards hold captions.

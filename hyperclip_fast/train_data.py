@@ -1,15 +1,21 @@
 """The source that a configuration asks for."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from hyperclip_fast.data import Pictures, load_pictures
+from hyperclip_fast.evaluation import EvalTask, held_out_tasks
 from hyperclip_fast.image_sets import ImageSetSource, read_folder, read_table
+from hyperclip_fast.scenes import MOST_VALUES, SceneSampler, scene_tasks
 from hyperclip_fast.shards import ShardSource
-from hyperclip_fast.sources import Share, Source, picture_source
-from hyperclip_fast.train_config import DataConfig, RunConfig
+from hyperclip_fast.sources import JoinedSource, Share, Source, TaskSource, picture_source
+from hyperclip_fast.train_config import DataConfig, RunConfig, TrainConfig
 from hyperclip_fast.transforms import create_reader
+
+SCENES = "scenes"  # the set that is composed of OpenMoji's pictures
 
 
 def create_source(
@@ -29,8 +35,11 @@ def create_source(
     """
     data, pin = run.data, device.type == "cuda"
     if pictures is not None or data.kind == "pictures":
-        pictures = pictures or load_pictures(data.sets, size=run.train.picture_size, progress=share.rank == 0)
-        return picture_source(pictures, run.train, image_size, share), pictures
+        named = tuple(name for name in data.sets if name != SCENES)
+        pictures = pictures or load_pictures(named or ("openmoji",), run.train.picture_size, progress=share.rank == 0)
+        if SCENES not in data.sets:
+            return picture_source(pictures, run.train, image_size, share), pictures
+        return _with_scenes(pictures, bool(named), run.train, image_size, share), pictures
     if not data.path:
         raise ValueError(f"data.path must say where the {data.kind} is, as --set data.path=..., got nothing")
     reader = create_reader(data, image_size)
@@ -42,6 +51,33 @@ def create_source(
     else:
         images = read_table(data.path, data.image_column, data.text_column, names)
     return ImageSetSource(images, run.train, data, reader, share, pin), None
+
+
+def evaluation_tasks(pictures: Pictures, sets: Sequence[str]) -> list[EvalTask]:
+    """The held-out part of the built-in sets as tasks: of names, and of scenes' attributes.
+
+    Args:
+        pictures: as `create_source` gave them.
+        sets: of the data's configuration.
+    """
+    names = held_out_tasks(pictures) if set(sets) != {SCENES} else []
+    side = pictures.images.shape[-1]
+    return names + (scene_tasks(pictures, scenes=480, size=side) if SCENES in sets else [])
+
+
+def _with_scenes(pictures: Pictures, is_named: bool, config: TrainConfig, image_size: int, share: Share) -> Source:
+    """Attribute tasks on scenes of the pictures' training part; half of a batch's tasks where others are names."""
+    tasks, (low, high) = config.tasks_per_batch, config.class_range
+    if is_named and tasks < 2:
+        raise ValueError(f"tasks_per_batch must be at least 2 for scenes beside other pictures, got {tasks}")
+    count = tasks // 2 if is_named else tasks
+    ours = replace(config, tasks_per_batch=count, classes_per_task=(min(low, MOST_VALUES), min(high, MOST_VALUES)))
+    sampler = SceneSampler(pictures, count, ours.class_range[1], config.seed, image_size)
+    scenes = TaskSource(sampler, sampler.names, ours, image_size, share)
+    if not is_named:
+        return scenes
+    others = replace(config, tasks_per_batch=tasks - count)
+    return JoinedSource([picture_source(pictures, others, image_size, share), scenes])
 
 
 def _class_names(data: DataConfig) -> dict[str, str]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hyperclip_fast import distributed
 from hyperclip_fast.data import Pictures
-from hyperclip_fast.evaluation import EvalTask, held_out_tasks, mean_accuracy, swap_test
+from hyperclip_fast.evaluation import EvalTask, mean_accuracy, swap_test
 from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP, HyperCLIPConfig
 from hyperclip_fast.losses import balanced_bias
@@ -37,7 +37,7 @@ from hyperclip_fast.optimizer import (
 from hyperclip_fast.run_folder import RunFolder
 from hyperclip_fast.sources import Batch, Sampler, Source, TaskSource, hash_seed, step_seed
 from hyperclip_fast.train_config import DataConfig, RunConfig, TrainConfig
-from hyperclip_fast.train_data import create_source
+from hyperclip_fast.train_data import create_source, evaluation_tasks
 
 STOP_EVERY = 10  # steps after which several processes ask each other whether one was told to stop
 
@@ -77,11 +77,11 @@ class Trainer:
         self.model = HyperCLIP(model_config).to(self.device)
         freeze(self.model, config.freeze)
         train_mode(self.model, config.freeze)
-        self.pictures, self.source = pictures, source
+        self.pictures, self.source, self.data = pictures, source, data or DataConfig()
         if sampler is not None:
             self.source = TaskSource(sampler, sampler.names, config, self.model.image_size, self.share)
         elif source is None:
-            run = RunConfig(model_config, config, data or DataConfig())
+            run = RunConfig(model_config, config, self.data)
             self.source, self.pictures = create_source(run, self.model.image_size, self.share, self.device, pictures)
         self.features = self._known_features()
         self._places = {name: i for i, name in enumerate(self.source.names)}
@@ -259,7 +259,8 @@ class Trainer:
         if self.step >= self.config.steps and (self.out / "model").is_dir():
             model = self.current_model()  # finished in an earlier run
             return model if model is None else model.eval()
-        tasks = held_out_tasks(self.pictures) if self.pictures is not None and self.share.rank == 0 else []
+        is_judged = self.pictures is not None and self.share.rank == 0
+        tasks = evaluation_tasks(self.pictures, self.data.sets) if is_judged else []
         with _signals_noted() as noted:
             self._train(tasks, noted)
         self.save()

@@ -11,10 +11,12 @@ from PIL import Image
 
 from hyperclip_fast.data import TaskBatch
 from hyperclip_fast.image_sets import read_folder
+from hyperclip_fast.scenes import VALUES, class_names
 from hyperclip_fast.sources import Share, TaskSource, picture_source
 from hyperclip_fast.train_config import DataConfig, RunConfig, TrainConfig
-from hyperclip_fast.train_data import create_source
+from hyperclip_fast.train_data import create_source, evaluation_tasks
 from tests.image_data import SIDE, which, write_folder, write_shards, write_table
+from tests.test_scenes import blocks
 from tests.test_training import pictures
 from tests.towers import tiny_config
 
@@ -131,6 +133,38 @@ def test_a_sampler_of_ones_own_gives_float_images_as_they_are(tmp_path):
     batch = take(TaskSource(Own(), Own.names, TrainConfig(), SIDE, Share()), 1, start=3)[0]
     assert torch.equal(batch.images, torch.full((4, 3, SIDE, SIDE), 0.3))
     assert batch.classes == (("a", "b"), ("c", "a")) and batch.labels.tolist() == [0, 1, 0, 1]
+
+
+def scene_source(share=None, sets=("openmoji", "scenes"), **train):
+    config = TrainConfig(**{"tasks_per_batch": 4, "classes_per_task": [2, 8], **train})
+    run = RunConfig(tiny_config(), config, DataConfig(sets=sets))
+    return create_source(run, SIDE, share or Share(), CPU, blocks())[0]
+
+
+def test_scenes_and_names_meet_in_a_batch():
+    values = {name for attribute in VALUES for w in range(3) for name in class_names(attribute, (), w)}
+    whole = take(scene_source(), 6)
+    same(take(scene_source(), 4, start=2), whole[2:])
+    for batch in whole:
+        assert len(batch.counts) == 4 and max(batch.counts[2:]) <= 6 and len(batch.images) == sum(batch.counts)
+        assert all(name.startswith("thing") for task in batch.classes[:2] for name in task)
+        assert {name for task in batch.classes for name in task} <= {*scene_source().names}
+    assert {name for batch in whole for task in batch.classes[2:] for name in task} & values
+    assert {size for batch in whole for size in batch.counts[:2]} > {7} and min(min(b.counts) for b in whole) >= 2
+    for batch, *parts in zip(whole, *(take(scene_source(Share(rank, 2)), 6) for rank in range(2))):
+        assert [part.counts for part in parts] == [batch.counts[rank::2] for rank in range(2)]
+        assert sum(float(part.images.sum()) for part in parts) == pytest.approx(float(batch.images.sum()), rel=1e-4)
+    alone = take(scene_source(sets=("scenes",), classes_per_task=8), 3)
+    assert all(batch.counts == (6,) * 4 for batch in alone)
+    with pytest.raises(ValueError, match="tasks_per_batch must be at least 2 for scenes beside"):
+        scene_source(tasks_per_batch=1)
+
+
+def test_what_is_held_out_of_each_set():
+    names = [task.name for task in evaluation_tasks(blocks(), ("openmoji",))]
+    scenes = [task.name for task in evaluation_tasks(blocks(), ("scenes",))]
+    assert names == ["food"] and scenes == ["object 1", *VALUES]
+    assert [task.name for task in evaluation_tasks(blocks(), ("scenes", "openmoji"))] == names + scenes
 
 
 def test_processes_that_do_not_divide_the_batch_are_refused(tmp_path):
