@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -69,13 +68,11 @@ class Experiment:
     def fit(self, run: Run) -> list[dict[str, Any]]:
         """The log of a training; its model is saved."""
         trainer = self.trainer(run)
-        start = time.perf_counter()
         self.train(trainer, run)
         trainer.model.save_pretrained(self.work / run.name / "model")
         scores = self.scores(run, trainer.model)
         lines = [json.loads(line) for line in (self.work / run.name / "log.jsonl").read_text().splitlines()]
-        last = {"step": trainer.step, "scores": _rounded(scores), "seconds": round(time.perf_counter() - start, 1)}
-        return [_about(run, trainer.model), *lines, last]
+        return [_about(run, trainer.model), *lines, {"step": trainer.step, "scores": _rounded(scores)}]
 
     @cached_property
     def names(self) -> NameData:
@@ -112,13 +109,13 @@ class Experiment:
 
     def trainer(self, run: Run) -> Trainer:
         """A trainer on the run's kind of data; position embeddings start at the run's scale."""
-        config = run.train
+        config, side = run.train, run.model.img_size
         if run.data == "names":
-            return Trainer(run.model, config, self.work / run.name, pictures=self.names.pictures)
-        sampler = SceneSampler(
-            self.pictures, config.tasks_per_batch, config.classes_per_task, config.seed, run.model.img_size
-        )
-        trainer = Trainer(run.model, config, self.work / run.name, sampler=sampler)
+            given = {"pictures": self.names.pictures}
+        else:
+            sizes = config.tasks_per_batch, config.classes_per_task
+            given = {"sampler": SceneSampler(self.pictures, *sizes, config.seed, side)}
+        trainer = Trainer(run.model, config, self.work / run.name, **given)
         if trainer.step == 0 and hasattr(trainer.model.image, "pos_embed"):
             trainer.model.image.pos_embed.data.mul_(run.position_scale)
         return trainer

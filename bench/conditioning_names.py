@@ -7,7 +7,7 @@ of guessing.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,14 +17,14 @@ import torch
 from hyperclip_fast.corruptions import CORRUPTIONS, corrupt
 from hyperclip_fast.data import Pictures
 from hyperclip_fast.eval_sets import EvalSet
-from hyperclip_fast.evaluation import ROWS, EvalTask, class_scores, held_out_tasks
+from hyperclip_fast.evaluation import ROWS, EvalTask, class_scores, group_of, held_out_tasks
 from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.openmoji import line_drawings
 from hyperclip_fast.zero_shot import metrics
 
 from .conditioning_plots import COLOURS
-from .conditioning_report import DESCRIPTIONS, Log, Table, first_of, gains, markdown, spread, values, verdict
+from .conditioning_report import DESCRIPTIONS, Log, Table, around, first_of, gains, markdown, spread, values, verdict
 from .conditioning_scores import SET_SIZES, Scores, mean
 
 SETS, PICTURE_SIZE = ("openmoji", "digits"), 64
@@ -91,9 +91,7 @@ def name_scores(model: HyperCLIP, data: NameData) -> dict:
         **{row: {name: value for name, value in found[row].items() if name != DIGITS} for row in rows},
         DIGITS: {row: found[row][DIGITS] for row in rows},
         "drawings": task_accuracies(model, drawings),
-        "corrupted": {
-            name: mean(task_accuracies(model, held_out_tasks(openmoji), change=name)) for name in CORRUPTIONS
-        },
+        "corrupted": {name: mean(task_accuracies(model, partitions(openmoji), change=name)) for name in CORRUPTIONS},
         "tones": shares["group_acc1"],
         "by_names": {str(k): value for k in SET_SIZES if (value := by_names(model, openmoji, k)) is not None},
         "chance": {
@@ -150,30 +148,20 @@ def by_names(model: HyperCLIP, pictures: Pictures, size: int) -> float | None:
     return mean(task_accuracies(model, tasks)) if tasks else None
 
 
-def group_of(task: str) -> str:
-    """The group of names that a task belongs to: "animals 2" is of animals."""
-    return task.rstrip("0123456789 ")
-
-
 def by_group(scores: Scores) -> Scores:
     """The mean over the tasks of each group."""
     groups = sorted({group_of(task) for task in scores})
     return {group: mean({task: s for task, s in scores.items() if group_of(task) == group}) for group in groups}
 
 
-def worst(scores: Scores) -> float:
-    """The least of `by_group`."""
-    return min(by_group(scores).values())
-
-
-def _shares(runs: dict[int, Log], function) -> dict[int, float]:
+def _shares(runs: dict[int, Log], function: Callable[[dict], float]) -> dict[int, float]:
     """By seed: 100 times a function of the scores."""
     return {seed: 100 * function(log["scores"]) for seed, log in runs.items()}
 
 
-def _cell(runs: dict[int, Log], function) -> str:
+def _cell(runs: dict[int, Log], function: Callable[[dict], float]) -> str:
     """Mean and standard deviation over seeds."""
-    return spread(list(_shares(runs, function).values())).split(" (")[0]
+    return around(list(_shares(runs, function).values()))
 
 
 SHIFTS = {  # head of a column: (accuracy, guessing), both of a run's scores
@@ -296,7 +284,7 @@ leave a standard error of their own, {error:.1f} points where a model guesses.
 a style that training never saw. *Corrupted*: five corruptions of severity {severity}. *Worst group*: the least among
 groups of names, chosen after the fact and so below their mean by chance alone. *Skin tones*: {hands} hands in five
 tones, all names in one task, of training names too, but training saw them in yellow only. Norm rows: *wrong* is made
-from another task's names, mostly of another group, *shuffled* from the same words dealt out anew among the names (the
+from another group's names, *shuffled* from the same words dealt out anew among the names (the
 right row where all names have one word), *generic* from "an object", *base* is the encoder's own."""
 
 

@@ -77,10 +77,14 @@ def spread(numbers: Sequence[float], sign: str = "") -> str:
     """ "mean ± standard deviation (least to greatest)"; a single number stands alone."""
     if not numbers:
         return ""
-    if len(numbers) == 1:
-        return f"{numbers[0]:{sign}.1f}"
-    ends = f"{min(numbers):{sign}.1f} to {max(numbers):{sign}.1f}"
-    return f"{statistics.mean(numbers):{sign}.1f} ± {statistics.stdev(numbers):.1f} ({ends})"
+    ends = f" ({min(numbers):{sign}.1f} to {max(numbers):{sign}.1f})" if len(numbers) > 1 else ""
+    return around(numbers, sign) + ends
+
+
+def around(numbers: Sequence[float], sign: str = "") -> str:
+    """ "mean ± standard deviation"; a single number stands alone."""
+    deviation = f" ± {statistics.stdev(numbers):.1f}" if len(numbers) > 1 else ""
+    return f"{statistics.mean(numbers):{sign}.1f}{deviation}"
 
 
 def markdown(table: Table) -> str:
@@ -106,16 +110,16 @@ def arms_table(arms: dict[str, dict[int, Log]]) -> Table:
             spread(list(found.values())),
             gain,
             f"{'+' if extra else ''}{steps:,}",
-            f"{'+' if extra else ''}{seconds:,.0f}" if (seconds := least_seconds(runs)) else "",
+            f"+{least_seconds(runs):,.0f}" if extra else "",
         ]
         table.append([f"{arm}: {DESCRIPTIONS.get(arm, arm)}", *cells])
     chance = statistics.mean(guessing(attribute)[0] for attribute in ATTRIBUTES)
     return [*table, ["guessing", *[""] * 4, f"{100 * chance:.1f}", *[""] * 3]]
 
 
-def least_seconds(runs: dict[int, Log]) -> float | None:
-    """Of the quickest seed, as other work on the machine slows a run; None where no log says."""
-    return min((log["last"]["seconds"] for log in runs.values() if "seconds" in log["last"]), default=None)
+def least_seconds(runs: dict[int, Log]) -> float:
+    """A rival's time of tuning, of the quickest seed, as other work on the machine slows a run."""
+    return min(log["last"]["seconds"] for log in runs.values())
 
 
 def guesses(runs: dict[int, Log], attribute: str) -> bool:
@@ -135,7 +139,7 @@ def attributes_table(arms: dict[str, dict[int, Log]]) -> Table:
         cells = []
         for attribute in ATTRIBUTES:
             found = list(values(runs, "right", attribute).values())
-            cells.append(spread(found).split(" (")[0] + " \\*" * guesses(runs, attribute))
+            cells.append(around(found) + " \\*" * guesses(runs, attribute))
         table.append([arm, *cells])
     return table
 
@@ -200,7 +204,7 @@ def names_table(arms: dict[str, dict[int, Log]]) -> Table:
     table = [["arm", *(f"{size} names" for size in sizes)], ["guessing", *chances]]
     for arm, runs in arms.items():
         if found := by_names(runs):
-            cells = [spread([100 * one.get(str(size), 0.0) for one in found]).split(" (")[0] for size in sizes]
+            cells = [around([100 * one.get(str(size), 0.0) for one in found]) for size in sizes]
             table.append([arm, *cells])
     return table
 
@@ -275,9 +279,9 @@ Norm rows: *right*, from the task's own class names; *reworded*, names and row i
 reads a set: given for the other attributes only; *wrong*, from another attribute's names, averaged over the other five;
 *generic*, from "an object"; *base*, the encoder's own. Class embeddings are the right ones throughout.
 
-A rival is compared with the very model that it tuned. Seconds are those of the quickest seed, as other work ran on the
-machine beside these runs: of training with its scores; a rival's, which come on top of its baseline's, of tuning for
-all six attributes, a sixth for each. What conditioning costs is timed under "Overheads", the arms taking turns.
+A rival is compared with the very model that it tuned. Its seconds, of the quickest seed, as other work ran on the
+machine beside these runs, are those of tuning for all six attributes, a sixth for each, on top of its baseline's
+training. What conditioning costs in training is timed under "Overheads", the arms taking turns.
 
 In every arm position embeddings, where the encoder has them, start at {scale} times timm's scale. What was looked at
 before: this, stem, patch, learning rate, number of steps, on seeds 100 and up and scenes of training objects. The seeds

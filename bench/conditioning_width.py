@@ -13,7 +13,7 @@ from typing import Any
 
 from hyperclip_fast.training import TrainConfig
 
-from .conditioning_report import Groups, Log, Table, gains, spread, values
+from .conditioning_report import Groups, Log, Table, around, gains, spread, values
 
 ENCODER = ("image_tower", "img_size", "patch_size", "width", "depth", "num_heads", "global_pool", "embed_dim")
 BASELINES = ("baseline", "wide")
@@ -70,7 +70,7 @@ def width_table(found: Iterable[Width]) -> Table:
     for one in found:
         seeds = sorted(one.cross.keys() & one.baseline.keys())
         right = [[values(arm)[seed] for seed in seeds] for arm in (one.baseline, one.cross)]
-        cells = [spread(numbers).split(" (")[0] for numbers in right]
+        cells = [around(numbers) for numbers in right]
         count = str(len(seeds)) if len(seeds) > 1 else "1: no spread"
         table.append([one.encoder, f"{one.parameters:,}", f"{one.steps:,}", *cells, spread(one.gains, "+"), count])
     return table

@@ -1,19 +1,23 @@
 """`hyperclip bench encoders`: every named encoder in one Markdown table, sizes, errors and throughput side by side."""
 
 import argparse
+import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hyperclip_fast.fuse import fuse_batch_norms
 from hyperclip_fast.hyper_encoder import create_encoder
+from hyperclip_fast.norm_params import NormParams
 
 from .machine import default_device, describe
 from .model_cases import model_cases, side_of, size_options
 from .report import header
-from .runner import run_case
+from .runner import Case, Provider, Run, relative_error, run_case
 
 NAMED = (
     *("efficientnet_b0", "efficientnet_b1", "efficientnet_b2", "tinynet_a", "tinynet_c", "tinynet_e"),
@@ -34,6 +38,8 @@ def add_encoders(kinds) -> None:
     parser.add_argument("--img-size", type=int, metavar="S", help="side of the images; default: as each model has it")
     parser.add_argument("--seconds", type=float, default=5.0, help="of timed rounds a case; default: %(default)s")
     parser.add_argument("--device", default=default_device(), help="default: %(default)s")
+    text = "instead: one task's model beside stock, BatchNorms folded into the convolutions"
+    parser.add_argument("--fused", action="store_true", help=text)
     parser.set_defaults(run=run_encoders)
 
 
@@ -41,6 +47,8 @@ def run_encoders(args: argparse.Namespace) -> int:
     """Print the table line by line; 1 if an encoder computed wrongly or raised."""
     device = torch.device(args.device)
     print(header(describe(device, torch.float32)), end="\n\n")
+    if args.fused:
+        return _run_fused(args, device)
     columns = [*COLUMNS, *(f"ratio, B {batch}" for batch in args.batches)]
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns), flush=True)
     is_right = True
@@ -49,6 +57,43 @@ def run_encoders(args: argparse.Namespace) -> int:
         print("| " + " | ".join(cells(figures)) + " |", flush=True)
         is_right &= figures["identity"] == 0 and not any("reason" in case for case in figures["cases"])
     return 0 if is_right else 1
+
+
+def _run_fused(args: argparse.Namespace, device: torch.device) -> int:
+    print("Time of the stock model with BatchNorms folded, over that of one task's: folded, and with its norms.\n")
+    columns = ["encoder", *(f"{kind}, B {batch}" for batch in args.batches for kind in ("folded", "with norms"))]
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns), flush=True)
+    is_right = True
+    for name in args.models:
+        rows = [
+            row for b in args.batches for row in run_case(fused_case(name, b, args.img_size, device), args.seconds)[1:]
+        ]
+        print("| " + " | ".join([name, *map(_ratio, rows)]) + " |", flush=True)
+        is_right &= not any("reason" in row for row in rows)
+    return 0 if is_right else 1
+
+
+def fused_case(name: str, batch: int, side: int | None, device: torch.device) -> Case:
+    """The stock model folded, and the stock model that holds one task's row, folded and with its norms."""
+    torch.manual_seed(0)
+    stock = timm.create_model(name, num_classes=0, **size_options(name, side)).to(device).eval()
+    encoder, task, side = create_encoder(stock), copy.deepcopy(stock), side_of(stock, side)
+    row = encoder.base_params.table.detach()
+    task.load_state_dict(NormParams(encoder.norm_spec, row + 0.1 * torch.randn_like(row)).state_dict(), strict=False)
+    images = torch.randn(batch, 3, side, side, device=device)
+    models = {"stock": fuse_batch_norms(stock, images[:1]), "ours": fuse_batch_norms(task, images[:1]), "norms": task}
+    exact = {"stock": copy.deepcopy(stock).double(), "ours": copy.deepcopy(task).double()}
+
+    def run(model: nn.Module) -> Tensor:
+        with torch.inference_mode():
+            return model(images)
+
+    def check(provider: Provider, run: Run) -> float:
+        with torch.inference_mode():
+            return relative_error(run(), exact.get(provider.name, exact["ours"])(images.double()))
+
+    providers = [Provider(key, "folded", lambda model=model: partial(run, model)) for key, model in models.items()]
+    return Case({"model": name, "batch": batch}, providers, check, torch.float32, device)
 
 
 def encoder_figures(
@@ -101,14 +146,17 @@ def cells(figures: dict[str, Any]) -> list[str]:
     """A line of the table."""
     cases = figures["cases"]
     errors = [max((case.get(key) or 0.0 for case in cases), default=0.0) for key in ("error", "stock_error")]
-    ratios = (
-        case["reason"] if "reason" in case else "{1:.3f} ({0:.2f} to {2:.2f})".format(*case["ratio"]) for case in cases
-    )
     return [
         figures["name"],
         f"{figures['parameters'] / 1e6:.2f} M",
         f"{figures['norm_parameters']:,}",
         f"{figures['identity']:.0e}" if figures["identity"] else "0",
         *(f"{error:.0e}" for error in errors),
-        *ratios,
+        *map(_ratio, cases),
     ]
+
+
+def _ratio(case: dict[str, Any]) -> str:
+    if "reason" in case:
+        return case["reason"]
+    return "{1:.3f} ({0:.2f} to {2:.2f})".format(*case["ratio"]) if case["ratio"] else "stock failed"

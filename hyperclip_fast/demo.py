@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hyperclip_fast.data import load_pictures, resize, to_rgb
-from hyperclip_fast.evaluation import EvalTask, accuracy, mean_accuracy, predict
+from hyperclip_fast.evaluation import EvalTask, accuracy, group_of, mean_accuracy, predict
 from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
 from hyperclip_fast.task_bank import TaskBank
@@ -20,7 +20,7 @@ def choose_tasks(tasks: Sequence[EvalTask], per_task: int = 10, seed: int = 0) -
     generator = torch.Generator().manual_seed(seed)
     chosen = {}
     for task in tasks:
-        group = task.name.rstrip("0123456789 ")
+        group = group_of(task.name)
         if group not in chosen:
             order = torch.randperm(len(task.images), generator=generator)
             seen: dict[int, int] = {}

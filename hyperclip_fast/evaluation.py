@@ -60,6 +60,11 @@ def held_out_tasks(pictures: Pictures, classes: int = 10, min_classes: int = 4, 
     return tasks
 
 
+def group_of(task: str) -> str:
+    """The group of names that a task of `held_out_tasks` belongs to: "animals 2" is of animals."""
+    return task.rstrip("0123456789 ")
+
+
 def _task(pictures: Pictures, name: str, ids: Sequence[int]) -> EvalTask:
     place = torch.full((len(pictures.names),), -1)
     place[list(ids)] = torch.arange(len(ids))

@@ -232,7 +232,8 @@ def use_local_statistics(norm: nn.Module) -> None:
 def bound(norm: nn.Module, rows: Rows, is_plain: bool = False) -> nn.Module:
     """A norm's copy for one forward pass in which each sample has its own weight and bias.
 
-    One row for all is the stock norm with that row, bit for bit; but PyTorch has no SyncBatchNorm for a CPU.
+    One row for all is the stock norm with that row, bit for bit; but PyTorch has no SyncBatchNorm for a CPU. A
+    forward hook sees the encoder's parameters and, beside them, `rows`; for one row, unless `is_plain`, the stock norm.
 
     Args:
         norm: the encoder's own.

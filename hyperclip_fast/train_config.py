@@ -17,6 +17,8 @@ PARTS = ("image", "text", "hypernetwork", "logit")
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("float32", "bfloat16", "float16")
 KINDS = ("pictures", "folder", "table", "shards")
+SCENES = "scenes"  # the set that is composed of OpenMoji's pictures
+SETS = ("openmoji", "digits", SCENES)
 TRANSFORMS = ("timm", "open_clip", "plain")
 
 
@@ -168,6 +170,10 @@ class DataConfig:
     def __post_init__(self):
         check_types(self)
         _check_choice(self, kind=KINDS, tasks=("labels", "captions"), transform=TRANSFORMS)
+        if not self.sets or len(set(self.sets)) < len(self.sets) or not set(self.sets) <= set(SETS):
+            raise ValueError(f"sets must be distinct names from {SETS}, got {self.sets}")
+        if SCENES in self.sets and len(self.sets) > 1 and "openmoji" not in self.sets:
+            raise ValueError(f"sets must hold openmoji, of which scenes are composed, beside others, got {self.sets}")
         if not 0 < self.crop <= 1 or not 0 <= self.flip <= 1:
             raise ValueError(f"crop and flip must lie in (0, 1] and [0, 1], got {self.crop} and {self.flip}")
         if self.workers < 0 or self.shuffle < 1:

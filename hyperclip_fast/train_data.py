@@ -12,10 +12,8 @@ from hyperclip_fast.image_sets import ImageSetSource, read_folder, read_table
 from hyperclip_fast.scenes import MOST_VALUES, SceneSampler, scene_tasks
 from hyperclip_fast.shards import ShardSource
 from hyperclip_fast.sources import JoinedSource, Share, Source, TaskSource, picture_source
-from hyperclip_fast.train_config import DataConfig, RunConfig, TrainConfig
+from hyperclip_fast.train_config import SCENES, DataConfig, RunConfig, TrainConfig
 from hyperclip_fast.transforms import create_reader
-
-SCENES = "scenes"  # the set that is composed of OpenMoji's pictures
 
 
 def create_source(
@@ -68,9 +66,10 @@ def evaluation_tasks(pictures: Pictures, sets: Sequence[str]) -> list[EvalTask]:
 def _with_scenes(pictures: Pictures, is_named: bool, config: TrainConfig, image_size: int, share: Share) -> Source:
     """Attribute tasks on scenes of the pictures' training part; half of a batch's tasks where others are names."""
     tasks, (low, high) = config.tasks_per_batch, config.class_range
-    if is_named and tasks < 2:
-        raise ValueError(f"tasks_per_batch must be at least 2 for scenes beside other pictures, got {tasks}")
     count = tasks // 2 if is_named else tasks
+    if is_named and (tasks < 2 or count % share.world or tasks % share.world):
+        wanted = "at least 2" if share.world == 1 else f"a multiple of twice the number of processes, {share.world},"
+        raise ValueError(f"tasks_per_batch must be {wanted} for scenes beside other pictures, got {tasks}")
     ours = replace(config, tasks_per_batch=count, classes_per_task=(min(low, MOST_VALUES), min(high, MOST_VALUES)))
     sampler = SceneSampler(pictures, count, ours.class_range[1], config.seed, image_size)
     scenes = TaskSource(sampler, sampler.names, ours, image_size, share)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hyperclip_fast.bench import encoders, model_cases
-from hyperclip_fast.bench.runner import run_case
+from hyperclip_fast.bench.runner import Case, Provider, run_case
 
 from hyperclip_fast.cli import main
 
@@ -40,6 +40,12 @@ def test_another_row_is_wrong_in_training_though_rounding_has_slack(monkeypatch)
     assert (statuses["stock"], statuses["ours"], statuses["naive"]) == ("ok", "wrong", "wrong")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_zeros_are_wrong_with_any_slack(dtype):
+    case = Case({}, [Provider("ours", "eager", lambda: lambda: None)], lambda provider, run: 1.0, dtype, CPU, slack=1e4)
+    assert [row["status"] for row in run_case(case, seconds=0.01)] == ["wrong"]
+
+
 def test_table_of_encoders(capsys):
     sizes = ["--models", "tinynet_e", "vit_tiny_patch16_224", "--img-size", "32", "--batches", "2", "3"]
     assert main(["bench", "encoders", *sizes, "--tasks", "2", "--seconds", "0.01"]) == 0
@@ -51,6 +57,17 @@ def test_table_of_encoders(capsys):
         ["vit_tiny_patch16_224", "5.49 M", "9,600", "0"],
     ]
     assert all(float(line[4]) < 1e-5 and 0.1 < float(line[-1].split()[0]) < 10 for line in table[1:])
+
+
+def test_table_of_folded_encoders(capsys, monkeypatch):
+    arguments = ["bench", "encoders", "--fused", "--models", "tinynet_e", "--img-size", "32", "--batches", "2"]
+    assert main([*arguments, "--seconds", "0.01"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert lines[0] == "| encoder | folded, B 2 | with norms, B 2 |"
+    cells = [cell.split()[0] for cell in lines[1].strip("| ").split(" | ")]
+    assert cells[0] == "tinynet_e" and all(0.1 < float(cell) < 10 for cell in cells[1:])
+    monkeypatch.setattr(encoders, "fuse_batch_norms", lambda model, image: torch.nn.Flatten())
+    assert main([*arguments, "--seconds", "0.01"]) == 1
 
 
 def test_a_wrong_encoder_fails_the_command(monkeypatch, capsys):

@@ -370,10 +370,9 @@ def test_gains_are_paired_by_seed():
 
 def test_rivals_seconds_come_on_top_and_are_the_quickest_seeds():
     base, *norms = log("baseline", 0, 0.4), log("norms", 0, 0.5), log("norms", 1, 0.5)
-    base["last"]["seconds"] = 250.0
     for one, seconds in zip(norms, (1200.0, 1100.4)):
         one["last"] |= {"seconds": seconds, "parameters_per_task": 6}
-    assert [row[-1] for row in arms_table(grouped([base, *norms])["g"])] == ["seconds", "250", "+1,100", ""]
+    assert [row[-1] for row in arms_table(grouped([base, *norms])["g"])] == ["seconds", "", "+1,100", ""]
     assert arms_table(grouped([base, *norms])["g"])[2][4] == "6"
 
 

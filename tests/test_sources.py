@@ -158,6 +158,9 @@ def test_scenes_and_names_meet_in_a_batch():
     assert all(batch.counts == (6,) * 4 for batch in alone)
     with pytest.raises(ValueError, match="tasks_per_batch must be at least 2 for scenes beside"):
         scene_source(tasks_per_batch=1)
+    for tasks in (2, 3, 6):  # a half of them would be cut, or not be divided
+        with pytest.raises(ValueError, match=f"twice the number of processes, 2, for scenes .* got {tasks}"):
+            scene_source(Share(0, 2), tasks_per_batch=tasks)
 
 
 def test_what_is_held_out_of_each_set():
