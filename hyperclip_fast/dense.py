@@ -1,15 +1,18 @@
 """Which patch holds which class: zero-shot segmentation by patches, from `forward_intermediates`.
 
-A scene has four objects of one task, one in each quarter. Every patch token is projected as the pooled token is, and
-compared with the class names. Two figures: mIoU over the patches that are covered by an object, each given the nearest
-class; pointing accuracy, the share of objects whose own name is nearest to a patch that the object covers.
+A scene has four objects of one task, one in each quarter; or nine, where the patches a side are a multiple of 3 and no
+even number. Every patch token is projected as the pooled token is, and compared with the class names. Two figures: mIoU
+over the patches that are covered by an object, each given the nearest class; pointing accuracy, the share of objects
+whose own name is nearest to a patch that the object covers.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from hyperclip_fast.data import load_pictures, to_rgb
@@ -19,31 +22,35 @@ from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
 
 ROWS = ("right", "base", "wrong")
-COVERED = 0.5  # of a patch, for it to count as an object's
+COVERED = 0.25  # of a patch, for it to count as an object's
 
 
-def compose(task: EvalTask, scenes: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Scenes of four different classes each.
+def compose(
+    task: EvalTask, scenes: int, size: int, generator: torch.Generator, side: int = 2
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scenes of `side` x `side` objects of different classes.
 
     Returns:
-        images (M, 3, S, S) in [-1, 1]; classes (M, 4), of the quarters line by line; cover (M, S, S) in [0, 1].
+        images (M, 3, S, S) in [-1, 1]; classes (M, side²), of the cells line by line; cover (M, S, S) in [0, 1].
     """
-    per_scene = torch.stack([torch.randperm(len(task.class_names), generator=generator)[:4] for _ in range(scenes)])
+    names, count = len(task.class_names), side * side
+    per_scene = torch.stack([torch.randperm(names, generator=generator)[:count] for _ in range(scenes)])
     wanted = per_scene.flatten()
     chance = torch.rand(len(wanted), len(task.labels), generator=generator)
     which = chance.masked_fill(wanted[:, None] != task.labels, -1).argmax(1)
-    pictures = F.interpolate(task.images[which].float(), (size // 2, size // 2), mode="area").round().byte()
-    lines = [torch.cat(list(pictures.view(scenes, 4, *pictures.shape[1:]).unbind(1)[i : i + 2]), -1) for i in (0, 2)]
-    rgba = torch.cat(lines, -2)
+    pictures = F.interpolate(task.images[which].float(), (size // side, size // side), mode="area").round().byte()
+    rgba = rearrange(pictures, "(m i j) c h w -> m c (i h) (j w)", i=side, j=side)
     return to_rgb(rgba), per_scene, rgba[:, 3].float() / 255
 
 
-def _check(model: HyperCLIP) -> None:
+def _objects_a_side(model: HyperCLIP) -> int:
     image = model.image
     if not isinstance(image, HyperViT):
         raise ValueError(f"model must have a VisionTransformer for dense evaluation, got {type(image).__name__}")
-    if any(side % 2 for side in image.patch_embed.grid_size):
-        raise ValueError(f"model must have an even number of patches, got {image.patch_embed.grid_size}")
+    for side in (2, 3):
+        if not any(patches % side for patches in image.patch_embed.grid_size):
+            return side
+    raise ValueError(f"model must have a multiple of 2 or 3 patches a side, got {image.patch_embed.grid_size}")
 
 
 def patch_embeddings(model: HyperCLIP, images: Tensor, params: NormParams) -> Tensor:
@@ -63,15 +70,15 @@ def patch_embeddings(model: HyperCLIP, images: Tensor, params: NormParams) -> Te
 
 
 def patch_labels(classes: Tensor, cover: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(M, h, w) class of each patch, -1 where no object covers half of it.
+    """(M, h, w) class of each patch, -1 where no object covers COVERED of it.
 
     Args:
-        classes: (M, 4) of the quarters.
+        classes: (M, side²) of the scene's cells.
         cover: (M, S, S) in [0, 1].
-        grid: h and w, even.
+        grid: h and w, multiples of side.
     """
-    quarters = classes.view(-1, 2, 2)
-    labels = F.interpolate(quarters[:, None].float(), grid, mode="nearest")[:, 0].long()
+    side = math.isqrt(classes.shape[1])
+    labels = F.interpolate(classes.view(-1, 1, side, side).float(), grid, mode="nearest")[:, 0].long()
     return labels.masked_fill(F.adaptive_avg_pool2d(cover[:, None], grid)[:, 0] < COVERED, -1)
 
 
@@ -109,15 +116,18 @@ def dense_scores(
         seed: of the scenes.
 
     Raises:
-        ValueError: for an image tower that is no VisionTransformer, or whose patches do not halve.
+        ValueError: for an image tower that is no VisionTransformer, whose patches a side are a multiple of neither 2
+            nor 3, or tasks without enough names.
     """
-    _check(model)
+    side = _objects_a_side(model)
     if tasks is None:
         tasks = held_out_tasks(load_pictures(("openmoji",)), classes)
-    tasks = [task for task in tasks if len(task.class_names) >= 4]
+    tasks = [task for task in tasks if len(task.class_names) >= side * side]
+    if not tasks:
+        raise ValueError(f"tasks must have one of at least {side * side} names, got none")
     generator = torch.Generator().manual_seed(seed)
-    drawn = [compose(task, scenes, model.image_size, generator) for task in tasks]
-    result: dict[str, Any] = {"tasks": len(tasks), "scenes": scenes * len(tasks)}
+    drawn = [compose(task, scenes, model.image_size, generator, side) for task in tasks]
+    result: dict[str, Any] = {"tasks": len(tasks), "scenes": scenes * len(tasks), "objects": side * side}
     result["guessing"] = _guessing(tasks, drawn, model.image.patch_embed.grid_size)
     base = model.image.base_params
     for row in ROWS:
@@ -146,7 +156,7 @@ def _guessing(tasks: Sequence[EvalTask], drawn: Sequence[tuple[Tensor, Tensor, T
 def dense_table(result: dict[str, Any]) -> str:
     """The figures as lines of text."""
     lines = [
-        f"{result['scenes']} scenes of four objects, {result['tasks']} tasks",
+        f"{result['scenes']} scenes of {result['objects']} objects, {result['tasks']} tasks",
         f"{'row':<10}{'mIoU':>8}{'pointing':>10}",
     ]
     lines += [f"{row:<10}{result[row]['miou']:>8.1%}{result[row]['pointing']:>10.1%}" for row in ROWS]

@@ -13,7 +13,7 @@ EPILOG = """examples:
   hyperclip evaluate --data skin-tones                          # worst group over five skin tones
   hyperclip evaluate --data scenes --rows right wrong           # one picture, six questions
   hyperclip evaluate --data openmoji --corruptions noise blur
-  hyperclip evaluate --model runs/vit/model --dense             # which patch holds which class
+  hyperclip evaluate --dense                                    # which patch holds which class
 """
 DEFAULTS = {"rows": ["right"], "corruptions": [], "classes": 10, "partitions": 5, "batch_size": 128}
 

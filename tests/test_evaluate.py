@@ -223,6 +223,19 @@ def test_a_scene_of_four_and_its_patch_labels():
             assert centre.tolist() == [1.0 if channel == k % 3 else -1.0 for channel in range(3)]
 
 
+def test_a_scene_of_nine():
+    images = torch.zeros(9, 4, 6, 6, dtype=torch.uint8)
+    images[:, 3], images[:, 0] = 255, 28 * torch.arange(9, dtype=torch.uint8)[:, None, None]
+    task = EvalTask("squares", tuple("abcdefghi"), images, torch.arange(9))
+    scene, classes, cover = dense.compose(task, 2, 18, torch.Generator().manual_seed(0), side=3)
+    assert scene.shape == (2, 3, 18, 18) and all(sorted(row) == list(range(9)) for row in classes.tolist())
+    assert torch.equal(((scene[:, 0] + 1) * 127.5 / 28).round().long()[:, 3::6, 3::6].flatten(1), classes)
+    labels = dense.patch_labels(classes, cover, (6, 6))
+    assert torch.equal(labels[:, ::2, ::2].flatten(1), classes) and torch.equal(
+        labels[:, 1::2, 1::2].flatten(1), classes
+    )
+
+
 def test_dense_figures():
     labels = torch.tensor([[[0, 1], [-1, 1]]])
     perfect = torch.nn.functional.one_hot(labels.clamp(0), 3).float()
@@ -251,10 +264,13 @@ def test_a_patch_embedding_is_its_token_through_norm_and_head(pool):
 
 def test_dense_scores():
     result = dense.dense_scores(tiny_model(), [quarters()], scenes=4)
-    assert set(result) == {"tasks", "scenes", "guessing", "right", "base", "wrong"} and result["scenes"] == 4
+    assert set(result) == {"tasks", "scenes", "objects", "guessing", "right", "base", "wrong"}
+    assert (result["scenes"], result["objects"]) == (4, 4)
     assert "guessing" in dense.dense_table(result)
-    with pytest.raises(ValueError, match="even number of patches"):
+    with pytest.raises(ValueError, match="at least 9 names, got none"):
         dense.dense_scores(tiny_model(img_size=24), [quarters()])
+    with pytest.raises(ValueError, match="multiple of 2 or 3 patches a side"):
+        dense.dense_scores(tiny_model(img_size=40), [quarters()])
 
 
 def test_command_line(folder, tmp_path, capsys):
