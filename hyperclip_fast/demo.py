@@ -12,6 +12,7 @@ from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
 from hyperclip_fast.task_bank import TaskBank
 from hyperclip_fast.timing import interleaved, medians
+from hyperclip_fast.train_config import SETS
 from hyperclip_fast.train_data import evaluation_tasks
 
 
@@ -104,7 +105,7 @@ def _wrap(name: str, width: int = 22) -> str:
 def run(out: str | Path = "demo.png", model: str | Path | None = None, device: str = "cpu") -> None:
     """Classify a mixed batch of held-out pictures, print accuracies and speeds, save the contact sheet."""
     clip = load_model(model, device)
-    tasks = choose_tasks(evaluation_tasks(load_pictures(), ("openmoji", "digits", "scenes")))
+    tasks = choose_tasks(evaluation_tasks(load_pictures(), SETS))
     bank = TaskBank(clip)
     bank.add_many({task.name: task.class_names for task in tasks})
     names = [task.name for task in tasks for _ in task.images]
