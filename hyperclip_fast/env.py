@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend
 
 from hyperclip_fast import __version__
 from hyperclip_fast.kernels.dispatch import get_backend, has_triton, use_triton
-from hyperclip_fast.kernels.linear import takes
-from hyperclip_fast.kernels.linear_table import WIDEST, device_kind
+from hyperclip_fast.kernels.linear.functional import takes
+from hyperclip_fast.kernels.tables import WIDEST, device_kind
 
 WIDTHS = {"Ti": 192, "S": 384, "B": 768, "L": 1024}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hyperclip_fast import __version__
-from hyperclip_fast.kernels import layer_norm
+from hyperclip_fast.kernels import dispatch
 
 NAME = "hyperclip-fast"
 VERSION = 1  # of the interface: the hub's branch v1
@@ -67,7 +67,10 @@ def write_hub_kernel(out: str | Path) -> Path:
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out must be a new or an empty folder, got {out}")
-    sources = {path.name: path.read_text(encoding="utf-8") for path in sorted(_folder().glob("*.py"))}
+    sources = {
+        path.relative_to(_folder()).as_posix(): path.read_text(encoding="utf-8")
+        for path in sorted(_folder().rglob("*.py"))
+    }
     namespace = f"_hyperclip_fast_{hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:7]}"
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     variant = beside / "build" / "torch-universal"
@@ -77,6 +80,7 @@ def write_hub_kernel(out: str | Path) -> Path:
             text = text.replace("hyperclip_fast::", f"{namespace}::").replace(
                 "ops.hyperclip_fast.", f"ops.{namespace}."
             )
+            (variant / name).parent.mkdir(exist_ok=True)
             (variant / name).write_text(text, encoding="utf-8")
         (variant / "__init__.py").write_text(_init(), encoding="utf-8")
         (variant / "metadata.json").write_text(json.dumps(_metadata(namespace), indent=2), encoding="utf-8")
@@ -92,7 +96,7 @@ def write_hub_kernel(out: str | Path) -> Path:
 
 
 def _folder() -> Path:
-    return Path(layer_norm.__file__).parent
+    return Path(dispatch.__file__).parent
 
 
 def _init() -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hyperclip_fast.kernels.dispatch import use_triton
 from hyperclip_fast.kernels.layer_norm import add_layer_norm, layer_norm
-from hyperclip_fast.kernels.linear import linear_add, linear_gelu, takes
+from hyperclip_fast.kernels.linear.functional import linear_add, linear_gelu, takes
 from hyperclip_fast.kernels.norm_linear import norm_linear, norm_linear_gelu
 
 MODULATED_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)

@@ -23,8 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperclip_fast.hyper_norms import ROW_NORMS, Rows, bound, copied, flatten, use_local_statistics
 from hyperclip_fast.hyper_vit import HyperViT, known_name, to_hyper_vit
-from hyperclip_fast.kernels.batch_norm_mixed import is_eager
-from hyperclip_fast.kernels.dispatch import use_triton
+from hyperclip_fast.kernels.dispatch import is_eager, use_triton
 from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams, NormSpec, check_params
 
 EVERY_NORM = ("*",)

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperclip_fast.hyper_block import is_heard, norm_dtype
 from hyperclip_fast.kernels.batch_norm import batch_norm_act, batch_norm_act_train
-from hyperclip_fast.kernels.batch_norm_mixed import is_flat
+from hyperclip_fast.kernels.batch_norm.mixed import is_flat
 from hyperclip_fast.kernels.layer_norm import layer_norm
 
 

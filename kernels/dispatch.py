@@ -49,3 +49,7 @@ def get_backend() -> str:
 def use_triton(x: torch.Tensor) -> bool:
     """Whether an operation on `x` runs its Triton kernel."""
     return _backend == "triton" or (_backend == "auto" and x.is_cuda and _has_triton and x.dtype in TRITON_DTYPES)
+
+
+def is_eager() -> bool:
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()

@@ -63,8 +63,8 @@ def allocating(empty):
     """The kernels' launches allocate with `empty` in place of torch.empty."""
     shim = types.SimpleNamespace(**{**vars(torch), "empty": empty})
     stack = contextlib.ExitStack()
-    for operation in ("layer_norm", "linear", "norm_linear", "batch_norm"):
-        stack.enter_context(mock.patch(f"hyperclip_fast.kernels.{operation}_launch.torch", shim))
+    for operation in ("layer_norm", "linear", "norm_linear", "batch_norm", "common"):
+        stack.enter_context(mock.patch(f"hyperclip_fast.kernels.{operation}.launch.torch", shim))
     return stack
 
 

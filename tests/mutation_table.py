@@ -1,39 +1,31 @@
 """The mutations of the kernels, and the tests that must notice them; mutations.py applies them. Data."""
 
 from tests.mutation_table_batch_norm import BATCH_NORM
+from tests.mutation_table_common import COMMON
 
 NORM_TESTS = ("tests/test_kernel_bytes.py", "tests/test_layer_norm.py")  # the quick ones first
 LINEAR_TESTS = ("tests/test_linear_bytes.py", "tests/test_linear.py")
 BATCH_TESTS = ("tests/test_batch_norm_bytes.py", "tests/test_batch_norm.py")
 NORM_LINEAR_TESTS = ("tests/test_norm_linear_bytes.py", "tests/test_norm_linear.py")
 TESTS = {
-    "layer_norm_triton": NORM_TESTS,
-    "layer_norm_launch": NORM_TESTS,
-    "layer_norm_op": NORM_TESTS,
-    "linear_triton": LINEAR_TESTS,
-    "linear_launch": LINEAR_TESTS,
-    "linear_op": LINEAR_TESTS,
-    "batch_norm_triton": BATCH_TESTS,
-    "batch_norm_sums_triton": BATCH_TESTS,
-    "batch_norm_launch": BATCH_TESTS,
-    "batch_norm_op": BATCH_TESTS,
-    "norm_linear_triton": NORM_LINEAR_TESTS,
-    "norm_linear_launch": NORM_LINEAR_TESTS,
+    "common/triton_rows": (*NORM_TESTS, *LINEAR_TESTS),
+    "common/triton_activations": (*LINEAR_TESTS, *BATCH_TESTS),
+    "common/launch": NORM_TESTS,
+    "layer_norm/triton_kernels": NORM_TESTS,
+    "layer_norm/launch": NORM_TESTS,
+    "layer_norm/operator": NORM_TESTS,
+    "linear/triton_kernels": LINEAR_TESTS,
+    "linear/launch": LINEAR_TESTS,
+    "linear/operator": LINEAR_TESTS,
+    "batch_norm/triton_kernels": BATCH_TESTS,
+    "batch_norm/triton_sums": BATCH_TESTS,
+    "batch_norm/launch": BATCH_TESTS,
+    "batch_norm/operator": BATCH_TESTS,
+    "norm_linear/triton_kernels": NORM_LINEAR_TESTS,
+    "norm_linear/launch": NORM_LINEAR_TESTS,
 }
 MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
-    "layer_norm_triton": {
-        "_row_of_sample": (
-            ("row = b\n", "row = b * 0\n"),
-            ("task_ids + b)", "task_ids)"),
-            ("(row < T)", "(row <= T)"),
-            ("row, -1)", "row, 0)"),
-        ),
-        "_load_row": (
-            ("row * stride", "row * D"),
-            ("(o_d < D) & (row >= 0)", "row >= 0"),
-            ("(o_d < D) & (row >= 0)", "o_d < D"),
-            ('float("nan")', "0.0"),
-        ),
+    "layer_norm/triton_kernels": {
         "_fwd_kernel": (
             ("(tl.program_id(0) // tiles).to(tl.int64)", "tl.program_id(0) // tiles"),
             ("% tiles) * BLOCK_N", "% tiles)"),
@@ -41,10 +33,10 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
             ("n + o_n < N", "n + o_n < N - 1"),
             ("(b * N + n) * D", "b * N * D"),
             ("o_n[:, None] * D", "o_n[:, None] * BLOCK_D"),
-            ("_load_row(weight, row, weight_stride", "_load_row(weight, 0, weight_stride"),
-            ("_load_row(weight, row, weight_stride", "_load_row(weight, row, bias_stride"),
-            ("_load_row(bias, row, bias_stride", "_load_row(bias, row, weight_stride"),
-            ("_load_row(bias, row, bias_stride", "_load_row(weight, row, bias_stride"),
+            ("load_row(weight, row, weight_stride", "load_row(weight, 0, weight_stride"),
+            ("load_row(weight, row, weight_stride", "load_row(weight, row, bias_stride"),
+            ("load_row(bias, row, bias_stride", "load_row(bias, row, weight_stride"),
+            ("load_row(bias, row, bias_stride", "load_row(weight, row, bias_stride"),
             ("tl.load(x + start + o_tile, mask=m_tile", "tl.load(x + start + o_tile, mask=m_n[:, None]"),
             ("b_total += tl.load(delta", "b_total = tl.load(delta"),
             ("b_total = b_rounded.to(tl.float32)", "b_total = b_total.to(tl.float32)"),
@@ -62,7 +54,7 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
         ),
         "_bwd_kernel": (
             ("(tl.program_id(0) // slices).to(tl.int64)", "tl.program_id(0) // slices"),
-            ("_row_of_sample(task_ids, b, T)", "0"),
+            ("row_of_sample(task_ids, b, T)", "0"),
             ("range(tl.program_id(0) % slices,", "range(0,"),
             ("tl.cdiv(N, BLOCK_N)", "N // BLOCK_N"),
             ("m_n = n + o_n < N", "m_n = n + o_n <= N"),
@@ -83,23 +75,8 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
             ("tl.sum(b_sum_weight, axis=0), mask=m_d", "tl.sum(b_sum_weight, axis=0), mask=o_d >= 0"),
             ("tl.sum(b_sum_bias, axis=0)", "tl.sum(b_sum_weight, axis=0)"),
         ),
-        "_reduce_kernel": (
-            ("tl.program_id(1) * BLOCK_D +", "tl.program_id(1) +"),
-            ("m_d = o_d < D", "m_d = o_d <= D"),
-            ("range(0, B, BLOCK_B)", "range(0, BLOCK_B, BLOCK_B)"),
-            ("m_b = o_b < B", "m_b = o_b <= B"),
-            ("== task", ">= task"),
-            ("m_b &= tl.load", "m_b |= tl.load"),
-            ("(r * B + o_b.to(tl.int64))", "o_b.to(tl.int64)"),
-            ("range(slices)", "range(1)"),
-            ("o_partial + s * D", "o_partial"),
-            ("b_sum += tl.load", "b_sum = tl.load"),
-            ("m_b[:, None] & m_d[None, :]", "m_b[:, None]"),
-            ("(r * T + task) * D", "r * T * D"),
-        ),
     },
-    "layer_norm_launch": {
-        "_row_stride": (("0 if table.shape[0] == 1 else table.stride(0)", "table.stride(0)"),),
+    "layer_norm/launch": {
         "launch_forward": (
             (
                 "total = None if delta is None else torch.empty(B, N, D, dtype=x.dtype",
@@ -109,36 +86,31 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
                 "mean = torch.empty(B, N, dtype=torch.float32, device=x.device) if keep else None",
                 "mean = torch.empty(B, N, dtype=torch.float32, device=x.device)",
             ),
-            ("_blocks(N, block_n)", "N // block_n"),
-            ("weight_stride=_row_stride(weight)", "weight_stride=D"),
-            ("bias_stride=_row_stride(bias)", "bias_stride=_row_stride(weight)"),
+            ("cdiv(N, block_n)", "N // block_n"),
+            ("weight_stride=row_stride(weight)", "weight_stride=D"),
+            ("bias_stride=row_stride(bias)", "bias_stride=row_stride(weight)"),
             ("eps=eps", "eps=1e-6"),
         ),
         "launch_backward": (
-            ("min(_blocks(N, block_n),", "min(_blocks(N, block_n) + 1,"),
+            ("min(cdiv(N, block_n),", "min(cdiv(N, block_n) + 1,"),
             ("dtype=delta_dtype", "dtype=total.dtype"),
             ("kinds = need_weight + need_bias", "kinds = 2"),
             ("partials[0] if need_weight", "partials[-1] if need_weight"),
             ("partials[-1] if need_bias", "partials[0] if need_bias"),
             ("if need_x else None", "if True else None"),
-            ("weight_stride=_row_stride(weight)", "weight_stride=D"),
-        ),
-        "_reduce": (
-            ("(1, 2) if weight.shape[0] == 1 else 2", "(1, 2) if weight.shape[0] == 1 else 1"),
-            ("_blocks(D, block_d), kinds", "_blocks(D, block_d), 1"),
-            ("(T, _blocks", "(T - 1, _blocks"),
+            ("weight_stride=row_stride(weight)", "weight_stride=D"),
         ),
     },
-    "layer_norm_op": {
+    "layer_norm/operator": {
         "_forward": (
             ("x.contiguous(), ", "x, "),
-            ("_contiguous(delta)", "delta"),
-            ("weight, bias = _dense_columns(weight), _dense_columns(bias)", "weight = _dense_columns(weight)"),
+            ("contiguous(delta)", "delta"),
+            ("weight, bias = dense_columns(weight), dense_columns(bias)", "weight = dense_columns(weight)"),
         ),
         "_backward": (
             ("grad_out.contiguous(), ", "grad_out, "),
-            ("_contiguous(grad_total)", "grad_total"),
-            ("_dense_columns(weight)", "weight"),
+            ("contiguous(grad_total)", "grad_total"),
+            ("dense_columns(weight)", "weight"),
         ),
         "_setup_context": (("x if delta is None else total", "x"),),
         "_gradients": (
@@ -148,7 +120,7 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
         ),
         "fused_layer_norm": (("torch.is_grad_enabled() and any", "any"),),
     },
-    "linear_triton": {
+    "linear/triton_kernels": {
         "_tile": (
             ("// (GROUP_M * columns)", "// GROUP_M"),
             ("% (GROUP_M * columns)", "% GROUP_M"),
@@ -157,10 +129,6 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
             ("within % height, within // height", "within // height, within % height"),
             ("row.to(tl.int64) * BLOCK_M", "row * BLOCK_M"),
             ("column.to(tl.int64) * BLOCK_N", "column.to(tl.int64) * BLOCK_M"),
-        ),
-        "_columns": (
-            ("n + tl.arange", "tl.arange"),
-            ("o_n < F", "o_n <= F"),
         ),
         "_linear": (
             ("m + o_m < M", "m + o_m <= M"),
@@ -175,14 +143,8 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
             ("weight + n * K + (o_weight + k), mask=m_weight, ", "weight + (o_weight + k), mask=m_weight, "),
             ("x + m * K + (o_x + k), mask=m_x & ", "x + m * K + o_x, mask=m_x & "),
             ("tl.dot(b_x, b_weight, b_out, ", "tl.dot(b_x, b_weight, "),
-            ("b_out += _columns(bias, n, F, BLOCK_N)", "b_out += _columns(bias, 0, F, BLOCK_N)"),
-            ("b_out += _columns(bias, n, F, BLOCK_N)", "pass"),
-        ),
-        "_normal_cdf": (("0.7071067811865476", "0.7071"), ("1.0 + tl.erf", "tl.erf")),
-        "_gelu_slope": (
-            ("0.3989422804014327", "0.3989"),
-            ("-0.5 * b_z", "0.5 * b_z"),
-            ("_normal_cdf(b_z) + b_z *", "_normal_cdf(b_z) +"),
+            ("b_out += load_columns(bias, n, F, BLOCK_N)", "b_out += load_columns(bias, 0, F, BLOCK_N)"),
+            ("b_out += load_columns(bias, n, F, BLOCK_N)", "pass"),
         ),
         "_linear_gelu_kernel": (
             ("m + o_m < M", "m + o_m < M - 1"),
@@ -190,8 +152,8 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
             ("o_m * F + o_n", "o_m * K + o_n"),
             ("pre + (m * F + n)", "pre + m * F"),
             ("b_pre.to(pre.dtype.element_ty), mask=m_tile", "b_pre.to(pre.dtype.element_ty)"),
-            ("b_pre * _normal_cdf(b_pre)", "b_pre * _normal_cdf(-b_pre)"),
-            ("b_pre * _normal_cdf(b_pre)", "b_pre"),
+            ("b_pre * normal_cdf(b_pre)", "b_pre * normal_cdf(-b_pre)"),
+            ("b_pre * normal_cdf(b_pre)", "b_pre"),
             ("out + (m * F + n)", "out + m * F"),
             ("b_out.to(out.dtype.element_ty), mask=m_tile", "b_out.to(out.dtype.element_ty)"),
         ),
@@ -199,7 +161,7 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
             ("(m + o_m < M) & (n + o_n < F)", "n + o_n < F"),
             ("grad_out + (m * F + n)", "grad_out + m * F"),
             ("mask=m_tile, other=0.0", "mask=m_tile, other=1.0"),
-            ("b_grad *= _gelu_slope(b_pre)", "b_grad *= _normal_cdf(b_pre)"),
+            ("b_grad *= gelu_slope(b_pre)", "b_grad *= normal_cdf(b_pre)"),
             ("grad_pre + (m * F + n)", "grad_pre + m * F"),
             ("b_grad.to(grad_pre.dtype.element_ty), mask=m_tile", "b_grad.to(grad_pre.dtype.element_ty)"),
             ("(m // BLOCK_M) * F + n", "n"),
@@ -216,7 +178,7 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
                 "mask=m_tile, other=0.0).to(tl.float32)\n        b_grad *=",
                 "mask=m_tile, other=1.0).to(tl.float32)\n        b_grad *=",
             ),
-            ("b_grad *= _gelu_slope(b_pre)", "b_grad *= _normal_cdf(b_pre)"),
+            ("b_grad *= gelu_slope(b_pre)", "b_grad *= normal_cdf(b_pre)"),
             ("b_sum += b_grad", "b_sum = b_grad"),
             ("part * F + n", "n"),
             ("tl.sum(b_sum, axis=0), mask=m_n", "tl.sum(b_sum, axis=0)"),
@@ -231,8 +193,8 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
             ("(m + o_m < M) & (n + o_n < F)", "m + o_m < M"),
             ("y + (m * F + n)", "y + m * F"),
             ("b_y.to(y.dtype.element_ty), mask=m_tile", "b_y.to(y.dtype.element_ty)"),
-            ("b_y *= _columns(scale, n, F, BLOCK_N)", "b_y *= _columns(scale, 0, F, BLOCK_N)"),
-            ("b_y *= _columns(scale, n, F, BLOCK_N)", "pass"),
+            ("b_y *= load_columns(scale, n, F, BLOCK_N)", "b_y *= load_columns(scale, 0, F, BLOCK_N)"),
+            ("b_y *= load_columns(scale, n, F, BLOCK_N)", "pass"),
             ("b_y *= _kept(keep, m, o_m, M, N)", "b_y *= _kept(keep, m * 0, o_m, M, N)"),
             ("b_y *= _kept(keep, m, o_m, M, N)", "pass"),
             ("b_y += tl.load(residual", "b_y = tl.load(residual"),
@@ -247,33 +209,33 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
             ("b_grad *= _kept(keep, m, o_m, M, N)", "pass"),
             ("b_sum_scale += ", "b_sum_scale = "),
             ("tl.load(y + (m * F + n)", "tl.load(y + n"),
-            ("b_grad *= _columns(scale, n, F, BLOCK_N)", "pass"),
+            ("b_grad *= load_columns(scale, n, F, BLOCK_N)", "pass"),
             ("b_sum_bias += b_grad", "b_sum_bias = b_grad"),
             ("partial_scale + (part * F + n)", "partial_scale + n"),
             ("tl.sum(b_sum_scale, axis=0)", "tl.sum(b_sum_bias, axis=0)"),
             ("tl.sum(b_sum_bias, axis=0), mask=m_n", "tl.sum(b_sum_bias, axis=0)"),
         ),
     },
-    "linear_launch": {
+    "linear/launch": {
         "_precision": (
             ('"tf32" if allowed else "ieee"', '"ieee"'),
             ("dtype != torch.float32 or ", ""),
         ),
         "_product_options": (
-            ("_blocks(rows, tiles.block_m)", "(rows // tiles.block_m)"),
-            ("_blocks(F, tiles.block_n)", "(F // tiles.block_n)"),
+            ("cdiv(rows, tiles.block_m)", "(rows // tiles.block_m)"),
+            ("cdiv(F, tiles.block_n)", "(F // tiles.block_n)"),
         ),
         "launch_linear_gelu": (("if keep_pre else None", "if True else None"), ("pre=pre", "pre=None")),
         "launch_linear_gelu_backward": (
             ("if need_bias else None\n        if grad_out", "if True else None\n        if grad_out"),
-            ('_blocks(options["M"], tiles.block_m)', '_blocks(options["M"], tiles.block_m) + 1'),
+            ('cdiv(options["M"], tiles.block_m)', 'cdiv(options["M"], tiles.block_m) + 1'),
             ("partial.sum(0)", "partial[0]"),
             ("dtype=x.dtype", "dtype=torch.float32"),
         ),
         "_gelu_backward_pass": (("if need_bias else None", "if True else None"),),
         "_pass_options": (
-            ("min(_blocks(rows, block_m),", "min(_blocks(rows, block_m) + 1,"),
-            ("columns = _blocks(F, block_n)", "columns = max(1, F // block_n)"),
+            ("min(cdiv(rows, block_m),", "min(cdiv(rows, block_m) + 1,"),
+            ("columns = cdiv(F, block_n)", "columns = max(1, F // block_n)"),
             ("columns * slices", "slices"),
         ),
         "launch_linear_add": (
@@ -288,7 +250,7 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
             ("None if bias_dtype is None else _partials", "_partials"),
         ),
     },
-    "linear_op": {
+    "linear/operator": {
         "_launch": (("a.contiguous() if", "a if"),),
         "_product_gradients": (
             ("if need_x else None", "if True else None"),
@@ -302,7 +264,7 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
         "fused_linear_gelu": (("needs_grad and x.shape[2] > WIDEST_RECOMPUTED", "needs_grad"),),
         "fused_linear_add": (("_needs_grad(scale))\n", "_needs_grad(x))\n"),),
     },
-    "norm_linear_triton": {
+    "norm_linear/triton_kernels": {
         "_statistics": (
             ("m_k = k + o_k < K", "m_k = k + o_k <= K"),
             ("min(BLOCK_K, K - k)", "BLOCK_K"),
@@ -321,9 +283,9 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
             ("(token + rows - 1) // N + 1", "(token + rows - 1) // N"),
             ("(k + o_k < K)[None, :], other=0.0).to(tl.float32)", "(k + o_k >= 0)[None, :], other=0.0).to(tl.float32)"),
             ("* b_rstd[:, None]", ""),
-            ("_row_of_sample(task_ids, first + sample, T)", "_row_of_sample(task_ids, first, T)"),
-            ("_load_row(norm_weight, row, norm_weight_stride", "_load_row(norm_weight, row, norm_bias_stride"),
-            ("_load_row(norm_bias, row, norm_bias_stride", "_load_row(norm_bias, row, norm_weight_stride"),
+            ("row_of_sample(task_ids, first + sample, T)", "row_of_sample(task_ids, first, T)"),
+            ("load_row(norm_weight, row, norm_weight_stride", "load_row(norm_weight, row, norm_bias_stride"),
+            ("load_row(norm_bias, row, norm_bias_stride", "load_row(norm_bias, row, norm_weight_stride"),
             ("token + o_m - sample * N", "o_m - sample * N"),
             ("(o_token >= 0) & (o_token < N)", "o_token >= 0"),
             ("b_h * b_weight + b_bias", "b_h * b_weight"),
@@ -332,19 +294,20 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
             ("weight + n * K", "weight + n"),
             ("chunks[k // BLOCK_K]", "chunks[0]"),
             ("tl.dot(chunks[k // BLOCK_K], b_w, b_out)", "tl.dot(chunks[k // BLOCK_K], b_w)"),
-            ("_columns(bias, n, F, BLOCK_N)", "_columns(bias, 0, F, BLOCK_N)"),
-            ("b_out *= _normal_cdf(b_out)", "b_out = _normal_cdf(b_out)"),
+            ("load_columns(bias, n, F, BLOCK_N)", "load_columns(bias, 0, F, BLOCK_N)"),
+            ("b_out *= normal_cdf(b_out)", "b_out = normal_cdf(b_out)"),
             ("(m * F + n)", "(m * F)"),
             ("mask=m_m & m_n", "mask=m_n"),
         ),
     },
-    "norm_linear_launch": {
+    "norm_linear/launch": {
         "launch_norm_linear": (
             ("slices = min(column_tiles", "slices = max(column_tiles"),
-            ("_row_stride(norm_weight)", "norm_weight.shape[1]"),
-            ("_row_stride(norm_bias)", "norm_bias.shape[1]"),
+            ("row_stride(norm_weight)", "norm_weight.shape[1]"),
+            ("row_stride(norm_bias)", "norm_bias.shape[1]"),
             ("GELU=gelu", "GELU=not gelu"),
         ),
     },
     **BATCH_NORM,
+    **COMMON,
 }

@@ -1,26 +1,7 @@
 """The part of mutation_table.py for the batch norm. Data."""
 
-BATCH_NORM = {  # as MUTATIONS
-    "batch_norm_triton": {
-        "_clamp": (
-            ("b_x <= LOW, LOW", "b_x <= LOW, HIGH"),
-            ("b_x >= HIGH, HIGH", "b_x >= HIGH, b_x"),
-        ),
-        "_activate": (
-            ("b_x <= 0.0, 0.0", "b_x <= 0.0, 1.0"),
-            ("_clamp(b_x, 0.0, 6.0)", "_clamp(b_x, 0.0, 3.0)"),
-            ("tl.sigmoid(b_x)", "tl.sigmoid(-b_x)"),
-            ("(1.0 / 6.0)", "(1.0 / 3.0)"),
-            ("_normal_cdf(b_x)", "_normal_cdf(-b_x)"),
-        ),
-        "_slope": (
-            ("b_x > 0.0, 1.0", "b_x > 0.0, 2.0"),
-            ("(b_x < 6.0)", "(b_x < 3.0)"),
-            ("b_x * (1.0 - b_gate)", "b_x * b_gate"),
-            ("b_x <= -3.0", "b_x <= 0.0"),
-            ("(1.0 / 3.0)", "(1.0 / 6.0)"),
-            ("_gelu_slope(b_x)", "_normal_cdf(b_x)"),
-        ),
+BATCH_NORM = {
+    "batch_norm/triton_kernels": {
         "_spread": (
             ("if CHANNELS_LAST", "if not CHANNELS_LAST"),
             ("b_row[:, None]", "b_row[None, :]"),
@@ -34,33 +15,33 @@ BATCH_NORM = {  # as MUTATIONS
         ),
         "_rstd": (
             ("tl.cast(eps, tl.float32)", "1e-5"),
-            ("_load_row(var, row, stride", "_load_row(var, 0, stride"),
+            ("load_row(var, row, stride", "load_row(var, 0, stride"),
         ),
         "_fwd_kernel": (
             ("(tl.program_id(0) // (rows * columns)).to(tl.int64)", "tl.program_id(0) // (rows * columns)"),
             ("// columns % rows", "% rows"),
             ("% columns * BLOCK_I", "% columns"),
-            ("_load_row(mean, row, stats_stride", "_load_row(mean, row, weight_stride"),
-            ("_load_row(weight, row, weight_stride", "_load_row(weight, row, bias_stride"),
-            ("_load_row(bias, row, bias_stride", "_load_row(bias, row, weight_stride"),
+            ("load_row(mean, row, stats_stride", "load_row(mean, row, weight_stride"),
+            ("load_row(weight, row, weight_stride", "load_row(weight, row, bias_stride"),
+            ("load_row(bias, row, bias_stride", "load_row(bias, row, weight_stride"),
             ("(b_x - _spread(b_mean, CHANNELS_LAST))", "b_x"),
             (" + _spread(b_bias, CHANNELS_LAST)", ""),
-            ("_activate(b_x, ACT) + b_residual if", "_activate(b_x + b_residual, ACT) if"),
+            ("activate(b_x, ACT) + b_residual if", "activate(b_x + b_residual, ACT) if"),
             ("b_x.to(out.dtype.element_ty), mask=m_tile", "b_x.to(out.dtype.element_ty)"),
         ),
         "_bwd_kernel": (
             ("% tiles) * BLOCK_C", "% tiles)"),
             ("(tl.program_id(0) // tiles).to(tl.int64)", "tl.program_id(0) // tiles"),
             ("% slices) * chunk", "% slices)"),
-            ("_load_row(mean, row, stats_stride", "_load_row(mean, row, weight_stride"),
-            ("_load_row(weight, row, weight_stride", "_load_row(weight, row, bias_stride"),
-            ("_load_row(bias, row, bias_stride", "_load_row(bias, row, weight_stride"),
+            ("load_row(mean, row, stats_stride", "load_row(mean, row, weight_stride"),
+            ("load_row(weight, row, weight_stride", "load_row(weight, row, bias_stride"),
+            ("load_row(bias, row, bias_stride", "load_row(bias, row, weight_stride"),
             ("sums + (C + o_c)", "sums + o_c"),
             ("* b_rstd * b_rstd", "* b_rstd"),
             ("tl.cdiv(S, BLOCK_S)", "S // BLOCK_S"),
             ("s = tile * BLOCK_S", "s = first * BLOCK_S"),
             (".to(tl.float32) - b_mean", ".to(tl.float32)"),
-            ("_slope(b_pre, ACT)", "_activate(b_pre, ACT)"),
+            ("activation_slope(b_pre, ACT)", "activate(b_pre, ACT)"),
             ("b_pre += tl.load(residual", "b_pre = tl.load(residual"),
             ("b_sum_weight += b_grad", "b_sum_weight = b_grad"),
             ("b_sum_bias += b_grad", "b_sum_bias = b_grad"),
@@ -70,7 +51,7 @@ BATCH_NORM = {  # as MUTATIONS
             ("tl.sum(b_sum_bias, axis=AXIS), mask=o_c < C", "tl.sum(b_sum_bias, axis=AXIS)"),
         ),
     },
-    "batch_norm_sums_triton": {
+    "batch_norm/triton_sums": {
         "_stats_kernel": (
             ("% tiles) * BLOCK_C", "% tiles)"),
             ("(tl.program_id(0) // tiles).to(tl.int64)", "tl.program_id(0) // tiles"),
@@ -110,10 +91,10 @@ BATCH_NORM = {  # as MUTATIONS
             ("sums + r * C + o_c", "sums + o_c"),
         ),
     },
-    "batch_norm_launch": {
-        "_slices": (("_blocks(tiles, chunk), programs", "tiles, programs"),),
+    "batch_norm/launch": {
+        "_slices": (("cdiv(tiles, chunk), programs", "tiles, programs"),),
         "launch_statistics": (("chunk=chunk * block_s", "chunk=chunk"),),
-        "_norm_arguments": (("0 if mean.dim() == 1 else _row_stride(mean)", "_row_stride(mean)"),),
+        "_norm_arguments": (("0 if mean.dim() == 1 else row_stride(mean)", "row_stride(mean)"),),
         "launch_backward": (
             ("need_weight or two_passes", "need_weight"),
             ("None if two_passes else grad_x", "grad_x"),
@@ -122,8 +103,8 @@ BATCH_NORM = {  # as MUTATIONS
             ("0 if need_weight else 1", "0"),
         ),
     },
-    "batch_norm_op": {
-        "_rows": (("_dense_columns(bias)", "bias"),),
+    "batch_norm/operator": {
+        "_rows": (("dense_columns(bias)", "bias"),),
         "_setup_context": ((" and not residual_after_act", ""),),
         "_gradients": (
             ("grad_residual if ctx.is_seen else grad_out", "grad_out"),

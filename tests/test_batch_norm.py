@@ -9,8 +9,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from hyperclip_fast.kernels import batch_norm_launch
 from hyperclip_fast.kernels.batch_norm import batch_norm_act, batch_norm_act_train
+from hyperclip_fast.kernels.batch_norm import launch as batch_norm_launch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,7 @@ from hyperclip_fast import set_backend
 from tests.helpers import DEVICE, KERNEL_DTYPES, MODE, allocating, assert_close, kernel_run, poisoned_empty
 
 pytest.importorskip("triton")
-LAUNCH = "hyperclip_fast.kernels.batch_norm_launch"
+LAUNCH = "hyperclip_fast.kernels.batch_norm.launch"
 EXAMPLES = {"gpu": 200, "interpreter": 50}.get(MODE, 30)
 NAMES = ("x", "weight", "bias", "residual")
 F32, F16 = torch.float32, torch.float16

@@ -15,10 +15,10 @@ pytestmark = pytest.mark.skipif(MODE not in ("interpreter", "guard"), reason="co
 
 if MODE in ("interpreter", "guard"):
     from hyperclip_fast.bench.accesses import accesses
-    from hyperclip_fast.kernels import batch_norm_launch
     from hyperclip_fast.kernels.batch_norm import batch_norm_act, batch_norm_act_train
-    from hyperclip_fast.kernels.batch_norm_sums_triton import _stats_kernel
-    from hyperclip_fast.kernels.batch_norm_triton import _bwd_kernel, _fwd_kernel
+    from hyperclip_fast.kernels.batch_norm import launch as batch_norm_launch
+    from hyperclip_fast.kernels.batch_norm.triton_kernels import _bwd_kernel, _fwd_kernel
+    from hyperclip_fast.kernels.batch_norm.triton_sums import _stats_kernel
 
 B, C, H, W, T = 3, 20, 9, 16, 4  # tiles with a tail in channels and in pixels, in both formats
 
@@ -135,7 +135,7 @@ def test_addresses_beyond_two_to_the_31_elements(last):
     # The last program of a batch of 2.6e9 elements: nothing is read or written, only the addresses are computed.
     samples, channels, pixels = 3 * 2**10, 256, 56 * 64
     outer, inner = (pixels, channels) if last else (channels, pixels)
-    block_o, block_i, _ = batch_norm_launch.tile_config(inner)
+    block_o, block_i, _ = batch_norm_launch.batch_norm_tiles(inner)
     block_c, block_s = (block_i, block_o) if last else (block_o, block_i)
     streams = {
         n: torch.zeros(8, dtype=torch.float16) for n in ("x", "residual", "out", "grad_out", "grad_x", "grad_res")

@@ -12,7 +12,7 @@ from hyperclip_fast.bench.engines import captured
 from hyperclip_fast.bench.machine import describe, peak_bytes
 from hyperclip_fast.bench.mixes import MIXES, make_task_ids
 from hyperclip_fast.bench.operations import OPERATIONS
-from hyperclip_fast.kernels import linear_table
+from hyperclip_fast.kernels import tables
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -396,9 +396,9 @@ def test_the_kernels_load_the_table_that_was_measured(tmp_path, monkeypatch):
     path = tmp_path / "table.json"
     path.write_text(json.dumps(gpu_report.kernel_table(found, CPU)))
     for name in found:
-        monkeypatch.setitem(linear_table.WIDEST, name, dict(linear_table.WIDEST[name]))
-    linear_table.load(path)
-    assert {name: linear_table.WIDEST[name]["large"] for name in found} == found
+        monkeypatch.setitem(tables.WIDEST, name, dict(tables.WIDEST[name]))
+    tables.load(path)
+    assert {name: tables.WIDEST[name]["large"] for name in found} == found
 
 
 @pytest.mark.parametrize("is_gpu", [False, True])

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hyperclip_fast.kernels.linear_table import WIDEST
+from hyperclip_fast.kernels.tables import WIDEST
 from timm.layers import LayerNormFp32, set_fast_norm
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode

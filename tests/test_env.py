@@ -8,7 +8,7 @@ import torch
 from hyperclip_fast.kernels.batch_norm import batch_norm_act
 from hyperclip_fast.kernels.layer_norm import add_layer_norm, layer_norm
 from hyperclip_fast.kernels.linear import linear_add, linear_gelu
-from hyperclip_fast.kernels.linear_table import WIDEST
+from hyperclip_fast.kernels.tables import WIDEST
 
 from hyperclip_fast import env, set_backend
 

@@ -164,10 +164,11 @@ def test_the_kernel_repository_is_complete_and_written_once(tmp_path, capsys):
     folder = tmp_path / "kernel"
     assert main(["--out", str(folder)]) == 0 and str(folder) in capsys.readouterr().out
     variant = folder / "build" / "torch-universal"
-    modules = {path.name for path in (ROOT / "kernels").glob("*.py")}
-    assert {path.name for path in variant.iterdir()} == modules | {"__init__.py", "metadata.json"}
-    assert set(PUBLIC) <= {Path(name).stem for name in modules}
-    text = "".join(path.read_text() for path in variant.glob("*.py"))
+    modules = {path.relative_to(ROOT / "kernels") for path in (ROOT / "kernels").rglob("*.py")}
+    written = {path.relative_to(variant) for path in variant.rglob("*") if path.is_file()}
+    assert written == modules | {Path("__init__.py"), Path("metadata.json")}
+    assert set(PUBLIC) <= {path.parts[0].removesuffix(".py") for path in modules}
+    text = "".join(path.read_text() for path in variant.rglob("*.py"))
     identity = json.loads((variant / "metadata.json").read_text())["id"]
     assert "hyperclip_fast::" not in text.replace(f"{identity}::", "") and f"{identity}::layer_norm" in text
     assert main(["--out", str(folder)]) == 2 and "new or an empty folder" in capsys.readouterr().err

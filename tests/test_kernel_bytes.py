@@ -14,9 +14,9 @@ pytestmark = pytest.mark.skipif(MODE not in ("interpreter", "guard"), reason="co
 
 if MODE in ("interpreter", "guard"):
     from hyperclip_fast.bench.accesses import accesses
-    from hyperclip_fast.kernels import layer_norm_launch
     from hyperclip_fast.kernels.layer_norm import add_layer_norm, layer_norm
-    from hyperclip_fast.kernels.layer_norm_triton import _bwd_kernel, _fwd_kernel
+    from hyperclip_fast.kernels.layer_norm import launch as layer_norm_launch
+    from hyperclip_fast.kernels.layer_norm.triton_kernels import _bwd_kernel, _fwd_kernel
 
 
 def assert_once(log, kind, **tensors):
@@ -51,7 +51,7 @@ def test_forward_moves_each_element_once(tensors, dtype, triton_backend):
     assert_once(log, "store", out=out, total=total)
     assert_never(log, "load", out=out, total=total)
     assert log.total("store") == 2 * x.numel()
-    tiles = B * -(-N // layer_norm_launch.tile_config(D)[1][0])
+    tiles = B * -(-N // layer_norm_launch.layer_norm_tiles(D)[1][0])
     assert log.total("load") == 2 * x.numel() + tiles * (1 + 2 * D)  # a task id and two rows a tile
 
     with accesses() as log:
@@ -65,7 +65,7 @@ def test_task_id_out_of_range_reads_no_row(tensors, triton_backend):
     x, _, weight, bias = (leaf.detach() for leaf in tensors[0].values())
     with accesses() as log:  # which raises for an access outside the tensors
         layer_norm(x, weight, bias, torch.tensor([0, T, -1]))
-    tiles = -(-N // layer_norm_launch.tile_config(D)[1][0])
+    tiles = -(-N // layer_norm_launch.layer_norm_tiles(D)[1][0])
     for rows in (weight, bias):
         assert np.array_equal(log.of("load", rows), np.repeat(np.arange(D), tiles))
 
@@ -109,7 +109,7 @@ def test_backward_writes_a_second_copy_only_for_another_dtype(tensors, triton_ba
 def test_addresses_beyond_two_to_the_31_elements():
     # The last program of a batch of 2.4e9 elements: nothing is read or written, only the addresses are computed.
     samples, tokens, width = 3, 2**20, 768
-    block_d, (block_n, _), (back_n, _) = layer_norm_launch.tile_config(width)
+    block_d, (block_n, _), (back_n, _) = layer_norm_launch.layer_norm_tiles(width)
     x, delta, out, total, grad_out, grad_x = (torch.zeros(8, dtype=torch.float16) for _ in range(6))
     weight, mean, rstd, partial = (torch.zeros(8) for _ in range(4))
     shared = {"weight": weight, "task_ids": None, "total": total, "mean": mean, "rstd": rstd, "N": tokens, "T": 1}

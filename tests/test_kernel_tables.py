@@ -8,9 +8,8 @@ import sys
 
 import pytest
 import torch
-from hyperclip_fast.kernels import linear_table
-from hyperclip_fast.kernels.layer_norm_table import tile_config
-from hyperclip_fast.kernels.linear_table import TABLES, Tiles, choose_tiles, is_chosen
+from hyperclip_fast.kernels import tables
+from hyperclip_fast.kernels.tables import TABLES, Tiles, choose_tiles, is_chosen, layer_norm_tiles
 
 GIVEN = {
     "widest": {"linear_add": {"large": 384}},
@@ -23,7 +22,7 @@ GIVEN = {
 def restored():
     before = copy.deepcopy(TABLES)
     yield
-    linear_table._update(TABLES, before)
+    tables._update(TABLES, before)
 
 
 def write(path, content):
@@ -33,26 +32,26 @@ def write(path, content):
 
 def test_a_file_replaces_what_it_holds_and_nothing_else(tmp_path):
     before = copy.deepcopy(TABLES)
-    linear_table.load(write(tmp_path / "table.json", GIVEN))
+    tables.load(write(tmp_path / "table.json", GIVEN))
     x, device = torch.zeros(1, 1, 8, dtype=torch.bfloat16), torch.device("cpu")
     assert [is_chosen("linear_add", x, width) for width in (384, 385)] == [True, False]
     assert choose_tiles(device, 2, 256 * 197, 3072, 768) == Tiles(128, 64, 64, 1, 8, 1)
     assert choose_tiles(device, 4, 256 * 197, 3072, 768) == before["tiles"]["large"][4][2]
-    assert tile_config(192) == (256, (16, 8), (4, 2))
+    assert layer_norm_tiles(192) == (256, (16, 8), (4, 2))
     assert TABLES["widest"]["linear_gelu"] == before["widest"]["linear_gelu"]
     assert TABLES["tiles"]["amd"] == before["tiles"]["amd"]
 
 
 def test_what_was_saved_loads_as_it_was(tmp_path):
     before = copy.deepcopy(TABLES)
-    linear_table.save(tmp_path / "default.json")
-    linear_table.load(write(tmp_path / "given.json", GIVEN))
+    tables.save(tmp_path / "default.json")
+    tables.load(write(tmp_path / "given.json", GIVEN))
     changed = copy.deepcopy(TABLES)
-    linear_table.save(tmp_path / "changed.json")
+    tables.save(tmp_path / "changed.json")
     assert changed != before
-    for name, tables in (("default", before), ("changed", changed)):
-        linear_table.load(tmp_path / f"{name}.json")
-        assert tables == TABLES
+    for name, expected in (("default", before), ("changed", changed)):
+        tables.load(tmp_path / f"{name}.json")
+        assert expected == TABLES
         assert type(TABLES["tiles"]["large"][2][0]) is Tiles
     assert sorted(path.name for path in tmp_path.iterdir()) == ["changed.json", "default.json", "given.json"]
 
@@ -82,13 +81,13 @@ def test_a_wrong_file_is_refused_and_changes_nothing(case, tmp_path):
         content = {**content, "tiles": content.get("tiles", GIVEN["tiles"])}  # with something right in it
     before = copy.deepcopy(TABLES)
     with pytest.raises(ValueError, match=message):
-        linear_table.load(write(tmp_path / "table.json", content))
+        tables.load(write(tmp_path / "table.json", content))
     assert before == TABLES
 
 
 def test_the_environment_names_a_file(tmp_path):
     path = write(tmp_path / "table.json", {"widest": {"linear_add": {"amd": 192}}})
-    code = "from hyperclip_fast.kernels.linear_table import WIDEST; print(WIDEST['linear_add'])"
+    code = "from hyperclip_fast.kernels.tables import WIDEST; print(WIDEST['linear_add'])"
     environment = {**os.environ, "HYPERCLIP_KERNEL_TABLE": str(path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "{'large': 0, 'small': 0, 'amd': 192}", done.stderr

@@ -26,10 +26,10 @@ BYTES = {"*bf16": 2, "*fp32": 4}
 
 def specs(width: int, dtype: str) -> dict[str, dict]:
     """{kernel: its function, argument types and constants, warps, the tiles that it loads, those that it stores}."""
-    from hyperclip_fast.kernels import layer_norm_launch as launch
+    from hyperclip_fast.kernels.layer_norm import launch
 
     stream, inner = ("*fp32", "*bf16") if dtype == "mixed" else ("*" + dtype, "*" + dtype)
-    block_d, (block_n, warps), (back_n, back_warps) = launch.tile_config(width)
+    block_d, (block_n, warps), (back_n, back_warps) = launch.layer_norm_tiles(width)
     block_b, reduce_d, reduce_warps = launch.REDUCE_CONFIG
     shared = {"weight": stream, "task_ids": "*i64", "total": stream, "mean": "*fp32", "rstd": "*fp32"}
     shared |= {"N": "i32", "T": "i32", "weight_stride": "i32", "D": width, "BLOCK_D": block_d}
@@ -63,8 +63,8 @@ def kind(target: str) -> str:
 
 def product_specs(target: str) -> dict[str, dict]:
     """{kernel and tiles: as `specs`} of the products with epilogues, each with every tile of the target's table."""
-    from hyperclip_fast.kernels import linear_launch as launch
-    from hyperclip_fast.kernels.linear_table import TILES
+    from hyperclip_fast.kernels.linear import launch
+    from hyperclip_fast.kernels.tables import TILES
 
     table = TILES[kind(target)]
     kernels = {  # loads and stores beside the product's operands
@@ -99,8 +99,8 @@ def product_arguments(dtype: str, tiles) -> dict:
 
 def norm_product_specs(target: str) -> dict[str, dict]:
     """As `specs`, of the norm and product in one: every width and tile of the target's table, both epilogues."""
-    from hyperclip_fast.kernels import norm_linear_launch as launch
-    from hyperclip_fast.kernels.linear_table import NORM_TILES
+    from hyperclip_fast.kernels.norm_linear import launch
+    from hyperclip_fast.kernels.tables import NORM_TILES
 
     found = {}
     for width, tiles in NORM_TILES[kind(target)].items():
@@ -117,7 +117,7 @@ def norm_product_specs(target: str) -> dict[str, dict]:
 
 def batch_norm_specs() -> dict[str, dict]:
     """As `specs`, of the batch norm: every tile, both formats, the dearest activation, all that is optional."""
-    from hyperclip_fast.kernels import batch_norm_launch as launch
+    from hyperclip_fast.kernels.batch_norm import launch
 
     pointers = dict.fromkeys(("mean", "var", "sums", "partial_mean", "partial_m2", "partials"), "*fp32")
     pointers |= {"partial_weight": "*fp32", "partial_bias": "*fp32", "task_ids": "*i64"}
@@ -134,7 +134,7 @@ def batch_norm_specs() -> dict[str, dict]:
     found = {}
     for inner, last, stream, rows in ((16, 1, "*bf16", "*fp32"), (32, 1, "*fp32", "*fp32"), (64, 0, "*bf16", "*bf16"),
                                       (672, 1, "*bf16", "*fp32"), (784, 0, "*fp32", "*fp32")):  # fmt: skip
-        block_o, block_i, warps = launch.tile_config(inner)
+        block_o, block_i, warps = launch.batch_norm_tiles(inner)
         arguments = pointers | sizes | strides | dict.fromkeys(streams, stream) | {"weight": rows, "bias": rows}
         arguments |= {"INNER": inner, "CHANNELS_LAST": bool(last), "BLOCK_O": block_o, "BLOCK_I": block_i}
         arguments |= {"ACT": "gelu", "RESIDUAL_AFTER": False}

@@ -34,7 +34,7 @@ from tests.helpers import (
 )
 
 pytest.importorskip("triton")
-LAUNCH = "hyperclip_fast.kernels.layer_norm_launch"
+LAUNCH = "hyperclip_fast.kernels.layer_norm.launch"
 EXAMPLES = {"gpu": 200, "interpreter": 80}.get(MODE, 40)
 NAMES = ("x", "delta", "weight", "bias")
 F32, F16 = torch.float32, torch.float16

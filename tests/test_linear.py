@@ -9,9 +9,14 @@ from unittest import mock
 
 import pytest
 import torch
-from hyperclip_fast.kernels import linear
-from hyperclip_fast.kernels.linear import linear_add, linear_add_reference, linear_gelu, linear_gelu_reference
-from hyperclip_fast.kernels.linear_table import TILES, WIDEST, Tiles, choose_tiles, device_kind, is_chosen
+from hyperclip_fast.kernels.linear import functional as linear
+from hyperclip_fast.kernels.linear import (
+    linear_add,
+    linear_add_reference,
+    linear_gelu,
+    linear_gelu_reference,
+)
+from hyperclip_fast.kernels.tables import TILES, WIDEST, Tiles, choose_tiles, device_kind, is_chosen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import LayerScale, Mlp
@@ -31,7 +36,7 @@ from tests.helpers import (
 )
 
 pytest.importorskip("triton")
-from hyperclip_fast.kernels import linear_launch
+from hyperclip_fast.kernels.linear import launch as linear_launch
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 EXAMPLES = {"gpu": 200, "interpreter": 40}.get(MODE, 20)
@@ -145,9 +150,9 @@ def kernels_of(case):
     tiles = case.tiles or SMALL[case.dtype.itemsize]
     with contextlib.ExitStack() as stack:
         for name, value in (
-            ("linear_launch.choose_tiles", lambda *_: tiles),
-            ("linear_launch.PASS_PROGRAMS", case.programs),
-            ("linear_op.WIDEST_RECOMPUTED", case.K if case.recompute else 0),
+            ("linear.launch.choose_tiles", lambda *_: tiles),
+            ("linear.launch.PASS_PROGRAMS", case.programs),
+            ("linear.operator.WIDEST_RECOMPUTED", case.K if case.recompute else 0),
         ):
             stack.enter_context(mock.patch(f"hyperclip_fast.kernels.{name}", value))
         set_backend("triton")

@@ -16,9 +16,10 @@ pytestmark = pytest.mark.skipif(MODE not in ("interpreter", "guard"), reason="co
 if MODE in ("interpreter", "guard"):
     import numpy as np
     from hyperclip_fast.bench.accesses import accesses
-    from hyperclip_fast.kernels import linear_launch, linear_op
+    from hyperclip_fast.kernels.linear import launch as linear_launch
     from hyperclip_fast.kernels.linear import linear_add, linear_gelu
-    from hyperclip_fast.kernels.linear_table import Tiles
+    from hyperclip_fast.kernels.linear import operator as linear_op
+    from hyperclip_fast.kernels.tables import Tiles
 
     TILES = Tiles(32, 32, 16, 2, 4, 2)
 

@@ -10,8 +10,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from hyperclip_fast.kernels import linear, norm_linear
-from hyperclip_fast.kernels.linear_table import NORM_TILES, WIDEST, Tiles, choose_norm_tiles
+from hyperclip_fast.kernels.linear import functional as linear
+from hyperclip_fast.kernels.norm_linear import functional as norm_linear
+from hyperclip_fast.kernels.tables import NORM_TILES, WIDEST, Tiles, choose_norm_tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -122,7 +123,7 @@ def operation(case):
 def kernels_of(case):
     """Triton runs every operation, with the case's tiles and slices."""
     with contextlib.ExitStack() as stack:
-        launch = "hyperclip_fast.kernels.norm_linear_launch"
+        launch = "hyperclip_fast.kernels.norm_linear.launch"
         stack.enter_context(mock.patch(f"{launch}.choose_norm_tiles", lambda *_: case.tiles))
         stack.enter_context(mock.patch(f"{launch}.PROGRAMS", case.programs))
         set_backend("triton")

@@ -57,12 +57,12 @@ def unpacked(wheel, tmp_path_factory):
 def test_wheel_holds_every_module_under_our_name(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    expected = {f"hyperclip_fast/{path.name}" for path in (ROOT / "hyperclip_fast").glob("*.py")}
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "hyperclip_fast").rglob("*.py")}
     for part in ("kernels", "bench"):
-        expected |= {f"hyperclip_fast/{part}/{path.name}" for path in (ROOT / part).glob("*.py")}
+        expected |= {f"hyperclip_fast/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / part).rglob("*.py")}
     files = (path for part in ("assets", "static") for path in (ROOT / "hyperclip_fast" / part).rglob("*"))
     expected |= {path.relative_to(ROOT).as_posix() for path in files if path.is_file()}
-    assert {"hyperclip_fast/kernels/layer_norm.py", "hyperclip_fast/bench/command.py"} <= expected
+    assert {"hyperclip_fast/kernels/layer_norm/functional.py", "hyperclip_fast/bench/command.py"} <= expected
     assert expected <= names
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"hyperclip_fast"}
@@ -90,7 +90,7 @@ def test_wheel_has_metadata_and_the_command(wheel):
 def test_installed_package_runs_its_own_kernels(unpacked, tmp_path):
     where = "import hyperclip_fast.kernels.layer_norm as k; print(k.__file__)"
     out = run(FORWARD + where, path=unpacked, cwd=tmp_path)
-    assert Path(out.strip()) == unpacked / "hyperclip_fast" / "kernels" / "layer_norm.py"
+    assert Path(out.strip()) == unpacked / "hyperclip_fast" / "kernels" / "layer_norm" / "__init__.py"
 
 
 def test_installed_package_benches(unpacked, tmp_path):
@@ -111,7 +111,7 @@ def test_installed_package_leaves_the_name_kernels_to_others(unpacked, tmp_path)
 def test_checkout_runs_its_own_kernels(tmp_path):
     where = "import hyperclip_fast.kernels.layer_norm as k; print(k.__file__)"
     out = run(FORWARD + where, path=ROOT, cwd=tmp_path)
-    assert Path(out.strip()) == ROOT / "kernels" / "layer_norm.py"
+    assert Path(out.strip()) == ROOT / "kernels" / "layer_norm" / "__init__.py"
 
 
 @pytest.mark.parametrize("absent", [["triton"], ["open_clip", "transformers"], ["sklearn", "emoji", "matplotlib"]])

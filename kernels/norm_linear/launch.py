@@ -2,9 +2,9 @@
 
 import torch
 
-from .layer_norm_launch import _blocks, _row_stride
-from .linear_table import choose_norm_tiles
-from .norm_linear_triton import _norm_linear_kernel
+from ..common.launch import cdiv, row_stride
+from ..tables import choose_norm_tiles
+from .triton_kernels import _norm_linear_kernel
 
 # Two for each SM of a large GPU. Fewer row tiles have their columns cut into slices, each with the whole norm to do.
 PROGRAMS = 256
@@ -24,9 +24,9 @@ def launch_norm_linear(
     (B, N, K), F = x.shape, weight.shape[0]
     out = torch.empty(B, N, F, dtype=weight.dtype, device=x.device)
     tiles = choose_norm_tiles(x.device, K)
-    row_tiles, column_tiles = _blocks(B * N, tiles.block_m), _blocks(F, tiles.block_n)
+    row_tiles, column_tiles = cdiv(B * N, tiles.block_m), cdiv(F, tiles.block_n)
     if x.numel():
-        slices = min(column_tiles, _blocks(PROGRAMS, row_tiles))
+        slices = min(column_tiles, cdiv(PROGRAMS, row_tiles))
         _norm_linear_kernel[(row_tiles * slices,)](
             x=x,
             norm_weight=norm_weight,
@@ -40,8 +40,8 @@ def launch_norm_linear(
             T=norm_weight.shape[0],
             F=F,
             slices=slices,
-            norm_weight_stride=_row_stride(norm_weight),
-            norm_bias_stride=_row_stride(norm_bias),
+            norm_weight_stride=row_stride(norm_weight),
+            norm_bias_stride=row_stride(norm_bias),
             eps=eps,
             GELU=gelu,
             K=K,

@@ -15,6 +15,9 @@ atomics, two runs are bit-equal. y is kept, not rebuilt from out - residual: a s
 import triton
 import triton.language as tl
 
+from ..common.triton_activations import gelu_slope, normal_cdf
+from ..common.triton_rows import load_columns
+
 
 @triton.jit
 def _tile(M, F, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
@@ -25,13 +28,6 @@ def _tile(M, F, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.conste
     height = min(rows - group * GROUP_M, GROUP_M)
     row, column = group * GROUP_M + within % height, within // height
     return row.to(tl.int64) * BLOCK_M, column.to(tl.int64) * BLOCK_N
-
-
-@triton.jit
-def _columns(vector, n, F, BLOCK_N: tl.constexpr):
-    """Elements n to n + BLOCK_N of a vector over the columns, (1, BLOCK_N) float32."""
-    o_n = n + tl.arange(0, BLOCK_N)
-    return tl.load(vector + o_n, mask=o_n < F, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -65,19 +61,8 @@ def _linear(
             b_weight = tl.load(weight + n * K + (o_weight + k), mask=m_weight & m_k[:, None], other=0.0)
         b_out = tl.dot(b_x, b_weight, b_out, input_precision=PRECISION)
     if bias is not None:
-        b_out += _columns(bias, n, F, BLOCK_N)
+        b_out += load_columns(bias, n, F, BLOCK_N)
     return b_out
-
-
-@triton.jit
-def _normal_cdf(b_z):
-    return 0.5 * (1.0 + tl.erf(b_z * 0.7071067811865476))
-
-
-@triton.jit
-def _gelu_slope(b_z):
-    """d GELU(z) / d z = cdf(z) + z * density(z)."""
-    return _normal_cdf(b_z) + b_z * (0.3989422804014327 * tl.exp(-0.5 * b_z * b_z))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -103,7 +88,7 @@ def _linear_gelu_kernel(
     o_tile = o_m * F + o_n
     if pre is not None:
         tl.store(pre + (m * F + n) + o_tile, b_pre.to(pre.dtype.element_ty), mask=m_tile)
-    b_out = b_pre * _normal_cdf(b_pre)
+    b_out = b_pre * normal_cdf(b_pre)
     tl.store(out + (m * F + n) + o_tile, b_out.to(out.dtype.element_ty), mask=m_tile)
 
 
@@ -130,7 +115,7 @@ def _linear_gelu_bwd_kernel(
     m_tile = (m + o_m < M) & (n + o_n < F)
     o_tile = o_m * F + o_n
     b_grad = tl.load(grad_out + (m * F + n) + o_tile, mask=m_tile, other=0.0).to(tl.float32)
-    b_grad *= _gelu_slope(b_pre)
+    b_grad *= gelu_slope(b_pre)
     tl.store(grad_pre + (m * F + n) + o_tile, b_grad.to(grad_pre.dtype.element_ty), mask=m_tile)
     if partial_bias is not None:
         o_n = tl.arange(0, BLOCK_N)
@@ -161,7 +146,7 @@ def _gelu_bwd_kernel(
         m_tile = (m + o_m < M) & m_n[None, :]
         b_pre = tl.load(pre + (m * F + n) + o_tile, mask=m_tile, other=0.0).to(tl.float32)
         b_grad = tl.load(grad_out + (m * F + n) + o_tile, mask=m_tile, other=0.0).to(tl.float32)
-        b_grad *= _gelu_slope(b_pre)
+        b_grad *= gelu_slope(b_pre)
         tl.store(grad_pre + (m * F + n) + o_tile, b_grad.to(grad_pre.dtype.element_ty), mask=m_tile)
         b_sum += b_grad
     if partial_bias is not None:
@@ -204,7 +189,7 @@ def _linear_add_kernel(
     if y is not None:
         tl.store(y + (m * F + n) + o_tile, b_y.to(y.dtype.element_ty), mask=m_tile)
     if scale is not None:
-        b_y *= _columns(scale, n, F, BLOCK_N)
+        b_y *= load_columns(scale, n, F, BLOCK_N)
     if keep is not None:
         b_y *= _kept(keep, m, o_m, M, N)
     b_y += tl.load(residual + (m * F + n) + o_tile, mask=m_tile, other=0.0).to(tl.float32)
@@ -243,7 +228,7 @@ def _linear_add_bwd_kernel(
         if partial_scale is not None:
             b_sum_scale += b_grad * tl.load(y + (m * F + n) + o_tile, mask=m_tile, other=0.0).to(tl.float32)
         if scale is not None:
-            b_grad *= _columns(scale, n, F, BLOCK_N)
+            b_grad *= load_columns(scale, n, F, BLOCK_N)
         if grad_y is not None:
             tl.store(grad_y + (m * F + n) + o_tile, b_grad.to(grad_y.dtype.element_ty), mask=m_tile)
         b_sum_bias += b_grad

@@ -1,5 +1,5 @@
 """Triton kernels of `batch_norm_act` and `batch_norm_act_train`: one pass forward, one backward, two by the batch's own
-statistics. What adds up their partial sums, and the statistics, is in batch_norm_sums_triton.py.
+statistics. What adds up their partial sums, and the statistics, is in triton_sums.py.
 
     xhat = (x - mean) * rsqrt(var + eps);  pre = xhat * weight[t_b] + bias[t_b] + residual;  out = act(pre)
     g = d out * act'(pre) = d residual
@@ -20,46 +20,8 @@ in a fixed order: no atomics, two runs are bit-equal. xhat comes from x, not fro
 import triton
 import triton.language as tl
 
-from .layer_norm_triton import _load_row, _row_of_sample
-from .linear_triton import _gelu_slope, _normal_cdf
-
-
-@triton.jit
-def _clamp(b_x, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """A NaN stays one, so that a wrong task id shows."""
-    return tl.where(b_x <= LOW, LOW, tl.where(b_x >= HIGH, HIGH, b_x))
-
-
-@triton.jit
-def _activate(b_x, ACT: tl.constexpr):
-    if ACT == "relu":
-        b_x = tl.where(b_x <= 0.0, 0.0, b_x)
-    elif ACT == "relu6":
-        b_x = _clamp(b_x, 0.0, 6.0)
-    elif ACT == "silu":
-        b_x *= tl.sigmoid(b_x)
-    elif ACT == "hard_swish":
-        b_x *= _clamp(b_x + 3.0, 0.0, 6.0) * (1.0 / 6.0)
-    elif ACT == "gelu":
-        b_x *= _normal_cdf(b_x)
-    return b_x
-
-
-@triton.jit
-def _slope(b_x, ACT: tl.constexpr):
-    """The activation's derivative."""
-    if ACT == "relu":
-        b_x = tl.where(b_x > 0.0, 1.0, 0.0)
-    elif ACT == "relu6":
-        b_x = tl.where((b_x > 0.0) & (b_x < 6.0), 1.0, 0.0)
-    elif ACT == "silu":
-        b_gate = tl.sigmoid(b_x)
-        b_x = b_gate * (1.0 + b_x * (1.0 - b_gate))
-    elif ACT == "hard_swish":
-        b_x = tl.where(b_x <= -3.0, 0.0, tl.where(b_x >= 3.0, 1.0, b_x * (1.0 / 3.0) + 0.5))
-    elif ACT == "gelu":
-        b_x = _gelu_slope(b_x)
-    return b_x
+from ..common.triton_activations import activate, activation_slope
+from ..common.triton_rows import load_row, row_of_sample
 
 
 @triton.jit
@@ -90,7 +52,7 @@ def _tile(
 @triton.jit
 def _rstd(var, row, stride, eps, o_c, C):
     """1 / sqrt(var + eps) of channels o_c; NaN for row -1."""
-    return tl.rsqrt(_load_row(var, row, stride, o_c, C) + tl.cast(eps, tl.float32))
+    return tl.rsqrt(load_row(var, row, stride, o_c, C) + tl.cast(eps, tl.float32))
 
 
 @triton.jit(do_not_specialize=["OUTER", "T"])
@@ -123,18 +85,18 @@ def _fwd_kernel(
     c = inner if CHANNELS_LAST else outer
     s = outer if CHANNELS_LAST else inner
     o_c = c + tl.arange(0, BLOCK_I if CHANNELS_LAST else BLOCK_O)
-    row = _row_of_sample(task_ids, b, T)
-    b_mean = _load_row(mean, row, stats_stride, o_c, C)
-    b_scale = _load_row(weight, row, weight_stride, o_c, C) * _rstd(var, row, stats_stride, eps, o_c, C)
-    b_bias = _load_row(bias, row, bias_stride, o_c, C)
+    row = row_of_sample(task_ids, b, T)
+    b_mean = load_row(mean, row, stats_stride, o_c, C)
+    b_scale = load_row(weight, row, weight_stride, o_c, C) * _rstd(var, row, stats_stride, eps, o_c, C)
+    b_bias = load_row(bias, row, bias_stride, o_c, C)
     start, o_tile, m_tile = _tile(b, c, s, OUTER, INNER, CHANNELS_LAST, BLOCK_O, BLOCK_I)
     b_x = tl.load(x + start + o_tile, mask=m_tile, other=0.0).to(tl.float32)
     b_x = (b_x - _spread(b_mean, CHANNELS_LAST)) * _spread(b_scale, CHANNELS_LAST) + _spread(b_bias, CHANNELS_LAST)
     if residual is None:
-        b_x = _activate(b_x, ACT)
+        b_x = activate(b_x, ACT)
     else:
         b_residual = tl.load(residual + start + o_tile, mask=m_tile, other=0.0).to(tl.float32)
-        b_x = _activate(b_x, ACT) + b_residual if RESIDUAL_AFTER else _activate(b_x + b_residual, ACT)
+        b_x = activate(b_x, ACT) + b_residual if RESIDUAL_AFTER else activate(b_x + b_residual, ACT)
     tl.store(out + start + o_tile, b_x.to(out.dtype.element_ty), mask=m_tile)
 
 
@@ -176,11 +138,11 @@ def _bwd_kernel(
     c, part = (tl.program_id(0) % tiles) * BLOCK_C, (tl.program_id(0) // tiles).to(tl.int64)
     b, first = part // slices, (tl.program_id(0) // tiles % slices) * chunk
     o_c = c + tl.arange(0, BLOCK_C)
-    row = _row_of_sample(task_ids, b, T)
-    b_mean = _spread(_load_row(mean, row, stats_stride, o_c, C), CHANNELS_LAST)
+    row = row_of_sample(task_ids, b, T)
+    b_mean = _spread(load_row(mean, row, stats_stride, o_c, C), CHANNELS_LAST)
     b_rstd = _spread(_rstd(var, row, stats_stride, eps, o_c, C), CHANNELS_LAST)
-    b_scale = _spread(_load_row(weight, row, weight_stride, o_c, C), CHANNELS_LAST) * b_rstd
-    b_bias = _spread(_load_row(bias, row, bias_stride, o_c, C), CHANNELS_LAST)
+    b_scale = _spread(load_row(weight, row, weight_stride, o_c, C), CHANNELS_LAST) * b_rstd
+    b_bias = _spread(load_row(bias, row, bias_stride, o_c, C), CHANNELS_LAST)
     if sums is not None:
         b_offset = _spread(tl.load(sums + o_c, mask=o_c < C, other=0.0), CHANNELS_LAST) * b_rstd
         b_slope = _spread(tl.load(sums + (C + o_c), mask=o_c < C, other=0.0), CHANNELS_LAST) * b_rstd * b_rstd
@@ -195,7 +157,7 @@ def _bwd_kernel(
             b_pre = b_centred * b_scale + b_bias
             if residual is not None:
                 b_pre += tl.load(residual + start + o_tile, mask=m_tile, other=0.0).to(tl.float32)
-            b_grad *= _slope(b_pre, ACT)
+            b_grad *= activation_slope(b_pre, ACT)
         if grad_residual is not None:
             tl.store(grad_residual + start + o_tile, b_grad.to(grad_residual.dtype.element_ty), mask=m_tile)
         if partial_weight is not None:

@@ -2,21 +2,12 @@
 
 import torch
 
-from .layer_norm_table import tile_config
-from .layer_norm_triton import _bwd_kernel, _fwd_kernel, _reduce_kernel
+from ..common.launch import cdiv, reduce_partials, row_stride
+from ..tables import layer_norm_tiles
+from .triton_kernels import _bwd_kernel, _fwd_kernel
 
 MAX_WIDTH = 8192
 BACKWARD_PROGRAMS = 1024  # enough to fill a large GPU; fewer samples than this are cut into slices
-
-REDUCE_CONFIG = (64, 32, 4)  # BLOCK_B, BLOCK_D, warps
-
-
-def _blocks(count: int, size: int) -> int:
-    return -(-count // size)  # triton.cdiv takes 2 us a call
-
-
-def _row_stride(table: torch.Tensor) -> int:
-    return 0 if table.shape[0] == 1 else table.stride(0)
 
 
 def launch_forward(
@@ -38,8 +29,8 @@ def launch_forward(
     total = None if delta is None else torch.empty(B, N, D, dtype=x.dtype, device=x.device)
     mean = torch.empty(B, N, dtype=torch.float32, device=x.device) if keep else None
     rstd = torch.empty(B, N, dtype=torch.float32, device=x.device) if keep else None
-    padded, (block_n, warps), _ = tile_config(D)
-    tiles = _blocks(N, block_n)
+    padded, (block_n, warps), _ = layer_norm_tiles(D)
+    tiles = cdiv(N, block_n)
     if x.numel():
         _fwd_kernel[(B * tiles,)](
             x=x,
@@ -54,8 +45,8 @@ def launch_forward(
             N=N,
             T=weight.shape[0],
             tiles=tiles,
-            weight_stride=_row_stride(weight),
-            bias_stride=_row_stride(bias),
+            weight_stride=row_stride(weight),
+            bias_stride=row_stride(bias),
             eps=eps,
             D=D,
             BLOCK_N=block_n,
@@ -83,8 +74,8 @@ def launch_backward(
     R counts the needed ones of weight and bias, in this order. All inputs are contiguous, weight in its columns only.
     """
     B, N, D = total.shape
-    padded, _, (block_n, warps) = tile_config(D)
-    slices = min(_blocks(N, block_n), _blocks(BACKWARD_PROGRAMS, max(B, 1)))
+    padded, _, (block_n, warps) = layer_norm_tiles(D)
+    slices = min(cdiv(N, block_n), cdiv(BACKWARD_PROGRAMS, max(B, 1)))
     grad_x = torch.empty(B, N, D, dtype=total.dtype, device=total.device) if need_x else None
     grad_delta = None if delta_dtype is None else torch.empty(B, N, D, dtype=delta_dtype, device=total.device)
     kinds = need_weight + need_bias
@@ -105,34 +96,10 @@ def launch_backward(
             N=N,
             T=weight.shape[0],
             slices=slices,
-            weight_stride=_row_stride(weight),
+            weight_stride=row_stride(weight),
             D=D,
             BLOCK_N=block_n,
             BLOCK_D=padded,
             num_warps=warps,
         )
-    return grad_x, grad_delta, _reduce(partials, weight, task_ids) if kinds else None
-
-
-def _reduce(partials: torch.Tensor, weight: torch.Tensor, task_ids: torch.Tensor | None) -> torch.Tensor:
-    """Partials (R, B, S, D) summed to (R, T, D) of weight's dtype, each task's samples in the batch's order."""
-    if task_ids is None:
-        dims = (1, 2) if weight.shape[0] == 1 else 2
-        return partials.sum(dims).view(-1, *weight.shape).to(weight.dtype)
-    kinds, B, slices, D = partials.shape
-    T = weight.shape[0]
-    grads = torch.empty(kinds, T, D, dtype=weight.dtype, device=weight.device)
-    block_b, block_d, warps = REDUCE_CONFIG
-    _reduce_kernel[(T, _blocks(D, block_d), kinds)](
-        partials=partials,
-        task_ids=task_ids,
-        grads=grads,
-        B=B,
-        T=T,
-        slices=slices,
-        D=D,
-        BLOCK_B=block_b,
-        BLOCK_D=block_d,
-        num_warps=warps,
-    )
-    return grads
+    return grad_x, grad_delta, reduce_partials(partials, weight, task_ids) if kinds else None

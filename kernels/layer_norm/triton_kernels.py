@@ -16,23 +16,7 @@ samples in a fixed order: no atomics, two runs are bit-equal. xhat comes from to
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _row_of_sample(task_ids, b, T):
-    """The table's row of sample b, or -1 for a task id outside [0, T); without ids, b itself."""
-    if task_ids is None:
-        row = b
-    else:
-        row = tl.load(task_ids + b).to(tl.int64)
-        row = tl.where((row >= 0) & (row < T), row, -1)
-    return row
-
-
-@triton.jit
-def _load_row(table, row, stride, o_d, D):
-    """Columns o_d of a row in float32; NaN for row -1, so that a wrong task id shows and reads nothing."""
-    b_row = tl.load(table + row * stride + o_d, mask=(o_d < D) & (row >= 0), other=0.0).to(tl.float32)
-    return tl.where(row >= 0, b_row, float("nan"))
+from ..common.triton_rows import load_row, row_of_sample
 
 
 @triton.jit(do_not_specialize=["N", "T", "tiles"])
@@ -63,9 +47,9 @@ def _fwd_kernel(
     m_tile = m_n[:, None] & m_d[None, :]
     start = (b * N + n) * D  # int64: a batch may hold more than 2^31 elements
     o_tile = o_n[:, None] * D + o_d[None, :]
-    row = _row_of_sample(task_ids, b, T)
-    b_weight = _load_row(weight, row, weight_stride, o_d, D)
-    b_bias = _load_row(bias, row, bias_stride, o_d, D)
+    row = row_of_sample(task_ids, b, T)
+    b_weight = load_row(weight, row, weight_stride, o_d, D)
+    b_bias = load_row(bias, row, bias_stride, o_d, D)
 
     b_total = tl.load(x + start + o_tile, mask=m_tile, other=0.0).to(tl.float32)
     if delta is not None:
@@ -108,7 +92,7 @@ def _bwd_kernel(
     o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     m_d = o_d < D
     o_tile = o_n[:, None] * D + o_d[None, :]
-    b_weight = _load_row(weight, _row_of_sample(task_ids, b, T), weight_stride, o_d, D)
+    b_weight = load_row(weight, row_of_sample(task_ids, b, T), weight_stride, o_d, D)
     b_sum_weight = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     b_sum_bias = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for tile in range(tl.program_id(0) % slices, tl.cdiv(N, BLOCK_N), slices):
@@ -142,30 +126,3 @@ def _bwd_kernel(
         tl.store(partial_weight + o_partial, tl.sum(b_sum_weight, axis=0), mask=m_d)
     if partial_bias is not None:
         tl.store(partial_bias + o_partial, tl.sum(b_sum_bias, axis=0), mask=m_d)
-
-
-@triton.jit(do_not_specialize=["B", "T", "slices"])
-def _reduce_kernel(
-    partials,  # (R, B, S, D) float32: R = 2 for weight and bias, 1 for one of them
-    task_ids,  # (B,)
-    grads,  # (R, T, D)
-    B,
-    T,
-    slices,
-    D: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    task, r = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
-    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    b_sum = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-    for first in range(0, B, BLOCK_B):
-        o_b = first + tl.arange(0, BLOCK_B)
-        m_b = o_b < B
-        m_b &= tl.load(task_ids + o_b, mask=m_b, other=-1) == task
-        o_partial = (r * B + o_b.to(tl.int64)) * slices * D
-        for s in range(slices):
-            o_slice = (o_partial + s * D)[:, None] + o_d[None, :]
-            b_sum += tl.load(partials + o_slice, mask=m_b[:, None] & m_d[None, :], other=0.0)
-    tl.store(grads + (r * T + task) * D + o_d, tl.sum(b_sum, axis=0).to(grads.dtype.element_ty), mask=m_d)

@@ -2,10 +2,10 @@
 
 import torch
 
-from .batch_norm_sums_triton import _combine_kernel, _stats_kernel, _sums_kernel
-from .batch_norm_table import COMBINE_CONFIG, tile_config
-from .batch_norm_triton import _bwd_kernel, _fwd_kernel
-from .layer_norm_launch import _blocks, _reduce, _row_stride
+from ..common.launch import cdiv, reduce_partials, row_stride
+from ..tables import COMBINE_CONFIG, batch_norm_tiles
+from .triton_kernels import _bwd_kernel, _fwd_kernel
+from .triton_sums import _combine_kernel, _stats_kernel, _sums_kernel
 
 PROGRAMS = 1024  # enough to fill a large GPU; where samples and channels give fewer, pixels are cut into slices
 
@@ -15,7 +15,7 @@ def _layout(x: torch.Tensor) -> dict[str, int | bool]:
     C, S = x.shape[1], x.shape[2] * x.shape[3]
     last = S == 1 or not x.is_contiguous()  # of one pixel the channels are contiguous either way
     outer, inner = (S, C) if last else (C, S)
-    block_o, block_i, warps = tile_config(inner)
+    block_o, block_i, warps = batch_norm_tiles(inner)
     blocks = {"BLOCK_O": block_o, "BLOCK_I": block_i, "num_warps": warps}
     return {"OUTER": outer, "INNER": inner, "CHANNELS_LAST": last, **blocks}
 
@@ -34,9 +34,9 @@ def _slices(x: torch.Tensor, layout: dict) -> tuple[int, int, int, int]:
     block_s, block_c = layout["BLOCK_O"], layout["BLOCK_I"]
     if not layout["CHANNELS_LAST"]:
         block_s, block_c = block_c, block_s
-    tiles, programs = _blocks(H * W, block_s), _blocks(C, block_c)
-    chunk = _blocks(tiles, min(tiles, _blocks(PROGRAMS, max(B * programs, 1))))
-    return block_s, chunk, _blocks(tiles, chunk), programs
+    tiles, programs = cdiv(H * W, block_s), cdiv(C, block_c)
+    chunk = cdiv(tiles, min(tiles, cdiv(PROGRAMS, max(B * programs, 1))))
+    return block_s, chunk, cdiv(tiles, chunk), programs
 
 
 def launch_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +49,7 @@ def launch_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     partials = {"partial_mean": partial_mean, "partial_m2": partial_m2, "slices": slices}
     _stats_kernel[(B * slices * programs,)](x=x, chunk=chunk, **partials, **layout)
     block_p, block_c, warps = COMBINE_CONFIG
-    _combine_kernel[(_blocks(C, block_c),)](
+    _combine_kernel[(cdiv(C, block_c),)](
         mean=mean,
         var=var,
         S=H * W,
@@ -67,8 +67,8 @@ def launch_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _norm_arguments(weight, bias, task_ids, mean, var, eps) -> dict:
     rows = {"weight": weight, "bias": bias, "task_ids": task_ids, "mean": mean, "var": var, "T": weight.shape[0]}
-    strides = {"weight_stride": _row_stride(weight), "bias_stride": _row_stride(bias)}
-    stats_stride = 0 if mean.dim() == 1 else _row_stride(mean)
+    strides = {"weight_stride": row_stride(weight), "bias_stride": row_stride(bias)}
+    stats_stride = 0 if mean.dim() == 1 else row_stride(mean)
     return {**rows, **strides, "stats_stride": stats_stride, "eps": eps}
 
 
@@ -92,7 +92,7 @@ def launch_forward(
     out = _empty_like(x)
     layout = _layout(x)
     if x.numel():
-        tiles = _blocks(layout["OUTER"], layout["BLOCK_O"]) * _blocks(layout["INNER"], layout["BLOCK_I"])
+        tiles = cdiv(layout["OUTER"], layout["BLOCK_O"]) * cdiv(layout["INNER"], layout["BLOCK_I"])
         _fwd_kernel[(x.shape[0] * tiles,)](
             x=x,
             residual=residual,
@@ -168,7 +168,7 @@ def launch_backward(
         return grad_x, grad_residual, None
     if two_passes:
         partials = partials[0 if need_weight else 1 : 2 if need_bias else 1]
-    return grad_x, grad_residual, _reduce(partials, weight, task_ids)
+    return grad_x, grad_residual, reduce_partials(partials, weight, task_ids)
 
 
 def _channel_means(partials, weight, task_ids, count: int) -> torch.Tensor:
@@ -176,7 +176,7 @@ def _channel_means(partials, weight, task_ids, count: int) -> torch.Tensor:
     _, B, slices, C = partials.shape
     sums = torch.empty(2, C, dtype=torch.float32, device=weight.device)
     block_p, block_c, warps = COMBINE_CONFIG
-    _sums_kernel[(_blocks(C, block_c), 2)](
+    _sums_kernel[(cdiv(C, block_c), 2)](
         partials=partials,
         weight=weight,
         task_ids=task_ids,
@@ -184,7 +184,7 @@ def _channel_means(partials, weight, task_ids, count: int) -> torch.Tensor:
         P=B * slices,
         T=weight.shape[0],
         slices=slices,
-        weight_stride=_row_stride(weight),
+        weight_stride=row_stride(weight),
         count=float(count),
         C=C,
         BLOCK_P=block_p,

@@ -16,8 +16,8 @@ B * N * D elements 1 from memory, and F / D written. weight comes from L2 once f
 import triton
 import triton.language as tl
 
-from .layer_norm_triton import _load_row, _row_of_sample
-from .linear_triton import _columns, _normal_cdf
+from ..common.triton_activations import normal_cdf
+from ..common.triton_rows import load_columns, load_row, row_of_sample
 
 
 @triton.jit
@@ -77,9 +77,9 @@ def _norm_linear_kernel(
         b_h = tl.load(x + (o_x + k), mask=m_m & (k + o_k < K)[None, :], other=0.0).to(tl.float32)
         b_h = (b_h - b_mean[:, None]) * b_rstd[:, None]
         for sample in range(0, samples):
-            row = _row_of_sample(task_ids, first + sample, T)
-            b_weight = _load_row(norm_weight, row, norm_weight_stride, k + o_k, K)[None, :]  # 0 beyond K
-            b_bias = _load_row(norm_bias, row, norm_bias_stride, k + o_k, K)[None, :]
+            row = row_of_sample(task_ids, first + sample, T)
+            b_weight = load_row(norm_weight, row, norm_weight_stride, k + o_k, K)[None, :]  # 0 beyond K
+            b_bias = load_row(norm_bias, row, norm_bias_stride, k + o_k, K)[None, :]
             o_token = token + o_m - sample * N
             b_h = tl.where(((o_token >= 0) & (o_token < N))[:, None], b_h * b_weight + b_bias, b_h)
         chunks += (b_h.to(out.dtype.element_ty),)
@@ -94,7 +94,7 @@ def _norm_linear_kernel(
             b_w = tl.load(weight + n * K + (o_weight + k), mask=m_n & (k + o_k < K)[:, None], other=0.0)
             b_out = tl.dot(chunks[k // BLOCK_K], b_w, b_out)
         if bias is not None:
-            b_out += _columns(bias, n, F, BLOCK_N)
+            b_out += load_columns(bias, n, F, BLOCK_N)
         if GELU:
-            b_out *= _normal_cdf(b_out)
+            b_out *= normal_cdf(b_out)
         tl.store(out + (m * F + n) + o_out, b_out.to(out.dtype.element_ty), mask=m_m & m_n)

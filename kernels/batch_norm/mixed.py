@@ -9,9 +9,7 @@ that is scalar where channels are outermost, F.batch_norm of x seen as (1, B * C
 import torch
 import torch.nn.functional as F
 
-
-def is_eager() -> bool:
-    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+from ..dispatch import is_eager
 
 
 def mixed(x, weight, bias, mean, var, eps, is_batch) -> torch.Tensor:

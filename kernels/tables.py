@@ -1,6 +1,7 @@
-"""Products with epilogues: who computes them, with which tiles, and what is kept for backward. Data, by kind of device.
+"""Tables of all operations: tiles and warps, and for products who computes them and what is kept for backward.
 
-Roofline arithmetic, not timed: per token, in units of D, with MD = tokens x width x 2 bytes (16 bits).
+The products' numbers are roofline arithmetic by kind of device, not timed. They count per token in units of D, and in
+16 bits: MD = tokens x width x 2 bytes.
 
 - `linear_gelu` saves 8 MD, the GELU's own pass. It pays while the Triton product keeps t / (t + pass) of cuBLAS's
   speed, t the time of fc1 alone. At 3.0 TB/s and 600 TFLOP/s (H100) that is 38, 49, 66 and 72 % for D = 192, 384, 768,
@@ -25,8 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-
-from .layer_norm_table import CONFIGS
 
 
 class Tiles(NamedTuple):
@@ -72,7 +71,24 @@ WIDEST = {
     "norm_linear_gelu": {"large": 0, "small": 0, "amd": 0},
 }
 WIDEST_RECOMPUTED = 256  # widest x whose pre-activation is computed again in backward, not kept
-TABLES = {"widest": WIDEST, "tiles": TILES, "norm_tiles": NORM_TILES, "layer_norm": CONFIGS}  # what a file may hold
+# Padded width: (BLOCK_N, warps) forward, (BLOCK_N, warps) backward. At most 32 elements a thread forward, and 16
+# backward, where two float32 accumulators stay alive; nothing spills on any target of tests/test_kernel_targets.py.
+LAYER_NORM_TILES = {
+    64: ((32, 4), (32, 4)),
+    128: ((16, 4), (16, 4)),
+    256: ((8, 4), (8, 4)),
+    512: ((8, 4), (4, 4)),
+    1024: ((4, 4), (2, 4)),
+    2048: ((2, 4), (2, 8)),
+    4096: ((1, 4), (1, 8)),
+    8192: ((1, 8), (1, 16)),
+}
+# Padded inner dimension: (BLOCK_O, BLOCK_I, warps); a wider one is cut into several tiles. 16 elements a thread, since
+# backward keeps two float32 sums of each; nothing spills on any target of tests/test_kernel_targets.py.
+BATCH_NORM_TILES = {16: (128, 16, 4), 32: (64, 32, 4), 64: (32, 64, 4), 128: (8, 128, 2)}
+COMBINE_CONFIG = (64, 32, 4)  # lines, channels, warps of the kernels that add partials
+# What a file may hold.
+TABLES = {"widest": WIDEST, "tiles": TILES, "norm_tiles": NORM_TILES, "layer_norm": LAYER_NORM_TILES}
 SMALL_NVIDIA = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
 
 
@@ -112,6 +128,18 @@ def choose_norm_tiles(device: torch.device, width: int) -> Tiles | None:
     """Tiles of `norm_linear` for rows of D = `width`; None where they are too wide for it."""
     tiles = NORM_TILES[device_kind(device.type, device.index)]
     return tiles[min(limit for limit in tiles if width <= limit)] if width <= max(tiles) else None
+
+
+def layer_norm_tiles(width: int) -> tuple[int, tuple[int, int], tuple[int, int]]:
+    """(padded width, (BLOCK_N, warps) forward, (BLOCK_N, warps) backward) of width D."""
+    padded = 1 << (width - 1).bit_length()
+    return padded, *LAYER_NORM_TILES[max(padded, min(LAYER_NORM_TILES))]
+
+
+def batch_norm_tiles(inner: int) -> tuple[int, int, int]:
+    """(BLOCK_O, BLOCK_I, warps) for an inner dimension of this size."""
+    padded = 1 << (inner - 1).bit_length()
+    return BATCH_NORM_TILES[min(max(padded, min(BATCH_NORM_TILES)), max(BATCH_NORM_TILES))]
 
 
 def load(path: str | Path) -> None:

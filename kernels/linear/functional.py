@@ -10,11 +10,12 @@ Shapes: x (B, N, K); weight (F, K) and bias (F,) as in nn.Linear; for linear_add
 import torch
 import torch.nn.functional as F
 
-from .dispatch import get_backend, has_triton, use_triton
-from .linear_table import is_chosen
+from ..common.checks import check_shape
+from ..dispatch import get_backend, has_triton, use_triton
+from ..tables import is_chosen
 
 if has_triton():
-    from .linear_op import fused_linear_add, fused_linear_gelu
+    from .operator import fused_linear_add, fused_linear_gelu
 
 
 def linear_gelu_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -50,19 +51,14 @@ def _check(x, weight, bias) -> None:
         raise ValueError(
             f"weight must be (F, K) with F at least 1 and K = {x.shape[2]}, got shape {tuple(weight.shape)}"
         )
-    _check_shape("bias", bias, (weight.shape[0],))
-
-
-def _check_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:
-    if tensor is not None and tensor.shape != shape:
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    check_shape("bias", bias, (weight.shape[0],))
 
 
 def takes(operation: str, x: torch.Tensor, width: int, dtype: torch.dtype | None = None) -> bool:
     """Whether Triton computes an operation: because it was asked for, or because the table expects it to be faster.
 
     Args:
-        operation: a key of linear_table.WIDEST.
+        operation: a key of tables.WIDEST.
         x: (B, N, K), the operation's input.
         width: D, the narrower side of the product.
         dtype: what the product computes in, x's by default.
@@ -115,9 +111,9 @@ def linear_add(
         ValueError: for shapes and dtypes other than these.
     """
     _check(x, weight, bias)
-    _check_shape("residual", residual, (*x.shape[:2], weight.shape[0]))
-    _check_shape("scale", scale, (weight.shape[0],))
-    _check_shape("keep", keep, (x.shape[0],))
+    check_shape("residual", residual, (*x.shape[:2], weight.shape[0]))
+    check_shape("scale", scale, (weight.shape[0],))
+    check_shape("keep", keep, (x.shape[0],))
     if keep is not None and (keep.dtype != torch.float32 or keep.requires_grad):
         kind = f"{keep.dtype} with requires_grad={keep.requires_grad}"
         raise ValueError(f"keep must be torch.float32 without a gradient, got {kind}")

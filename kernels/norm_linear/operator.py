@@ -6,17 +6,17 @@ Eager calls go straight to the launch; what traces (torch.compile, export, fake 
 
 import torch
 
-from .layer_norm_op import _check_fused as _check_norm_fused
-from .layer_norm_op import _contiguous, _dense_columns, _is_eager
-from .linear_op import _check_fused
-from .norm_linear_launch import launch_norm_linear
+from ..common.operator import contiguous, dense_columns, is_eager
+from ..layer_norm.operator import _check_fused as _check_norm_fused
+from ..linear.operator import _check_fused
+from .launch import launch_norm_linear
 
 
 def _forward(x, norm_weight, norm_bias, task_ids, eps, weight, bias, gelu):
-    rows = _dense_columns(norm_weight), _dense_columns(norm_bias)
+    rows = dense_columns(norm_weight), dense_columns(norm_bias)
     with torch.cuda.device_of(x):
-        product = weight.contiguous(), _contiguous(bias)
-        return launch_norm_linear(x.contiguous(), *rows, _contiguous(task_ids), eps, *product, gelu)
+        product = weight.contiguous(), contiguous(bias)
+        return launch_norm_linear(x.contiguous(), *rows, contiguous(task_ids), eps, *product, gelu)
 
 
 torch.library.define(
@@ -55,5 +55,5 @@ def fused_norm_linear(
     _check_fused(x, weight=weight, bias=bias)
     if norm_weight.shape[0] == 1:
         task_ids = None
-    forward = _forward if _is_eager(x) else torch.ops.hyperclip_fast.norm_linear
+    forward = _forward if is_eager(x) else torch.ops.hyperclip_fast.norm_linear
     return forward(x, norm_weight, norm_bias, task_ids, eps, weight.to(out_dtype), bias, gelu)

@@ -10,11 +10,11 @@ Shapes: x, residual, out (B, C, H, W), contiguous or channels-last; weight, bias
 import torch
 import torch.nn.functional as F
 
-from .batch_norm_mixed import is_eager, mixed, statistics
-from .dispatch import has_triton, use_triton
+from ..dispatch import has_triton, is_eager, use_triton
+from .mixed import mixed, statistics
 
 if has_triton():
-    from .batch_norm_op import fused_batch_norm_act
+    from .operator import fused_batch_norm_act
 
 ACTS = {
     "none": lambda x, inplace: x,

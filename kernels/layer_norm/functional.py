@@ -9,10 +9,10 @@ Shapes: x, delta, out, total (B, N, D); weight, bias (T, D) with any row stride;
 import torch
 import torch.nn.functional as F
 
-from .dispatch import has_triton, use_triton
+from ..dispatch import has_triton, use_triton
 
 if has_triton():
-    from .layer_norm_op import fused_layer_norm
+    from .operator import fused_layer_norm
 
 
 def layer_norm_reference(

@@ -2,8 +2,9 @@
 
 import torch
 
-from .linear_table import Tiles, choose_tiles
-from .linear_triton import (
+from ..common.launch import cdiv
+from ..tables import Tiles, choose_tiles
+from .triton_kernels import (
     _gelu_bwd_kernel,
     _linear_add_bwd_kernel,
     _linear_add_kernel,
@@ -13,10 +14,6 @@ from .linear_triton import (
 
 PASS_CONFIG = (16, 128, 4)  # BLOCK_M, BLOCK_N, warps of the passes: 16 elements a thread
 PASS_PROGRAMS = 2048  # enough to fill a large GPU; the rows are cut into slices until there are as many
-
-
-def _blocks(count: int, size: int) -> int:
-    return -(-count // size)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -37,7 +34,7 @@ def _product_options(x: torch.Tensor, weight: torch.Tensor) -> tuple[Tiles, tupl
     tiles = choose_tiles(x.device, x.element_size(), rows, F, K)
     blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "GROUP_M": tiles.group_m}
     options = {"x": x, "weight": weight, "M": rows, "F": F, "K": K, "PRECISION": _precision(x.dtype), **blocks}
-    grid = (_blocks(rows, tiles.block_m) * _blocks(F, tiles.block_n),)
+    grid = (cdiv(rows, tiles.block_m) * cdiv(F, tiles.block_n),)
     return tiles, grid, {**options, "num_warps": tiles.warps, "num_stages": tiles.stages}
 
 
@@ -68,7 +65,7 @@ def launch_linear_gelu_backward(
         partial = _gelu_backward_pass(grad_out, pre, grad_pre, need_bias)
     else:
         tiles, grid, options = _product_options(x, weight)
-        lines = _blocks(options["M"], tiles.block_m)
+        lines = cdiv(options["M"], tiles.block_m)
         partial = _partials(lines, weight.shape[0], x) if need_bias else None
         if grad_out.numel():
             outputs = {"grad_pre": grad_pre, "partial_bias": partial}
@@ -92,8 +89,8 @@ def _pass_options(grad: torch.Tensor) -> tuple[int, tuple[int], dict]:
     """Slices of the rows, grid and the arguments that both passes take, for a gradient (B, N, F)."""
     F, rows = grad.shape[2], grad.shape[0] * grad.shape[1]
     block_m, block_n, warps = PASS_CONFIG
-    columns = _blocks(F, block_n)
-    slices = min(_blocks(rows, block_m), _blocks(PASS_PROGRAMS, columns))
+    columns = cdiv(F, block_n)
+    slices = min(cdiv(rows, block_m), cdiv(PASS_PROGRAMS, columns))
     options = {"M": rows, "slices": slices, "F": F, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps}
     return slices, (columns * slices,), options
 

@@ -10,7 +10,7 @@ The statistics read x once. Everything is added in a fixed order, in float32: tw
 import triton
 import triton.language as tl
 
-from .batch_norm_triton import _spread, _tile
+from .triton_kernels import _spread, _tile
 
 
 @triton.jit(do_not_specialize=["OUTER", "chunk", "slices"])

@@ -14,14 +14,14 @@ nothing is saved but memory, and the norm and the product run one after the othe
 
 import torch
 
-from .dispatch import has_triton
-from .layer_norm import _check as _check_norm
-from .layer_norm import layer_norm, layer_norm_reference
-from .linear import _check, _linear, linear_gelu, linear_gelu_reference, takes
-from .linear_table import choose_norm_tiles
+from ..dispatch import has_triton
+from ..layer_norm.functional import _check as _check_norm
+from ..layer_norm.functional import layer_norm, layer_norm_reference
+from ..linear.functional import _check, _linear, linear_gelu, linear_gelu_reference, takes
+from ..tables import choose_norm_tiles
 
 if has_triton():
-    from .norm_linear_op import fused_norm_linear
+    from .operator import fused_norm_linear
 
 
 def norm_linear_reference(

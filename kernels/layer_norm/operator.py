@@ -8,35 +8,23 @@ Kept for backward: total (x itself without delta), mean and rstd (B, N) float32;
 import torch
 from torch.autograd.function import once_differentiable
 
-from .dispatch import TRITON_DTYPES
-from .layer_norm_launch import MAX_WIDTH, launch_backward, launch_forward
+from ..common.operator import contiguous, dense_columns, filled, is_eager
+from ..dispatch import TRITON_DTYPES
+from .launch import MAX_WIDTH, launch_backward, launch_forward
 
 
 def _forward(x, delta, weight, bias, task_ids, eps, out_dtype, keep):
-    x, delta, task_ids = x.contiguous(), _contiguous(delta), _contiguous(task_ids)
-    weight, bias = _dense_columns(weight), _dense_columns(bias)
+    x, delta, task_ids = x.contiguous(), contiguous(delta), contiguous(task_ids)
+    weight, bias = dense_columns(weight), dense_columns(bias)
     with torch.cuda.device_of(x):
         return launch_forward(x, delta, weight, bias, task_ids, eps, out_dtype, keep)
 
 
 def _backward(grad_out, grad_total, total, mean, rstd, weight, task_ids, need_x, delta_dtype, need_weight, need_bias):
-    grad_out, grad_total, total = grad_out.contiguous(), _contiguous(grad_total), total.contiguous()
-    tensors = (grad_out, grad_total, total, mean, rstd, _dense_columns(weight), _contiguous(task_ids))
+    grad_out, grad_total, total = grad_out.contiguous(), contiguous(grad_total), total.contiguous()
+    tensors = (grad_out, grad_total, total, mean, rstd, dense_columns(weight), contiguous(task_ids))
     with torch.cuda.device_of(total):
         return launch_backward(*tensors, need_x, delta_dtype, need_weight, need_bias)
-
-
-def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _dense_columns(table: torch.Tensor) -> torch.Tensor:
-    return table if table.stride(1) == 1 else table.contiguous()
-
-
-def _filled(tensors, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """An operator returns tensors only: an empty one stands for None."""
-    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
 
 
 torch.library.define(
@@ -56,12 +44,12 @@ torch.library.define(
 
 @torch.library.impl("hyperclip_fast::layer_norm", "default")
 def _forward_op(x, *rest):
-    return _filled(_forward(x, *rest), x)
+    return filled(_forward(x, *rest), x)
 
 
 @torch.library.impl("hyperclip_fast::layer_norm_backward", "default")
 def _backward_op(grad_out, *rest):
-    return _filled(_backward(grad_out, *rest), grad_out)
+    return filled(_backward(grad_out, *rest), grad_out)
 
 
 @torch.library.register_fake("hyperclip_fast::layer_norm")
@@ -69,7 +57,7 @@ def _forward_fake(x, delta, weight, bias, task_ids, eps, out_dtype, keep):
     out = x.new_empty(x.shape, dtype=out_dtype)
     total = None if delta is None else x.new_empty(x.shape)
     mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) if keep else None for _ in range(2))
-    return _filled((out, total, mean, rstd), x)
+    return filled((out, total, mean, rstd), x)
 
 
 @torch.library.register_fake("hyperclip_fast::layer_norm_backward")
@@ -80,7 +68,7 @@ def _backward_fake(
     grad_delta = None if delta_dtype is None else total.new_empty(total.shape, dtype=delta_dtype)
     kinds = need_weight + need_bias
     grad_rows = weight.new_empty(kinds, *weight.shape) if kinds else None
-    return _filled((grad_x, grad_delta, grad_rows), grad_out)
+    return filled((grad_x, grad_delta, grad_rows), grad_out)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -105,7 +93,7 @@ def _gradients(ctx, grad_out, grad_total, _grad_mean, _grad_rstd):
         return grad_total, grad_delta, *[None] * 6
     same = need_delta and ctx.delta_dtype == total.dtype
     delta_dtype = ctx.delta_dtype if need_delta and not same else None
-    backward = _backward if _is_eager(total) else torch.ops.hyperclip_fast.layer_norm_backward
+    backward = _backward if is_eager(total) else torch.ops.hyperclip_fast.layer_norm_backward
     tensors = (grad_out, grad_total, total, mean, rstd, weight, task_ids)
     grad_x, grad_delta, grad_rows = backward(*tensors, need_x or same, delta_dtype, need_weight, need_bias)
     return (
@@ -130,10 +118,6 @@ class _LayerNorm(torch.autograd.Function):
         return output
 
     backward = staticmethod(_gradients)
-
-
-def _is_eager(x: torch.Tensor) -> bool:
-    return type(x) is torch.Tensor and not torch.compiler.is_compiling()
 
 
 def _check_fused(x, delta, weight, bias, task_ids, out_dtype, prefix="") -> None:
@@ -172,7 +156,7 @@ def fused_layer_norm(
     differentiable = (t for t in (x, delta, weight, bias) if t is not None)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
     arguments = (x, delta, weight, bias, task_ids, eps, out_dtype, keep)
-    if not _is_eager(x):
+    if not is_eager(x):
         out, total, _, _ = torch.ops.hyperclip_fast.layer_norm(*arguments)
     else:
         out, total, _, _ = _LayerNorm.apply(*arguments) if keep else _forward(*arguments)

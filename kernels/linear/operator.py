@@ -3,19 +3,14 @@
 Eager calls go straight to the launches; what traces (torch.compile, export, fake tensors) sees the operators
 `hyperclip_fast::linear_gelu`, `hyperclip_fast::linear_add` and their `_backward`s. The products of the backward, d x
 and d weight, are torch's own, cuBLAS, in both. Kept for backward: x and weight; the pre-activation unless x is narrow
-enough to compute it again (linear_table.py); y only where scale has a gradient; nothing where no backward will come.
+enough to compute it again (tables.py); y only where scale has a gradient; nothing where no backward will come.
 """
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from .linear_launch import (
-    launch_linear_add,
-    launch_linear_add_backward,
-    launch_linear_gelu,
-    launch_linear_gelu_backward,
-)
-from .linear_table import WIDEST_RECOMPUTED
+from ..tables import WIDEST_RECOMPUTED
+from .launch import launch_linear_add, launch_linear_add_backward, launch_linear_gelu, launch_linear_gelu_backward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -8,8 +8,8 @@ the first's. Kept for backward: x, residual where the activation sees it, mean a
 import torch
 from torch.autograd.function import once_differentiable
 
-from .batch_norm_launch import launch_backward, launch_forward, launch_statistics
-from .dispatch import TRITON_DTYPES
+from ..dispatch import TRITON_DTYPES
+from .launch import launch_backward, launch_forward, launch_statistics
 
 
 def _format(x: torch.Tensor) -> torch.memory_format:

@@ -1,0 +1,39 @@
+"""What the operations' launches share: sizes of grids, strides of rows, and the sum of partial gradients by task."""
+
+import torch
+
+from .triton_rows import _reduce_kernel
+
+REDUCE_CONFIG = (64, 32, 4)  # BLOCK_B, BLOCK_D, warps
+
+
+def cdiv(count: int, size: int) -> int:
+    return -(-count // size)  # triton.cdiv takes 2 us a call
+
+
+def row_stride(table: torch.Tensor) -> int:
+    return 0 if table.shape[0] == 1 else table.stride(0)
+
+
+def reduce_partials(partials: torch.Tensor, weight: torch.Tensor, task_ids: torch.Tensor | None) -> torch.Tensor:
+    """Partials (R, B, S, D) summed to (R, T, D) of weight's dtype, each task's samples in the batch's order."""
+    if task_ids is None:
+        dims = (1, 2) if weight.shape[0] == 1 else 2
+        return partials.sum(dims).view(-1, *weight.shape).to(weight.dtype)
+    kinds, B, slices, D = partials.shape
+    T = weight.shape[0]
+    grads = torch.empty(kinds, T, D, dtype=weight.dtype, device=weight.device)
+    block_b, block_d, warps = REDUCE_CONFIG
+    _reduce_kernel[(T, cdiv(D, block_d), kinds)](
+        partials=partials,
+        task_ids=task_ids,
+        grads=grads,
+        B=B,
+        T=T,
+        slices=slices,
+        D=D,
+        BLOCK_B=block_b,
+        BLOCK_D=block_d,
+        num_warps=warps,
+    )
+    return grads
