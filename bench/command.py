@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from hyperclip_fast.extras import require
+from hyperclip_fast.utils.extras import require
 
 from . import kernel_cases, model_cases, plots
 from .encoders import add_encoders

@@ -18,10 +18,10 @@ import torch
 
 from hyperclip_fast.data import load_pictures
 from hyperclip_fast.eval_sets import load_eval_set
-from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
 from hyperclip_fast.scenes import ATTRIBUTES, SceneSampler, scene_tasks
 from hyperclip_fast.training import Trainer
+from hyperclip_fast.utils.extras import require
 
 from .conditioning_arms import Run, load_plan, load_runs
 from .conditioning_names import PICTURE_SIZE, SETS, NameData, held_out_scores, name_scores, names_section

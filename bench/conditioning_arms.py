@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hyperclip_fast.config import from_dict
 from hyperclip_fast.hyperclip import HyperCLIPConfig, config_from_dict
 from hyperclip_fast.training import TrainConfig
+from hyperclip_fast.utils.typed_config import from_dict
 
 DATA = ("scenes", "names")  # composed scenes; OpenMoji's colour pictures by name, and digits
 SECTIONS = {"model", "position_scale", "train", "arms", "groups"}

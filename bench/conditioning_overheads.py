@@ -13,7 +13,7 @@ from torch import Tensor
 from hyperclip_fast.hyperclip import HyperCLIP, HyperCLIPConfig
 from hyperclip_fast.losses import siglip_loss
 from hyperclip_fast.norm_params import NormParams
-from hyperclip_fast.timing import interleaved, medians, quartiles, speedup
+from hyperclip_fast.utils.timing import interleaved, medians, quartiles, speedup
 
 from .machine import device_name
 

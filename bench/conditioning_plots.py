@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hyperclip_fast.extras import require
 from hyperclip_fast.scenes import ATTRIBUTES
+from hyperclip_fast.utils.extras import require
 
 from .conditioning_report import SWAPS, Groups, Log, by_names, sizes_of, values
 from .conditioning_scores import SCENES, guessing, mean

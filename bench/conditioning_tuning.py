@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperclip_fast.data import Pictures
-from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.losses import siglip_loss
 from hyperclip_fast.scenes import ATTRIBUTES, SceneSampler
+from hyperclip_fast.utils.extras import require
 
 from .conditioning_arms import Run
 from .conditioning_scores import SceneTasks, embed_with

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hyperclip_fast.timing import ColdClock, wall_seconds
+from hyperclip_fast.utils.timing import ColdClock, wall_seconds
 
 from .operations import OPERATIONS, Inputs, Operation, Shape
 from .runner import Case, Provider, Run, relative_error

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import hyperclip_fast
-from hyperclip_fast.timing import wall_seconds
+from hyperclip_fast.utils.timing import wall_seconds
 
 
 def default_device() -> str:

@@ -4,7 +4,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from hyperclip_fast.extras import require
+from hyperclip_fast.utils.extras import require
 
 from .report import title
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hyperclip_fast.timing import interleaved, quartiles, speedup, wall_seconds
+from hyperclip_fast.utils.timing import interleaved, quartiles, speedup, wall_seconds
 
 from .machine import peak_bytes
 

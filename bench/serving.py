@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-from hyperclip_fast.extras import require
-from hyperclip_fast.timing import quartiles, speedup
+from hyperclip_fast.utils.extras import require
+from hyperclip_fast.utils.timing import quartiles, speedup
 
 from .machine import describe
 from .report import Report

@@ -174,10 +174,10 @@ def read_tasks(path: str | Path) -> dict[str, list[str]]:
 def _classify(args: argparse.Namespace) -> None:
     import torch
 
-    from hyperclip_fast.extras import require
     from hyperclip_fast.hyperclip import load_model
     from hyperclip_fast.image_files import find_images, load_image
     from hyperclip_fast.task_bank import TaskBank
+    from hyperclip_fast.utils.extras import require
 
     tqdm = require("tqdm", "train").tqdm
     tasks = {"labels": read_labels(args.labels)} if args.labels is not None else read_tasks(args.tasks)

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
 from hyperclip_fast.open_clip_adapter import to_open_clip
+from hyperclip_fast.utils.extras import require
 
 MODELS = ("hyperclip", "hyperclip-base")
 DEMO = "demo"

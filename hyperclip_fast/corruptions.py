@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyperclip_fast.extras import require
+from hyperclip_fast.utils.extras import require
 
 SEVERITIES = (1, 2, 3, 4, 5)
 NOISE = (0.08, 0.12, 0.18, 0.26, 0.38)  # standard deviation, of [0, 1]

@@ -5,7 +5,6 @@ line drawing; scikit-learn gives handwritten digits. A task is K names of one gr
 picture of each class. Pictures stay RGBA until the last moment, so that training can vary what is behind them.
 """
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyperclip_fast.extras import require
 from hyperclip_fast.openmoji import load_openmoji
+from hyperclip_fast.utils.extras import require
+from hyperclip_fast.utils.seeds import stable_hash
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -117,11 +117,6 @@ def _join(parts: Sequence[Pictures]) -> Pictures:
         groups=sum((part.groups for part in parts), ()),
         held_out=torch.cat([part.held_out for part in parts]),
     )
-
-
-def stable_hash(text: str) -> int:
-    """A 64-bit hash that is the same everywhere."""
-    return int.from_bytes(hashlib.md5(text.encode(), usedforsecurity=False).digest()[:8], "big")
 
 
 def _is_held_out(key: str, share: float) -> bool:

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from hyperclip_fast.data import load_pictures, resize, to_rgb
 from hyperclip_fast.evaluation import EvalTask, accuracy, group_of, mean_accuracy, predict
-from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
 from hyperclip_fast.task_bank import TaskBank
-from hyperclip_fast.timing import interleaved, medians
 from hyperclip_fast.train_config import SETS
 from hyperclip_fast.train_data import evaluation_tasks
+from hyperclip_fast.utils.extras import require
+from hyperclip_fast.utils.timing import interleaved, medians
 
 
 def choose_tasks(tasks: Sequence[EvalTask], per_task: int = 10, seed: int = 0) -> list[EvalTask]:

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from hyperclip_fast.archives import Item, find_items
-from hyperclip_fast.embed_formats import FORMATS, Part, write_beside
-from hyperclip_fast.extras import require
+from hyperclip_fast.embed_formats import FORMATS, Part
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
 from hyperclip_fast.image_files import load_image
 from hyperclip_fast.task_bank import Task, TaskBank, fingerprint
+from hyperclip_fast.utils.extras import require
+from hyperclip_fast.utils.files import write_beside
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,14 @@ The bytes depend on the content alone, and each file is written beside and renam
 
 import io
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from hyperclip_fast.extras import require
-from hyperclip_fast.norm_params import save_safetensors
+from hyperclip_fast.utils.extras import require
+from hyperclip_fast.utils.files import save_safetensors, write_beside
 
 
 @dataclass(frozen=True)
@@ -45,16 +44,6 @@ class Format:
     suffix: str
     write: Callable[[Part, Path], None]
     broken: Callable[[Path], dict[str, str]]
-
-
-def write_beside(content: bytes, path: Path) -> None:
-    """Write a file beside `path`, then rename it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _write_safetensors(part: Part, path: Path) -> None:

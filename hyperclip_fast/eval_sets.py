@@ -16,11 +16,11 @@ import torch
 
 from hyperclip_fast.data import load_pictures
 from hyperclip_fast.evaluation import EvalTask, held_out_tasks
-from hyperclip_fast.extras import require
 from hyperclip_fast.image_files import load_image
 from hyperclip_fast.image_sets import read_folder
 from hyperclip_fast.openmoji import load_skin_tones
 from hyperclip_fast.scenes import VALUES, scene_tasks, to_rgba
+from hyperclip_fast.utils.extras import require
 
 BUILT_IN = ("openmoji", "digits", "skin-tones", "scenes")
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from hyperclip_fast.data import Pictures, resize, to_rgb
-from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
+from hyperclip_fast.utils.extras import require
 
 ROWS = ("right", "base", "wrong", "shuffled", "generic")
 GENERIC = "an object"

@@ -13,7 +13,7 @@ from timm.models import push_to_hf_hub, save_for_hf
 from torch import nn
 
 from hyperclip_fast.hyperclip import HyperCLIP
-from hyperclip_fast.norm_params import save_safetensors
+from hyperclip_fast.utils.files import save_safetensors
 
 
 def save_specialized(model: HyperCLIP, class_names: Sequence[str], out: str | Path) -> Path:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hyperclip_fast.export_graphs import Graph
-from hyperclip_fast.extras import require
+from hyperclip_fast.utils.extras import require
 
 TOLERANCE = 1e-4  # of the largest value of an output
 LARGEST = 64  # images, tasks' rows or class names that an ExecuTorch file takes: it plans its memory beforehand

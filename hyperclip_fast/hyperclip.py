@@ -24,13 +24,14 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from hyperclip_fast.config import check_types, from_dict
 from hyperclip_fast.fuse import fuse_batch_norms
 from hyperclip_fast.hyper_encoder import HyperEncoder, create_encoder, model_options
 from hyperclip_fast.hypernetwork import HyperNetwork, pad_classes
 from hyperclip_fast.model_card import model_card
-from hyperclip_fast.norm_params import NormParams, save_safetensors
+from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.text import TextTower, create_text_tower
+from hyperclip_fast.utils.files import save_safetensors
+from hyperclip_fast.utils.typed_config import check_types, from_dict
 
 DEMO_MODEL = Path(__file__).with_name("assets") / "demo"
 MAX_CLASSES = 10_000  # names of a task: the hypernetwork attends among them all, 3 s for so many on one CPU core

@@ -15,7 +15,7 @@ from typing import Any
 import timm
 from torch import Tensor
 
-from hyperclip_fast.extras import require
+from hyperclip_fast.utils.extras import require
 
 MAX_PIXELS = 64_000_000  # 256 MB as RGBA, while it is decoded
 MAX_BYTES = 128 << 20  # of a file: MAX_PIXELS of a photograph as PNG take about as much

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hyperclip_fast.image_files import class_folders, find_images
-from hyperclip_fast.sources import Batch, Share, draw_sizes, hash_seed, load, seeded, share_of_tasks
+from hyperclip_fast.sources import Batch, Share, draw_sizes, load, share_of_tasks
 from hyperclip_fast.train_config import DataConfig, TrainConfig
+from hyperclip_fast.utils.seeds import hash_seed, seeded
 
 ATTEMPTS = 100  # images tried for one place of a batch, before a set counts as unreadable
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hyperclip_fast.extras import require
+from hyperclip_fast.utils.extras import require
 
 
 def siglip_loss(

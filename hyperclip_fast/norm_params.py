@@ -7,17 +7,15 @@ holds the table (T, P) of T rows and the batch's task ids.
 
 import fnmatch
 import json
-import os
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch.utils import _pytree as pytree
+
+from hyperclip_fast.utils.files import load_safetensors, save_safetensors
 
 DEFAULT_MODULATE = ("blocks.*.norm1", "blocks.*.norm2", "norm", "fc_norm")
 
@@ -343,37 +341,3 @@ def check_params(params: object, spec: NormSpec, batch: int, fits: Callable[[Nor
     rows = params.num_tasks if params.task_ids is None else params.task_ids.shape[0]
     if rows != batch and not (params.task_ids is None and rows == 1):
         raise ValueError(f"params must be for a batch of {batch} images, got rows for {rows}")
-
-
-def save_safetensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file beside `path`, then rename: never half a file. The same content is the same bytes."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        beside.write_bytes(_sorted(serialize(tensors, metadata)))  # its own save_file lets only us read the file
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _sorted(content: bytes) -> bytes:
-    """A safetensors file with its metadata in the order of their keys: safetensors writes them in any."""
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
-    return len(text).to_bytes(8, "little") + text + content[start:]
-
-
-def load_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
-
-    Raises:
-        ValueError: if it is not one, or is cut short.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"path must be a whole safetensors file, got {path}: {error}") from error

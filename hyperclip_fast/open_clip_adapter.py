@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP, check_tasks
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.text import TextTower, average_prompts
+from hyperclip_fast.utils.extras import require
 
 Template = str | Callable[[str], str]
 Templates = Sequence[Template] | Mapping[str, Sequence[str]]

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hyperclip_fast.extras import missing, package_folder, require
-from hyperclip_fast.norm_params import load_safetensors, save_safetensors
+from hyperclip_fast.utils.extras import missing, package_folder, require
+from hyperclip_fast.utils.files import load_safetensors, save_safetensors
 
 CACHE_FORMAT = 1
 # Unicode's subcategories (by prefix) and categories to our groups; the first that fits counts.

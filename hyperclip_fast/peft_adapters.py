@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from hyperclip_fast.extras import require
-from hyperclip_fast.norm_params import NormParams, load_safetensors, save_safetensors
+from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.timm_names import timm_name
+from hyperclip_fast.utils.extras import require
+from hyperclip_fast.utils.files import load_safetensors, save_safetensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KEY = re.compile(r"base_model\.model\.(.+)\.ln_tuning_layers\.(weight|bias)")

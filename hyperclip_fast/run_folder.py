@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP
+from hyperclip_fast.utils.extras import require
 
 
 class RunFolder:

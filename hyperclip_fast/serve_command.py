@@ -6,7 +6,7 @@ import signal
 import socket
 from pathlib import Path
 
-from hyperclip_fast.extras import require
+from hyperclip_fast.utils.extras import require
 
 
 def add_serve(commands) -> None:

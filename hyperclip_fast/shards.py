@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from hyperclip_fast.extras import require
-from hyperclip_fast.sources import Batch, Share, hash_seed, load, seeded
+from hyperclip_fast.sources import Batch, Share, load
 from hyperclip_fast.train_config import DataConfig, TrainConfig
+from hyperclip_fast.utils.extras import require
+from hyperclip_fast.utils.seeds import hash_seed, seeded
 
 Sample = dict[str, Any]
 MOST_BROKEN = 1000  # samples of one batch, before its shards count as unreadable

@@ -8,20 +8,18 @@ A batch is G tasks of up to K classes with an image each, or any other number: `
 task (captions), each gets its share of the pairs, and the objective brings the texts together.
 """
 
-import contextlib
-import random
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from hyperclip_fast.data import Pictures, TaskBatch, TaskSampler, augment, resize, stable_hash
+from hyperclip_fast.data import Pictures, TaskBatch, TaskSampler, augment, resize
 from hyperclip_fast.train_config import TrainConfig
+from hyperclip_fast.utils.seeds import hash_seed, step_seed
 
 
 @dataclass(frozen=True)
@@ -85,31 +83,6 @@ class Share:
             raise ValueError(f"{what} must be a multiple of the number of processes, {self.world}, got {total}")
         size = total // self.world
         return slice(self.rank * size, (self.rank + 1) * size)
-
-
-def step_seed(seed: int, step: int) -> int:
-    """The seed of all chance in a step."""
-    return seed * 1_000_003 + step
-
-
-def hash_seed(*parts: object) -> int:
-    """A 63-bit seed made of anything that prints."""
-    return stable_hash(repr(parts)) >> 1
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Chance inside, of torch, numpy and Python, follows from `seed`; outside it goes on as if nothing had been."""
-    before = torch.get_rng_state(), numpy.random.get_state(), random.getstate()
-    torch.default_generator.manual_seed(seed)
-    numpy.random.seed(seed % 2**32)
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before[0])
-        numpy.random.set_state(before[1])
-        random.setstate(before[2])
 
 
 def draw_sizes(config: TrainConfig, step: int) -> list[int]:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hyperclip_fast.hyperclip import HyperCLIP, check_tasks
 from hyperclip_fast.hypernetwork import pad_classes
-from hyperclip_fast.norm_params import NormParams, NormSpec, load_safetensors, save_safetensors
+from hyperclip_fast.norm_params import NormParams, NormSpec
+from hyperclip_fast.utils.files import load_safetensors, save_safetensors
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyperclip_fast.extras import package_folder, require
+from hyperclip_fast.utils.extras import package_folder, require
 
 FORMS = ("minilm", "hf:<hub id or folder>", "open_clip:<model>", "open_clip:<model>/<pretrained>")
 FORMS += ("transformer", "transformer:width=256,depth=4,heads=4,dim=256,context_length=32")

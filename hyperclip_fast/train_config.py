@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from hyperclip_fast.config import check_types, from_dict
 from hyperclip_fast.hyperclip import HyperCLIPConfig, config_from_dict
+from hyperclip_fast.utils.typed_config import check_choice, check_types, from_dict
 
 PARTS = ("image", "text", "hypernetwork", "logit")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -109,7 +109,7 @@ class TrainConfig:
             raise ValueError(f"classes_per_task must be at least 2, or two such numbers, got {self.classes_per_task}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
-        _check_choice(self, schedule=SCHEDULES, precision=PRECISIONS, parallel=("ddp", "fsdp"))
+        check_choice(self, schedule=SCHEDULES, precision=PRECISIONS, parallel=("ddp", "fsdp"))
         if self.parallel == "fsdp" and (self.accumulate > 1 or self.ema or self.precision == "float16"):
             got = f"{self.accumulate}, {self.ema} and {self.precision}"
             raise ValueError(f"accumulate, ema and float16 go with ddp, not fsdp, got {got}")
@@ -169,7 +169,7 @@ class DataConfig:
 
     def __post_init__(self):
         check_types(self)
-        _check_choice(self, kind=KINDS, tasks=("labels", "captions"), transform=TRANSFORMS)
+        check_choice(self, kind=KINDS, tasks=("labels", "captions"), transform=TRANSFORMS)
         if not self.sets or len(set(self.sets)) < len(self.sets) or not set(self.sets) <= set(SETS):
             raise ValueError(f"sets must be distinct names from {SETS}, got {self.sets}")
         if SCENES in self.sets and len(self.sets) > 1 and "openmoji" not in self.sets:
@@ -178,12 +178,6 @@ class DataConfig:
             raise ValueError(f"crop and flip must lie in (0, 1] and [0, 1], got {self.crop} and {self.flip}")
         if self.workers < 0 or self.shuffle < 1:
             raise ValueError(f"workers must be at least 0, shuffle at least 1, got {self.workers} and {self.shuffle}")
-
-
-def _check_choice(config: TrainConfig | DataConfig, **choices: tuple[str, ...]) -> None:
-    for name, known in choices.items():
-        if getattr(config, name) not in known:
-            raise ValueError(f"{name} must be one of {known}, got {getattr(config, name)!r}")
 
 
 class RunConfig(NamedTuple):

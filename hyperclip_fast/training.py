@@ -21,7 +21,6 @@ from torch import Tensor
 from hyperclip_fast import distributed
 from hyperclip_fast.data import Pictures
 from hyperclip_fast.evaluation import EvalTask, mean_accuracy, swap_test
-from hyperclip_fast.extras import require
 from hyperclip_fast.hyperclip import HyperCLIP, HyperCLIPConfig
 from hyperclip_fast.losses import balanced_bias
 from hyperclip_fast.objective import Inputs, Objective, backward_in_parts
@@ -35,9 +34,11 @@ from hyperclip_fast.optimizer import (
     train_mode,
 )
 from hyperclip_fast.run_folder import RunFolder
-from hyperclip_fast.sources import Batch, Sampler, Source, TaskSource, hash_seed, step_seed
+from hyperclip_fast.sources import Batch, Sampler, Source, TaskSource
 from hyperclip_fast.train_config import DataConfig, RunConfig, TrainConfig
 from hyperclip_fast.train_data import create_source, evaluation_tasks
+from hyperclip_fast.utils.extras import require
+from hyperclip_fast.utils.seeds import hash_seed, step_seed
 
 STOP_EVERY = 10  # steps after which several processes ask each other whether one was told to stop
 

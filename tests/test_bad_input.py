@@ -24,8 +24,8 @@ from hyperclip_fast.archives import find_items, members
 from hyperclip_fast.cli import read_tasks
 from hyperclip_fast.hyperclip import load_model
 from hyperclip_fast.image_files import FORMATS, load_image, open_image
-from hyperclip_fast.norm_params import load_safetensors, save_safetensors
 from hyperclip_fast.text import create_text_tower, minilm_folder
+from hyperclip_fast.utils.files import load_safetensors, save_safetensors
 from tests.test_training import trainer
 from tests.towers import patch_text_tower, tiny_model
 

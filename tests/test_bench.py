@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from hyperclip_fast import timing
 from hyperclip_fast.cli import main
+from hyperclip_fast.utils import timing
 
 CPU = torch.device("cpu")
 TINY = {"img_size": 32, "depth": 1}

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from hyperclip_fast import HyperViT, NormParams, NormSpec
-from hyperclip_fast.norm_params import load_safetensors, save_safetensors
+from hyperclip_fast.utils.files import load_safetensors, save_safetensors
 
 SPEC = NormSpec(("a.norm", "b", "c"), (3, 5, 2), ("*",))
 widths_lists = st.lists(st.integers(1, 9), min_size=1, max_size=6)

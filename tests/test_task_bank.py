@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperclip_fast.norm_params import load_safetensors, save_safetensors
 from hyperclip_fast.task_bank import TaskBank
+from hyperclip_fast.utils.files import load_safetensors, save_safetensors
 from tests.towers import patch_text_tower, tiny_model
 
 TASKS = {"pets": ["cat", "dog", "parrot"], "food": ["pizza", "sushi"], "one": ["thing"], "many": list("abcdefg")}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from hyperclip_fast.extras import require
+from hyperclip_fast.utils.extras import require
 
 MIN_ROUNDS = 5
 

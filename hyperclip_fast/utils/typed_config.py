@@ -63,3 +63,9 @@ def _converted_to_one_of(value: Any, kinds: tuple[Any, ...]) -> Any:
         except ValueError:
             continue
     raise ValueError
+
+
+def check_choice(config: Any, **choices: tuple[str, ...]) -> None:
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise ValueError(f"{name} must be one of {known}, got {getattr(config, name)!r}")
