@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 
 from hyperclip_fast.corruptions import CORRUPTIONS, corrupt
-from hyperclip_fast.data import Pictures
+from hyperclip_fast.data.held_out import EvalTask, group_of, held_out_tasks
+from hyperclip_fast.data.openmoji import line_drawings
+from hyperclip_fast.data.pictures import Pictures
 from hyperclip_fast.eval_sets import EvalSet
-from hyperclip_fast.evaluation import ROWS, EvalTask, class_scores, group_of, held_out_tasks
+from hyperclip_fast.evaluation import ROWS, class_scores
 from hyperclip_fast.hyperclip import HyperCLIP
-from hyperclip_fast.openmoji import line_drawings
 from hyperclip_fast.utils.extras import require
 from hyperclip_fast.zero_shot import metrics
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hyperclip_fast.scenes import ATTRIBUTES
+from hyperclip_fast.data.scenes import ATTRIBUTES
 from hyperclip_fast.utils.extras import require
 
 from .conditioning_report import SWAPS, Groups, Log, by_names, sizes_of, values

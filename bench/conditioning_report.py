@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hyperclip_fast.scenes import ATTRIBUTES
+from hyperclip_fast.data.scenes import ATTRIBUTES
 
 from .conditioning_scores import SCENES, SHUFFLED, guessing, mean
 

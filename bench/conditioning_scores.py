@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hyperclip_fast.data import to_rgb
-from hyperclip_fast.evaluation import EvalTask, row_names, shuffling_changes
+from hyperclip_fast.data.augmentation import to_rgb
+from hyperclip_fast.data.held_out import EvalTask
+from hyperclip_fast.data.scenes import ATTRIBUTES, CHANCES, COMBINATIONS, VALUES, class_names
+from hyperclip_fast.evaluation import row_names, shuffling_changes
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
-from hyperclip_fast.scenes import ATTRIBUTES, CHANCES, COMBINATIONS, VALUES, class_names
 
 BATCH = 192
 SET_SIZES = (2, 4, 8, 16, 32, 64, 128)

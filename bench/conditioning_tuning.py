@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyperclip_fast.data import Pictures
+from hyperclip_fast.data.pictures import Pictures
+from hyperclip_fast.data.scenes import ATTRIBUTES, SceneSampler
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.losses import siglip_loss
-from hyperclip_fast.scenes import ATTRIBUTES, SceneSampler
 from hyperclip_fast.utils.extras import require
 
 from .conditioning_arms import Run

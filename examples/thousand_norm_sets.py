@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hyperclip_fast import HyperCLIP, NormParams
-from hyperclip_fast.data import Pictures, augment, load_pictures, resize, to_rgb
+from hyperclip_fast.data.augmentation import augment, resize, to_rgb
+from hyperclip_fast.data.pictures import Pictures, load_pictures
 from hyperclip_fast.hyperclip import load_model
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from hyperclip_fast.data import load_pictures, to_rgb
-from hyperclip_fast.evaluation import EvalTask, held_out_tasks
+from hyperclip_fast.data.augmentation import to_rgb
+from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
+from hyperclip_fast.data.pictures import load_pictures
 
 
 def write_task(task: EvalTask, folder: Path, shards: int = 1, templates: tuple[str, ...] = ("{c}",)) -> None:

@@ -174,8 +174,8 @@ def read_tasks(path: str | Path) -> dict[str, list[str]]:
 def _classify(args: argparse.Namespace) -> None:
     import torch
 
+    from hyperclip_fast.data.image_files import find_images, load_image
     from hyperclip_fast.hyperclip import load_model
-    from hyperclip_fast.image_files import find_images, load_image
     from hyperclip_fast.task_bank import TaskBank
     from hyperclip_fast.utils.extras import require
 

@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hyperclip_fast.data import load_pictures, resize, to_rgb
-from hyperclip_fast.evaluation import EvalTask, accuracy, group_of, mean_accuracy, predict
+from hyperclip_fast.data.augmentation import resize, to_rgb
+from hyperclip_fast.data.config import SETS
+from hyperclip_fast.data.held_out import EvalTask, group_of
+from hyperclip_fast.data.pictures import load_pictures
+from hyperclip_fast.evaluation import accuracy, mean_accuracy, predict
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
 from hyperclip_fast.task_bank import TaskBank
-from hyperclip_fast.train_config import SETS
 from hyperclip_fast.train_data import evaluation_tasks
 from hyperclip_fast.utils.extras import require
 from hyperclip_fast.utils.timing import interleaved, medians

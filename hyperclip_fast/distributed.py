@@ -10,8 +10,8 @@ from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
+from hyperclip_fast.data.batch import Share
 from hyperclip_fast.optimizer import is_sharded
-from hyperclip_fast.sources import Share
 
 
 @contextlib.contextmanager

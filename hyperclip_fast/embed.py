@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hyperclip_fast.archives import Item, find_items
+from hyperclip_fast.data.image_files import load_image
+from hyperclip_fast.data.tar_items import Item, find_items
 from hyperclip_fast.embed_formats import FORMATS, Part
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
-from hyperclip_fast.image_files import load_image
 from hyperclip_fast.task_bank import Task, TaskBank, fingerprint
 from hyperclip_fast.utils.extras import require
 from hyperclip_fast.utils.files import write_beside

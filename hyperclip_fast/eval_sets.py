@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 
-from hyperclip_fast.data import load_pictures
-from hyperclip_fast.evaluation import EvalTask, held_out_tasks
-from hyperclip_fast.image_files import load_image
-from hyperclip_fast.image_sets import read_folder
-from hyperclip_fast.openmoji import load_skin_tones
-from hyperclip_fast.scenes import VALUES, scene_tasks, to_rgba
+from hyperclip_fast.data.augmentation import to_rgba
+from hyperclip_fast.data.file_source import read_folder
+from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
+from hyperclip_fast.data.image_files import load_image
+from hyperclip_fast.data.openmoji import load_skin_tones
+from hyperclip_fast.data.pictures import load_pictures
+from hyperclip_fast.data.scenes import VALUES, scene_tasks
 from hyperclip_fast.utils.extras import require
 
 BUILT_IN = ("openmoji", "digits", "skin-tones", "scenes")

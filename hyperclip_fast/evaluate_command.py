@@ -103,8 +103,9 @@ def _result(args: argparse.Namespace, model) -> tuple[object, str]:
 
 def _swap_tests(args: argparse.Namespace, model) -> tuple[object, str]:
     """The swap test on held-out pictures, for each partition of their names into tasks."""
-    from hyperclip_fast.data import load_pictures
-    from hyperclip_fast.evaluation import held_out_tasks, partition_table, swap_test
+    from hyperclip_fast.data.held_out import held_out_tasks
+    from hyperclip_fast.data.pictures import load_pictures
+    from hyperclip_fast.evaluation import partition_table, swap_test
 
     pictures = load_pictures()
     partitions = [held_out_tasks(pictures, args.classes, seed=seed) for seed in range(args.partitions)]

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hyperclip_fast.data.batch import Batch, Share
 from hyperclip_fast.distributed import gather_texts
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.losses import siglip_loss
 from hyperclip_fast.norm_params import NormParams
-from hyperclip_fast.sources import Batch, Share
 from hyperclip_fast.utils.seeds import hash_seed
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}

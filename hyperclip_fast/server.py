@@ -22,9 +22,9 @@ from starlette.datastructures import FormData, UploadFile
 from torch import Tensor
 
 from hyperclip_fast.batching import Batcher, Classify, ModelThread, Ranked
+from hyperclip_fast.data.image_files import MAX_PIXELS, image_transform, open_image
 from hyperclip_fast.http_errors import RequestError, add_error_handlers
 from hyperclip_fast.http_limits import KnownHosts, Limited, Metrics, Observed
-from hyperclip_fast.image_files import MAX_PIXELS, image_transform, open_image
 from hyperclip_fast.task_bank import Task
 from hyperclip_fast.task_registry import TaskLimits, TaskRegistry, read_bank, write_bank
 

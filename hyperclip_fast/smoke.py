@@ -9,8 +9,9 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
-from hyperclip_fast.sources import Share
-from hyperclip_fast.train_config import DataConfig, RunConfig
+from hyperclip_fast.data.batch import Share
+from hyperclip_fast.data.config import DataConfig
+from hyperclip_fast.train_config import RunConfig
 from hyperclip_fast.utils.extras import require
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "brown", "grey")

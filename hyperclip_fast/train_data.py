@@ -6,14 +6,16 @@ from pathlib import Path
 
 import torch
 
-from hyperclip_fast.data import Pictures, load_pictures
-from hyperclip_fast.evaluation import EvalTask, held_out_tasks
-from hyperclip_fast.image_sets import ImageSetSource, read_folder, read_table
-from hyperclip_fast.scenes import MOST_VALUES, SceneSampler, scene_tasks
-from hyperclip_fast.shards import ShardSource
-from hyperclip_fast.sources import JoinedSource, Share, Source, TaskSource, picture_source
-from hyperclip_fast.train_config import SCENES, DataConfig, RunConfig, TrainConfig
-from hyperclip_fast.transforms import create_reader
+from hyperclip_fast.data.batch import Share, Source
+from hyperclip_fast.data.config import SCENES, DataConfig
+from hyperclip_fast.data.file_source import ImageSetSource, read_folder, read_table
+from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
+from hyperclip_fast.data.picture_source import JoinedSource, TaskSource, picture_source
+from hyperclip_fast.data.pictures import Pictures, load_pictures
+from hyperclip_fast.data.scenes import MOST_VALUES, SceneSampler, scene_tasks
+from hyperclip_fast.data.shard_source import ShardSource
+from hyperclip_fast.data.transforms import create_reader
+from hyperclip_fast.train_config import RunConfig, TrainConfig
 
 
 def create_source(

@@ -19,8 +19,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from hyperclip_fast import distributed
-from hyperclip_fast.data import Pictures
-from hyperclip_fast.evaluation import EvalTask, mean_accuracy, swap_test
+from hyperclip_fast.data.batch import Batch, Source
+from hyperclip_fast.data.config import DataConfig
+from hyperclip_fast.data.held_out import EvalTask
+from hyperclip_fast.data.picture_source import Sampler, TaskSource
+from hyperclip_fast.data.pictures import Pictures
+from hyperclip_fast.evaluation import mean_accuracy, swap_test
 from hyperclip_fast.hyperclip import HyperCLIP, HyperCLIPConfig
 from hyperclip_fast.losses import balanced_bias
 from hyperclip_fast.objective import Inputs, Objective, backward_in_parts
@@ -34,8 +38,7 @@ from hyperclip_fast.optimizer import (
     train_mode,
 )
 from hyperclip_fast.run_folder import RunFolder
-from hyperclip_fast.sources import Batch, Sampler, Source, TaskSource
-from hyperclip_fast.train_config import DataConfig, RunConfig, TrainConfig
+from hyperclip_fast.train_config import RunConfig, TrainConfig
 from hyperclip_fast.train_data import create_source, evaluation_tasks
 from hyperclip_fast.utils.extras import require
 from hyperclip_fast.utils.seeds import hash_seed, step_seed

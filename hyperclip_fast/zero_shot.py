@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from hyperclip_fast.corruptions import SEVERITIES, corrupt
+from hyperclip_fast.data.held_out import EvalTask
 from hyperclip_fast.eval_sets import EvalSet
-from hyperclip_fast.evaluation import EvalTask, class_scores
+from hyperclip_fast.evaluation import class_scores
 from hyperclip_fast.hyperclip import HyperCLIP
 
 

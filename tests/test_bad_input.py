@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 
 import hyperclip_fast.hyperclip
 from hyperclip_fast import TaskBank
-from hyperclip_fast.archives import find_items, members
 from hyperclip_fast.cli import read_tasks
+from hyperclip_fast.data.image_files import FORMATS, load_image, open_image
+from hyperclip_fast.data.tar_items import find_items, members
 from hyperclip_fast.hyperclip import load_model
-from hyperclip_fast.image_files import FORMATS, load_image, open_image
 from hyperclip_fast.text import create_text_tower, minilm_folder
 from hyperclip_fast.utils.files import load_safetensors, save_safetensors
 from tests.test_training import trainer

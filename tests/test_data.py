@@ -12,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hyperclip_fast import data, image_files, openmoji
+from hyperclip_fast import data
+from hyperclip_fast.data import augmentation, image_files, openmoji
+from hyperclip_fast.data import pictures as pictures_module
+from hyperclip_fast.utils.seeds import stable_hash
 
 SIZE = 32
 
@@ -108,10 +111,10 @@ def test_split_keeps_names_and_families_on_one_side(pictures):
 
 
 def test_split_is_the_same_everywhere(pictures):
-    assert data.stable_hash("cat") == 0xD077F244DEF8A70E  # md5 of "cat", first 8 bytes
+    assert stable_hash("cat") == 0xD077F244DEF8A70E  # md5 of "cat", first 8 bytes
     out = {pictures.names[label] for label in pictures.labels[pictures.held_out]}
     emoji = [name for name, group in zip(pictures.names, pictures.groups) if group != "digits"]
-    assert out & set(emoji) == {name for name in emoji if data._is_held_out(data.family_of(name), 0.15)}
+    assert out & set(emoji) == {name for name in emoji if pictures_module._is_held_out(data.family_of(name), 0.15)}
 
 
 @pytest.mark.parametrize(
@@ -276,7 +279,7 @@ def test_to_rgb_is_pillows_compositing(seed, count, background):
 def test_grid_is_affine_grid(size):
     theta = torch.randn(3, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = F.affine_grid(theta, (3, 4, *size), align_corners=False)
-    torch.testing.assert_close(data._grid(theta, size), expected)
+    torch.testing.assert_close(augmentation._grid(theta, size), expected)
 
 
 def test_augment_is_the_generators():

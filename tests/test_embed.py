@@ -20,8 +20,8 @@ from safetensors import safe_open
 
 from hyperclip_fast import TaskBank, embed_formats
 from hyperclip_fast.cli import main
+from hyperclip_fast.data.image_files import load_image
 from hyperclip_fast.embed import EmbedConfig, embed
-from hyperclip_fast.image_files import load_image
 from tests.towers import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -214,7 +214,7 @@ def test_broken_pictures_are_named_as_they_are_met(source, tmp_path):
 def test_a_disk_that_fails_breaks_no_picture(source, tmp_path):
     run(source, tmp_path / "whole")
     with (
-        mock.patch("hyperclip_fast.archives.Item.read", side_effect=OSError("disk")),
+        mock.patch("hyperclip_fast.data.tar_items.Item.read", side_effect=OSError("disk")),
         pytest.raises(OSError, match="disk"),
     ):
         run(source, tmp_path / "out")

@@ -12,10 +12,11 @@ from PIL import Image
 from hyperclip_fast import dense, eval_sets, zero_shot
 from hyperclip_fast.cli import main
 from hyperclip_fast.corruptions import CORRUPTIONS, corrupt
+from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
+from hyperclip_fast.data.openmoji import TONES, load_skin_tones
+from hyperclip_fast.data.scenes import ATTRIBUTES, scene_tasks
 from hyperclip_fast.eval_sets import EvalSet, load_eval_set
-from hyperclip_fast.evaluation import ROWS, EvalTask, class_scores, held_out_tasks, partition_table, swap_test
-from hyperclip_fast.openmoji import TONES, load_skin_tones
-from hyperclip_fast.scenes import ATTRIBUTES, scene_tasks
+from hyperclip_fast.evaluation import ROWS, class_scores, partition_table, swap_test
 from hyperclip_fast.text import create_text_tower
 from hyperclip_fast.zero_shot import evaluate, metrics
 from tests.test_scenes import blocks
@@ -285,7 +286,7 @@ def test_command_line(folder, tmp_path, capsys):
 
 
 def test_command_line_averages_over_partitions(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("hyperclip_fast.data.load_pictures", lambda: pictures(names_per_group=24))
+    monkeypatch.setattr("hyperclip_fast.data.pictures.load_pictures", lambda: pictures(names_per_group=24))
     model = tiny_model()
     model.save_pretrained(tmp_path / "model")
     run = ["evaluate", "--model", str(tmp_path / "model"), "--classes", "3", "--partitions", "2"]

@@ -26,11 +26,12 @@ BYTES = {"*bf16": 2, "*fp32": 4}
 
 def specs(width: int, dtype: str) -> dict[str, dict]:
     """{kernel: its function, argument types and constants, warps, the tiles that it loads, those that it stores}."""
+    from hyperclip_fast.kernels.common import launch as common
     from hyperclip_fast.kernels.layer_norm import launch
 
     stream, inner = ("*fp32", "*bf16") if dtype == "mixed" else ("*" + dtype, "*" + dtype)
     block_d, (block_n, warps), (back_n, back_warps) = launch.layer_norm_tiles(width)
-    block_b, reduce_d, reduce_warps = launch.REDUCE_CONFIG
+    block_b, reduce_d, reduce_warps = common.REDUCE_CONFIG
     shared = {"weight": stream, "task_ids": "*i64", "total": stream, "mean": "*fp32", "rstd": "*fp32"}
     shared |= {"N": "i32", "T": "i32", "weight_stride": "i32", "D": width, "BLOCK_D": block_d}
     forward = {"x": stream, "delta": inner, "bias": stream, "out": inner}
@@ -49,7 +50,7 @@ def specs(width: int, dtype: str) -> dict[str, dict]:
             ("grad_out", "grad_total", "total"),
             ("grad_x", "grad_delta"),
         ),
-        "reduce": (launch._reduce_kernel, reduce, reduce_warps, (), ()),
+        "reduce": (common._reduce_kernel, reduce, reduce_warps, (), ()),
     }
     if width not in (64, 192):
         del found["reduce"]  # its tiles are the same for every width

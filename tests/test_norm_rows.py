@@ -6,7 +6,7 @@ import torch
 
 from examples.thousand_norm_sets import Tasks, accuracy, fine_tune, serve
 from hyperclip_fast import HyperViT, NormParams, NormSpec, TaskBank
-from hyperclip_fast.data import resize, to_rgb
+from hyperclip_fast.data.augmentation import resize, to_rgb
 from hyperclip_fast.peft_adapters import load_ln_adapters, save_ln_adapter
 from hyperclip_fast.timm_names import timm_name, timm_norms
 from tests.towers import patch_text_tower, tiny_model

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from hyperclip_fast.data.image_files import load_image
 from hyperclip_fast.hyperclip import load_model
-from hyperclip_fast.image_files import load_image
 from hyperclip_fast.task_bank import TaskBank
 from tests.serving import ROOT
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hyperclip_fast.data import Pictures
-from hyperclip_fast.scenes import (
+from hyperclip_fast.data.augmentation import to_rgba
+from hyperclip_fast.data.pictures import Pictures
+from hyperclip_fast.data.scenes import (
     ATTRIBUTES,
     COLOURS,
     COMBINATIONS,
@@ -19,7 +20,6 @@ from hyperclip_fast.scenes import (
     SceneSampler,
     class_names,
     scene_tasks,
-    to_rgba,
 )
 
 SIDE = 48

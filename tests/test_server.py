@@ -13,7 +13,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from hyperclip_fast.batching import ModelThread
-from hyperclip_fast.image_files import load_image
+from hyperclip_fast.data.image_files import load_image
 from hyperclip_fast.server import ServeOptions, bank_service, create_app
 from hyperclip_fast.task_bank import TaskBank
 from hyperclip_fast.task_registry import TaskLimits

@@ -9,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from hyperclip_fast.data import TaskBatch
-from hyperclip_fast.image_sets import read_folder
-from hyperclip_fast.scenes import VALUES, class_names
-from hyperclip_fast.sources import Share, TaskSource, picture_source
-from hyperclip_fast.train_config import DataConfig, RunConfig, TrainConfig
+from hyperclip_fast.data.batch import Share
+from hyperclip_fast.data.config import DataConfig
+from hyperclip_fast.data.file_source import read_folder
+from hyperclip_fast.data.picture_source import TaskSource, picture_source
+from hyperclip_fast.data.scenes import VALUES, class_names
+from hyperclip_fast.data.task_sampler import TaskBatch
+from hyperclip_fast.train_config import RunConfig, TrainConfig
 from hyperclip_fast.train_data import create_source, evaluation_tasks
 from tests.image_data import SIDE, which, write_folder, write_shards, write_table
 from tests.test_scenes import blocks

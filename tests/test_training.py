@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hyperclip_fast.data import Pictures
-from hyperclip_fast.evaluation import ELSEWHERE, ROWS, EvalTask, accuracy, held_out_tasks, predict, row_names, swap_test
+from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
+from hyperclip_fast.data.pictures import Pictures
+from hyperclip_fast.evaluation import ELSEWHERE, ROWS, accuracy, predict, row_names, swap_test
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.optimizer import learning_rate

@@ -15,9 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from hyperclip_fast.cli import main
+from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.optimizer import learning_rate, part_of
-from hyperclip_fast.train_config import DataConfig, TrainConfig, load_config
+from hyperclip_fast.train_config import TrainConfig, load_config
 from hyperclip_fast.training import Trainer
 from tests.image_data import write_folder, write_shards
 from tests.test_training import CONFIG, pictures, trainer

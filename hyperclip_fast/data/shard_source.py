@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from hyperclip_fast.sources import Batch, Share, load
-from hyperclip_fast.train_config import DataConfig, TrainConfig
+from hyperclip_fast.data.batch import Batch, BatchShape, Share
+from hyperclip_fast.data.config import DataConfig
+from hyperclip_fast.data.loader import load
 from hyperclip_fast.utils.extras import require
 from hyperclip_fast.utils.seeds import hash_seed, seeded
 
@@ -38,7 +39,7 @@ class ShardSource:
     """Batches of captions from shards; a worker makes whole batches, and the workers take turns.
 
     Args:
-        config: of the training.
+        shape: of the batches.
         data: the shards, and how to read them.
         reader: see `transforms.create_reader`.
         share: of this process.
@@ -53,15 +54,15 @@ class ShardSource:
 
     def __init__(
         self,
-        config: TrainConfig,
+        shape: BatchShape,
         data: DataConfig,
         reader: Callable[[bytes], Tensor],
         share: Share,
         pin: bool = False,
     ):
-        if config.class_range[0] != config.class_range[1]:
-            raise ValueError(f"classes_per_task must be one number for shards, got {config.classes_per_task}")
-        self.config, self.data, self.reader, self.share, self.pin = config, data, reader, share, pin
+        if shape.class_range[0] != shape.class_range[1]:
+            raise ValueError(f"classes_per_task must be one number for shards, got {shape.classes_per_task}")
+        self.shape, self.data, self.reader, self.share, self.pin = shape, data, reader, share, pin
         expand = require("webdataset.shardlists", "train").expand_urls
         self.urls = [url for part in data.path.split("::") for url in expand(part)]
         self.slots = share.world * max(1, data.workers)
@@ -69,12 +70,10 @@ class ShardSource:
             raise ValueError(
                 f"path must name a shard for each of {self.slots} workers, {data.path} has {len(self.urls)}"
             )
-        pairs = config.tasks_per_batch * config.class_range[1]
-        mine = share.of(
-            pairs if config.tasks_per_batch == 1 else config.tasks_per_batch, "tasks_per_batch or its pairs"
-        )
+        pairs = shape.tasks_per_batch * shape.class_range[1]
+        mine = share.of(pairs if shape.tasks_per_batch == 1 else shape.tasks_per_batch, "tasks_per_batch or its pairs")
         size = mine.stop - mine.start
-        self.counts = (size,) if config.tasks_per_batch == 1 else (config.class_range[1],) * size
+        self.counts = (size,) if shape.tasks_per_batch == 1 else (shape.class_range[1],) * size
 
     def batches(self, start: int, state: dict[int, Position] | None = None) -> Iterator[Batch]:
         """The batches from step `start` on; `state` says where the workers stood then, by their number."""
@@ -87,7 +86,7 @@ class ShardSource:
 
     def order(self, epoch: int, slot: int) -> list[str]:
         """The shards of a slot in an epoch."""
-        generator = torch.Generator().manual_seed(hash_seed(self.config.seed, epoch, "shards"))
+        generator = torch.Generator().manual_seed(hash_seed(self.shape.seed, epoch, "shards"))
         return [self.urls[i] for i in torch.randperm(len(self.urls), generator=generator)[slot :: self.slots].tolist()]
 
 
@@ -139,7 +138,7 @@ def _samples(source: ShardSource, slot: int, position: Position) -> Iterator[tup
     """The samples of a slot from a position on, each with the position after it; None where a shard was cut short."""
     given = position.given
     for start, block in _blocks(source, slot, position):
-        generator = torch.Generator().manual_seed(hash_seed(source.config.seed, slot, *start))
+        generator = torch.Generator().manual_seed(hash_seed(source.shape.seed, slot, *start))
         order = torch.randperm(len(block), generator=generator).tolist()
         for place in range(given, len(block)):
             yield block[order[place]], start._replace(given=place + 1)
@@ -189,7 +188,7 @@ def _shard(url: str) -> Iterator[Sample | None]:
 def _decode(source: ShardSource, sample: Sample, slot: int, position: Position) -> tuple[Tensor, str] | None:
     """Image and caption of a sample; None, with a warning, where one is missing or broken."""
     data = source.data
-    with seeded(hash_seed(source.config.seed, slot, *position)):
+    with seeded(hash_seed(source.shape.seed, slot, *position)):
         try:
             image = next((sample[key] for key in data.image_key if key in sample), None)
             text = _text(sample, data.text_key)

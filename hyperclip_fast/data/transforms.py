@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hyperclip_fast.image_files import load_image, open_image
-from hyperclip_fast.train_config import DataConfig
+from hyperclip_fast.data.config import DataConfig
+from hyperclip_fast.data.image_files import load_image, open_image
 from hyperclip_fast.utils.extras import require
 
 HALF = (0.5, 0.5, 0.5)  # mean and standard deviation that bring [0, 1] to [-1, 1]

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hyperclip_fast.image_files import class_folders, find_images
-from hyperclip_fast.sources import Batch, Share, draw_sizes, load, share_of_tasks
-from hyperclip_fast.train_config import DataConfig, TrainConfig
+from hyperclip_fast.data.batch import Batch, BatchShape, Share, draw_sizes, share_of_tasks
+from hyperclip_fast.data.config import DataConfig
+from hyperclip_fast.data.image_files import class_folders, find_images
+from hyperclip_fast.data.loader import load
 from hyperclip_fast.utils.seeds import hash_seed, seeded
 
 ATTEMPTS = 100  # images tried for one place of a batch, before a set counts as unreadable
@@ -97,7 +98,7 @@ class ImageSetSource(Dataset):
 
     Args:
         images: the set.
-        config: of the training.
+        shape: of the batches.
         data: how to read it.
         reader: see `transforms.create_reader`.
         share: of this process.
@@ -111,15 +112,15 @@ class ImageSetSource(Dataset):
     def __init__(
         self,
         images: ImageSet,
-        config: TrainConfig,
+        shape: BatchShape,
         data: DataConfig,
         reader: Callable[[str], Tensor],
         share: Share,
         pin: bool = False,
     ):
-        self.images, self.config, self.data, self.reader, self.share, self.pin = (
+        self.images, self.shape, self.data, self.reader, self.share, self.pin = (
             images,
-            config,
+            shape,
             data,
             reader,
             share,
@@ -130,11 +131,11 @@ class ImageSetSource(Dataset):
             self.by_class[text].append(i)
         self.labelled = data.tasks == "labels"
         self.names = tuple(self.by_class) if self.labelled else ()
-        low, most = config.class_range
+        low, most = shape.class_range
         if not self.labelled and low != most:
-            raise ValueError(f"classes_per_task must be one number for captions, got {config.classes_per_task}")
+            raise ValueError(f"classes_per_task must be one number for captions, got {shape.classes_per_task}")
         what, wanted = (
-            ("classes_per_task", most) if self.labelled else ("a batch's pairs", most * config.tasks_per_batch)
+            ("classes_per_task", most) if self.labelled else ("a batch's pairs", most * shape.tasks_per_batch)
         )
         have = len(self.by_class) if self.labelled else len(images)
         if have < wanted:
@@ -147,7 +148,7 @@ class ImageSetSource(Dataset):
 
     def __getitem__(self, step: int) -> Batch:
         """This process's part of the batch of a step."""
-        sizes = draw_sizes(self.config, step)
+        sizes = draw_sizes(self.shape, step)
         parts, pairs, broken = share_of_tasks(sizes, self.share), [], 0
         plan = self._labels(step, sizes) if self.labelled else self._captions(step, sum(sizes))
         for start, stop in parts:
@@ -169,7 +170,7 @@ class ImageSetSource(Dataset):
 
     def _labels(self, step: int, sizes: list[int]) -> list[int]:
         """An image of each class of each task of a step."""
-        generator = torch.Generator().manual_seed(hash_seed(self.config.seed, step, "labels"))
+        generator = torch.Generator().manual_seed(hash_seed(self.shape.seed, step, "labels"))
         chosen = []
         for size in sizes:
             for name in torch.randperm(len(self.names), generator=generator)[:size].tolist():
@@ -179,13 +180,13 @@ class ImageSetSource(Dataset):
 
     def _captions(self, step: int, count: int) -> list[int]:
         """The pairs of a step: the next ones of the epoch."""
-        first = step * self.config.tasks_per_batch * self.config.class_range[1]
+        first = step * self.shape.tasks_per_batch * self.shape.class_range[1]
         return [self._pair(first + i) for i in range(count)]
 
     def _pair(self, position: int) -> int:
         epoch, place = divmod(position, len(self.images))
         if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(hash_seed(self.config.seed, epoch, "epoch"))
+            generator = torch.Generator().manual_seed(hash_seed(self.shape.seed, epoch, "epoch"))
             self._order = (epoch, torch.randperm(len(self.images), generator=generator))
         return int(self._order[1][place])
 
@@ -193,7 +194,7 @@ class ImageSetSource(Dataset):
         """The image and text for a place of a batch, and how many broken files came before one that could be read."""
         first = wanted
         for attempt in range(ATTEMPTS):
-            seed = hash_seed(self.config.seed, step, place, attempt)
+            seed = hash_seed(self.shape.seed, step, place, attempt)
             with seeded(seed):
                 try:
                     return self.reader(self.images.files[wanted]), self.images.texts[wanted], attempt

@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyperclip_fast.data import Pictures, TaskBatch
-from hyperclip_fast.evaluation import EvalTask
+from hyperclip_fast.data.augmentation import to_rgba
+from hyperclip_fast.data.held_out import EvalTask
+from hyperclip_fast.data.pictures import Pictures
+from hyperclip_fast.data.task_sampler import TaskBatch
 
 OBJECT_GROUPS = ("activities", "animals", "food", "nature", "objects", "travel")
 COLOURS = {
@@ -334,9 +336,3 @@ def scene_tasks(
         for i, (ids, part, label) in enumerate(zip(members, images.chunk(sets), labels))
     ]
     return tasks + [EvalTask(a, class_names(a, (), wording), images, drawn[a]) for a in VALUES]
-
-
-def to_rgba(images: Tensor) -> Tensor:
-    """Images (..., 3, S, S) in [-1, 1] as opaque uint8 RGBA (..., 4, S, S)."""
-    rgb = ((images + 1) * 127.5).round().clamp(0, 255).byte()
-    return torch.cat([rgb, torch.full_like(rgb[..., :1, :, :], 255)], -3)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from hyperclip_fast.image_files import IMAGE_SUFFIXES, MAX_BYTES, find_images
+from hyperclip_fast.data.image_files import IMAGE_SUFFIXES, MAX_BYTES, find_images
 
 
 @dataclass(frozen=True)
