@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hyperclip_fast.data.pictures import Pictures
 from hyperclip_fast.data.scenes import ATTRIBUTES, SceneSampler
 from hyperclip_fast.hyperclip import HyperCLIP
-from hyperclip_fast.losses import siglip_loss
+from hyperclip_fast.training.losses import siglip_loss
 from hyperclip_fast.utils.extras import require
 
 from .conditioning_arms import Run

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hyperclip_fast.training import TrainConfig
+from hyperclip_fast.training.trainer import TrainConfig
 
 from .conditioning_report import Groups, Log, Table, around, gains, spread, values
 

@@ -13,7 +13,7 @@ from hyperclip_fast.data.pictures import load_pictures
 from hyperclip_fast.evaluation import accuracy, mean_accuracy, predict
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
 from hyperclip_fast.task_bank import TaskBank
-from hyperclip_fast.train_data import evaluation_tasks
+from hyperclip_fast.training.source_factory import evaluation_tasks
 from hyperclip_fast.utils.extras import require
 from hyperclip_fast.utils.timing import interleaved, medians
 

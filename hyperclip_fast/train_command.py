@@ -23,10 +23,10 @@ def add_train(commands) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from hyperclip_fast import distributed
-    from hyperclip_fast.smoke import smoke
-    from hyperclip_fast.train_config import load_config
-    from hyperclip_fast.training import Trainer
+    from hyperclip_fast.training import distributed
+    from hyperclip_fast.training.config import load_config
+    from hyperclip_fast.training.smoke import smoke
+    from hyperclip_fast.training.trainer import Trainer
 
     short = {"steps": args.steps, "seed": args.seed}
     changes = [*args.set, *(f"train.{name}={value}" for name, value in short.items() if value is not None)]

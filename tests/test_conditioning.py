@@ -30,7 +30,7 @@ from hyperclip_fast.bench.conditioning_tuning import METHODS, tune
 from hyperclip_fast.bench.conditioning_width import schedule, width_table, widths
 
 from hyperclip_fast.data.scenes import ATTRIBUTES, CHANCES, COMBINATIONS, scene_tasks
-from hyperclip_fast.training import TrainConfig
+from hyperclip_fast.training.trainer import TrainConfig
 from tests.test_scenes import blocks
 from tests.towers import patch_text_tower, tiny_model
 

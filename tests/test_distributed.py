@@ -7,11 +7,10 @@ import torch
 from open_clip.loss import SigLipLoss
 from torch import distributed
 
-from hyperclip_fast.distributed import gather_texts, share
-from hyperclip_fast.losses import siglip_loss
-from hyperclip_fast.optimizer import whole
-from hyperclip_fast.train_config import TrainConfig
-from hyperclip_fast.training import Trainer
+from hyperclip_fast.training.config import TrainConfig
+from hyperclip_fast.training.distributed import gather_texts, share, whole
+from hyperclip_fast.training.losses import siglip_loss
+from hyperclip_fast.training.trainer import Trainer
 from tests.test_training import pictures
 from tests.towers import patch_text_tower, tiny_config
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hyperclip_fast.hyperclip import HyperCLIP, config_from_dict
-from hyperclip_fast.losses import siglip_loss
 from hyperclip_fast.norm_params import NormParams
+from hyperclip_fast.training.losses import siglip_loss
 from tests.helpers import assert_close
 from tests.towers import HashTower, patch_text_tower, tiny_config, tiny_model
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyperclip_fast.losses import balanced_bias, siglip_loss
+from hyperclip_fast.training.losses import balanced_bias, siglip_loss
 
 SIZES = st.lists(st.tuples(st.integers(1, 7), st.integers(2, 9)), min_size=1, max_size=3)  # (N_t, K_t) of each task
 

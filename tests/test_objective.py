@@ -8,7 +8,8 @@ import torch
 
 from hyperclip_fast.data.batch import Batch, Share
 from hyperclip_fast.hyperclip import HyperCLIP
-from hyperclip_fast.objective import Inputs, Objective, backward_in_parts
+from hyperclip_fast.training.grad_cache import backward_in_parts
+from hyperclip_fast.training.objective import Inputs, Objective
 from hyperclip_fast.utils.seeds import hash_seed
 from tests.towers import patch_text_tower, tiny_config, tiny_model
 

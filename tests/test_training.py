@@ -11,9 +11,9 @@ from hyperclip_fast.data.pictures import Pictures
 from hyperclip_fast.evaluation import ELSEWHERE, ROWS, accuracy, predict, row_names, swap_test
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
-from hyperclip_fast.optimizer import learning_rate
-from hyperclip_fast.train_config import TrainConfig, load_config
-from hyperclip_fast.training import Trainer
+from hyperclip_fast.training.config import TrainConfig, load_config
+from hyperclip_fast.training.optimizer import learning_rate
+from hyperclip_fast.training.trainer import Trainer
 from tests.towers import patch_text_tower, tiny_config, tiny_model
 
 CONFIG = TrainConfig(

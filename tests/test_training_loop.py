@@ -17,9 +17,9 @@ from torch import nn
 from hyperclip_fast.cli import main
 from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.hyperclip import HyperCLIP
-from hyperclip_fast.optimizer import learning_rate, part_of
-from hyperclip_fast.train_config import TrainConfig, load_config
-from hyperclip_fast.training import Trainer
+from hyperclip_fast.training.config import TrainConfig, load_config
+from hyperclip_fast.training.optimizer import learning_rate, part_of
+from hyperclip_fast.training.trainer import Trainer
 from tests.image_data import write_folder, write_shards
 from tests.test_training import CONFIG, pictures, trainer
 from tests.towers import patch_text_tower, tiny_config

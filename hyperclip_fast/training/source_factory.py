@@ -15,7 +15,7 @@ from hyperclip_fast.data.pictures import Pictures, load_pictures
 from hyperclip_fast.data.scenes import MOST_VALUES, SceneSampler, scene_tasks
 from hyperclip_fast.data.shard_source import ShardSource
 from hyperclip_fast.data.transforms import create_reader
-from hyperclip_fast.train_config import RunConfig, TrainConfig
+from hyperclip_fast.training.config import RunConfig, TrainConfig
 
 
 def create_source(

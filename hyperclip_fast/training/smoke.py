@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hyperclip_fast.data.batch import Share
 from hyperclip_fast.data.config import DataConfig
-from hyperclip_fast.train_config import RunConfig
+from hyperclip_fast.training.config import RunConfig
 from hyperclip_fast.utils.extras import require
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "brown", "grey")

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from hyperclip_fast.hyperclip import HyperCLIP
-from hyperclip_fast.train_config import PARTS, TrainConfig
+from hyperclip_fast.training.config import PARTS, TrainConfig
+from hyperclip_fast.training.distributed import is_sharded, whole
 
 PREFIXES = {"image": "image", "text": "text", "text_projection": "text", "hypernetwork": "hypernetwork"}
 
@@ -106,13 +107,3 @@ def clip_gradients(model: HyperCLIP, largest: float) -> Tensor:
     for some in (sharded, plain):
         torch.nn.utils.clip_grads_with_norm_(some, largest or torch.inf, norm)
     return norm
-
-
-def is_sharded(value: Tensor) -> bool:
-    """Whether FSDP holds this tensor in shards."""
-    return hasattr(value, "full_tensor")
-
-
-def whole(value: Tensor) -> Tensor:
-    """A tensor in one piece where FSDP holds it in shards."""
-    return value.full_tensor() if is_sharded(value) else value

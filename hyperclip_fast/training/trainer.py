@@ -18,7 +18,6 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from hyperclip_fast import distributed
 from hyperclip_fast.data.batch import Batch, Source
 from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.data.held_out import EvalTask
@@ -26,9 +25,12 @@ from hyperclip_fast.data.picture_source import Sampler, TaskSource
 from hyperclip_fast.data.pictures import Pictures
 from hyperclip_fast.evaluation import mean_accuracy, swap_test
 from hyperclip_fast.hyperclip import HyperCLIP, HyperCLIPConfig
-from hyperclip_fast.losses import balanced_bias
-from hyperclip_fast.objective import Inputs, Objective, backward_in_parts
-from hyperclip_fast.optimizer import (
+from hyperclip_fast.training import distributed
+from hyperclip_fast.training.config import RunConfig, TrainConfig
+from hyperclip_fast.training.grad_cache import backward_in_parts
+from hyperclip_fast.training.losses import balanced_bias
+from hyperclip_fast.training.objective import Inputs, Objective
+from hyperclip_fast.training.optimizer import (
     clip_gradients,
     create_optimizer,
     freeze,
@@ -37,9 +39,8 @@ from hyperclip_fast.optimizer import (
     set_learning_rate,
     train_mode,
 )
-from hyperclip_fast.run_folder import RunFolder
-from hyperclip_fast.train_config import RunConfig, TrainConfig
-from hyperclip_fast.train_data import create_source, evaluation_tasks
+from hyperclip_fast.training.run_folder import RunFolder
+from hyperclip_fast.training.source_factory import create_source, evaluation_tasks
 from hyperclip_fast.utils.extras import require
 from hyperclip_fast.utils.seeds import hash_seed, step_seed
 

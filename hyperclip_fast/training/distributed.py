@@ -11,7 +11,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.fsdp import fully_shard
 
 from hyperclip_fast.data.batch import Share
-from hyperclip_fast.optimizer import is_sharded
 
 
 @contextlib.contextmanager
@@ -154,3 +153,13 @@ def load_states(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[
     options = StateDictOptions(full_state_dict=True)
     wanted = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
     set_state_dict(model, optimizer, **wanted, options=options)
+
+
+def is_sharded(value: Tensor) -> bool:
+    """Whether FSDP holds this tensor in shards."""
+    return hasattr(value, "full_tensor")
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor in one piece where FSDP holds it in shards."""
+    return value.full_tensor() if is_sharded(value) else value

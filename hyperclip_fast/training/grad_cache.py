@@ -1,0 +1,91 @@
+"""The gradients of a whole batch with a part of it in memory at a time (GradCache, arXiv 2101.06983)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hyperclip_fast.norm_params import NormParams
+from hyperclip_fast.training.objective import Inputs, Objective
+from hyperclip_fast.utils.seeds import hash_seed
+
+
+def backward_in_parts(
+    objective: Objective, inputs: Inputs, parts: int, seed: int, scaled: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The gradients of a whole batch with a part of it in memory at a time; see the module's text.
+
+    Args:
+        objective: not wrapped; gradients are added to its parameters' own.
+        inputs: the batch.
+        parts: how many; at most one an image.
+        seed: of dropout, drawn anew for each part and the same in both of its passes.
+        scaled: what is done to the loss before backward.
+
+    Returns:
+        Loss and accuracy, without a graph.
+    """
+    parts = min(parts, len(inputs.images))
+    model, texts = objective.model, _split(inputs.texts, parts) if inputs.table is None else []
+    images = list(zip(inputs.images.tensor_split(parts), inputs.task_ids.tensor_split(parts)))
+    table = inputs.table
+    if table is None:
+        table = _without_graph([lambda i=i, t=t: _texts(objective, t, hash_seed(seed, i)) for i, t in enumerate(texts)])
+    features = objective.spread(table, inputs)
+    leaf = features.detach().requires_grad_(features.requires_grad)
+    with objective.autocast():
+        params, classes = model.rows(leaf, inputs.mask), model.project_text(leaf)
+    rows = params.table.detach().requires_grad_(params.table.requires_grad)
+
+    def embed(i: int) -> Tensor:
+        torch.manual_seed(hash_seed(seed, i))
+        with objective.autocast():
+            return model.encode_image(images[i][0], NormParams(params.spec, rows, images[i][1]))
+
+    with _statistics_kept(model.image):
+        embeddings = _without_graph([lambda i=i: embed(i) for i in range(parts)])
+    loss, accuracy = objective.compare(embeddings, classes, inputs)
+    scaled(loss).backward()
+    for i, grad in enumerate(embeddings.grad.tensor_split(parts)):
+        if (again := embed(i)).requires_grad:
+            again.backward(grad)
+    if rows.grad is not None:
+        params.table.backward(rows.grad)
+    if leaf.grad is not None:
+        features.backward(leaf.grad)
+        for i, (part, grad) in enumerate(zip(texts, table.grad.split([len(part) for part in texts]))):
+            _texts(objective, part, hash_seed(seed, i)).backward(grad)
+    return loss.detach(), accuracy
+
+
+def _split(texts: tuple[str, ...], parts: int) -> list[tuple[str, ...]]:
+    size = -(-len(texts) // parts)
+    return [texts[start : start + size] for start in range(0, len(texts), size)]
+
+
+def _texts(objective: Objective, texts: tuple[str, ...], seed: int) -> Tensor:
+    torch.manual_seed(seed)
+    with objective.autocast():
+        return objective.model.text_features(texts)
+
+
+def _without_graph(parts: list[Callable[[], Tensor]]) -> Tensor:
+    """The parts' results in one tensor, from which a new graph starts."""
+    with torch.no_grad():
+        return torch.cat([part() for part in parts]).requires_grad_()
+
+
+@contextmanager
+def _statistics_kept(tower: nn.Module) -> Iterator[None]:
+    """BatchNorms in training mode use the batch's statistics, and their running ones stay as they are."""
+    norms = [part for part in tower.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+    norms = [norm for norm in norms if norm.training]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
