@@ -52,7 +52,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["hyperclip_fast*"]), *(f"hyperclip_fast.{part}" for part in PARTS)],
     package_dir={"hyperclip_fast.kernels": "kernels", "hyperclip_fast.bench": "bench"},
-    package_data={"hyperclip_fast": ["assets/**/*", "static/*"]},
+    package_data={"hyperclip_fast": ["assets/**/*", "serving/static/*"]},
     install_requires=[
         "torch>=2.8",
         "timm>=1.0.26",
@@ -77,7 +77,7 @@ setup(
         "report": REPORT,
         "test": TEST,
     },
-    entry_points={"console_scripts": ["hyperclip = hyperclip_fast.cli:main"]},
+    entry_points={"console_scripts": ["hyperclip = hyperclip_fast.cli.main:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Image Recognition",

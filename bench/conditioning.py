@@ -18,7 +18,7 @@ import torch
 
 from hyperclip_fast.data.pictures import load_pictures
 from hyperclip_fast.data.scenes import ATTRIBUTES, SceneSampler, scene_tasks
-from hyperclip_fast.eval_sets import load_eval_set
+from hyperclip_fast.evaluation.eval_sets import load_eval_set
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
 from hyperclip_fast.training.trainer import Trainer
 from hyperclip_fast.utils.extras import require

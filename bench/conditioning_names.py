@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 
-from hyperclip_fast.corruptions import CORRUPTIONS, corrupt
 from hyperclip_fast.data.held_out import EvalTask, group_of, held_out_tasks
 from hyperclip_fast.data.openmoji import line_drawings
 from hyperclip_fast.data.pictures import Pictures
-from hyperclip_fast.eval_sets import EvalSet
-from hyperclip_fast.evaluation import ROWS, class_scores
+from hyperclip_fast.evaluation.corruptions import CORRUPTIONS, corrupt
+from hyperclip_fast.evaluation.eval_sets import EvalSet
+from hyperclip_fast.evaluation.swapping import ROWS, class_scores
+from hyperclip_fast.evaluation.zero_shot import metrics
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.utils.extras import require
-from hyperclip_fast.zero_shot import metrics
 
 from .conditioning_plots import COLOURS
 from .conditioning_report import DESCRIPTIONS, Log, Table, around, first_of, gains, markdown, spread, values, verdict

@@ -15,7 +15,7 @@ from torch import Tensor
 from hyperclip_fast.data.augmentation import to_rgb
 from hyperclip_fast.data.held_out import EvalTask
 from hyperclip_fast.data.scenes import ATTRIBUTES, CHANCES, COMBINATIONS, VALUES, class_names
-from hyperclip_fast.evaluation import row_names, shuffling_changes
+from hyperclip_fast.evaluation.swapping import row_names, shuffling_changes
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
 

@@ -9,7 +9,6 @@ the first calls of `encode_text` would need no wrapper, but a state that no call
     --model hyperclip-base    the base row, whatever the names: what conditioning is measured against
 """
 
-import argparse
 import functools
 import sys
 from collections.abc import Sequence
@@ -112,12 +111,3 @@ def run(arguments: Sequence[str]) -> None:
         cli.main()
     finally:
         sys.argv = before
-
-
-def add_clip_benchmark(commands) -> None:
-    """Add the subcommand to the command line's parser."""
-    text = "run clip_benchmark with a model specialised for each data set's class names (extra: clip_benchmark)"
-    more = "--model hyperclip (the default) or hyperclip-base, --pretrained a folder, a hub id or demo (the default)."
-    parser = commands.add_parser("clip-benchmark", help=text, description=f"{text}; {more}")
-    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="eval ...", help="clip_benchmark's own arguments")
-    parser.set_defaults(run=lambda args: run(args.rest), device="cpu")

@@ -10,17 +10,17 @@ from pathlib import Path
 import uvicorn
 from hyperclip_fast.bench.serving import address_of, server_process
 
-from hyperclip_fast.batching import ModelThread
 from hyperclip_fast.hyperclip import HyperCLIP
-from hyperclip_fast.server import ServeOptions, bank_service, create_app
+from hyperclip_fast.serving.app import ServeOptions, bank_service, create_app
+from hyperclip_fast.serving.batching import ModelThread
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = """
 import sys, time, pytest
 sys.path.insert(0, sys.argv[1])
-import hyperclip_fast.batching as batching
+import hyperclip_fast.serving.batching as batching
 from tests.towers import patch_text_tower
-from hyperclip_fast.cli import main
+from hyperclip_fast.cli.main import main
 
 real, slow = batching.classify_mixed, float(sys.argv[2])
 batching.classify_mixed = lambda *args: time.sleep(slow) or real(*args)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import hyperclip_fast.hyperclip
 from hyperclip_fast import TaskBank
-from hyperclip_fast.cli import read_tasks
+from hyperclip_fast.cli.arguments import read_tasks
 from hyperclip_fast.data.image_files import FORMATS, load_image, open_image
 from hyperclip_fast.data.tar_items import find_items, members
 from hyperclip_fast.hyperclip import load_model

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperclip_fast.batching import Batcher, ModelThread, classify_mixed, make_task
-from hyperclip_fast.http_errors import RequestError
+from hyperclip_fast.serving.batching import Batcher, ModelThread, classify_mixed, make_task
+from hyperclip_fast.serving.errors import RequestError
+from hyperclip_fast.serving.task_registry import TaskRegistry
 from hyperclip_fast.task_bank import Task, TaskBank
-from hyperclip_fast.task_registry import TaskRegistry
 from tests.towers import patch_text_tower, tiny_model
 
 TASKS = {"pets": ["cat", "dog", "parrot"], "food": ["pizza", "sushi"], "one": ["thing"], "many": list("abcdefg")}

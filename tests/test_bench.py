@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from hyperclip_fast.cli import main
+from hyperclip_fast.cli.main import main
 from hyperclip_fast.utils import timing
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import torch
 from hyperclip_fast.bench import encoders, model_cases
 from hyperclip_fast.bench.runner import Case, Provider, run_case
 
-from hyperclip_fast.cli import main
+from hyperclip_fast.cli.main import main
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from hyperclip_fast.bench import serving
 
-from hyperclip_fast.cli import main
-from hyperclip_fast.server import ServeOptions
+from hyperclip_fast.cli.main import main
+from hyperclip_fast.serving.app import ServeOptions
 from tests.serving import serving_here
 from tests.towers import patch_text_tower, tiny_model
 

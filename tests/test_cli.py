@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from hyperclip_fast.cli import main, read_tasks
+from hyperclip_fast.cli.arguments import read_tasks
+from hyperclip_fast.cli.main import main
 from hyperclip_fast.data.image_files import load_image
 from hyperclip_fast.task_bank import TaskBank
 from tests.towers import patch_text_tower, tiny_model

@@ -11,7 +11,7 @@ from torchvision.transforms.functional import to_tensor
 
 from examples.webdataset import write_task
 from hyperclip_fast import TaskBank
-from hyperclip_fast.cli import main
+from hyperclip_fast.cli.main import main
 from hyperclip_fast.clip_benchmark import load
 from hyperclip_fast.data.held_out import EvalTask
 from tests.towers import tiny_model

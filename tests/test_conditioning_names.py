@@ -24,13 +24,13 @@ from hyperclip_fast.bench.conditioning_names import (
 )
 from hyperclip_fast.bench.conditioning_report import grouped, read_logs
 
-from hyperclip_fast.corruptions import CORRUPTIONS
 from hyperclip_fast.data.augmentation import resize, to_rgb
 from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
 from hyperclip_fast.data.openmoji import line_drawings
 from hyperclip_fast.data.pictures import Pictures, _join
-from hyperclip_fast.eval_sets import EvalSet
-from hyperclip_fast.evaluation import ROWS, row_names
+from hyperclip_fast.evaluation.corruptions import CORRUPTIONS
+from hyperclip_fast.evaluation.eval_sets import EvalSet
+from hyperclip_fast.evaluation.swapping import ROWS, row_names
 from tests.test_conditioning import PLAN
 from tests.test_scenes import blocks
 from tests.towers import patch_text_tower, tiny_model

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from hyperclip_fast import TaskBank, embed_formats
-from hyperclip_fast.cli import main
+from hyperclip_fast.cli.main import main
 from hyperclip_fast.data.image_files import load_image
 from hyperclip_fast.embed import EmbedConfig, embed
 from tests.towers import tiny_model

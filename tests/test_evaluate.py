@@ -9,16 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from hyperclip_fast import dense, eval_sets, zero_shot
-from hyperclip_fast.cli import main
-from hyperclip_fast.corruptions import CORRUPTIONS, corrupt
+from hyperclip_fast.cli.main import main
 from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
 from hyperclip_fast.data.openmoji import TONES, load_skin_tones
 from hyperclip_fast.data.scenes import ATTRIBUTES, scene_tasks
-from hyperclip_fast.eval_sets import EvalSet, load_eval_set
-from hyperclip_fast.evaluation import ROWS, class_scores, partition_table, swap_test
+from hyperclip_fast.evaluation import dense, eval_sets, zero_shot
+from hyperclip_fast.evaluation.corruptions import CORRUPTIONS, corrupt
+from hyperclip_fast.evaluation.eval_sets import EvalSet, load_eval_set
+from hyperclip_fast.evaluation.swapping import ROWS, class_scores, partition_table, swap_test
+from hyperclip_fast.evaluation.zero_shot import evaluate, metrics
 from hyperclip_fast.text import create_text_tower
-from hyperclip_fast.zero_shot import evaluate, metrics
 from tests.test_scenes import blocks
 from tests.test_training import pictures
 from tests.towers import patch_text_tower, tiny_model

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from hyperclip_fast.cli import main
+from hyperclip_fast.cli.main import main
 from hyperclip_fast.export import save_specialized
 from hyperclip_fast.export_formats import FORMATS, export
 from hyperclip_fast.export_graphs import mixed_graph, specialized_graph, text_graph

@@ -60,7 +60,7 @@ def test_wheel_holds_every_module_under_our_name(wheel):
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "hyperclip_fast").rglob("*.py")}
     for part in ("kernels", "bench"):
         expected |= {f"hyperclip_fast/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / part).rglob("*.py")}
-    files = (path for part in ("assets", "static") for path in (ROOT / "hyperclip_fast" / part).rglob("*"))
+    files = (path for part in ("assets", "serving/static") for path in (ROOT / "hyperclip_fast" / part).rglob("*"))
     expected |= {path.relative_to(ROOT).as_posix() for path in files if path.is_file()}
     assert {"hyperclip_fast/kernels/layer_norm/functional.py", "hyperclip_fast/bench/command.py"} <= expected
     assert expected <= names
@@ -74,7 +74,7 @@ def test_wheel_has_metadata_and_the_command(wheel):
         info = next(name for name in archive.namelist() if name.endswith("/METADATA")).rsplit("/", 1)[0]
         metadata = archive.read(f"{info}/METADATA").decode()
         scripts = archive.read(f"{info}/entry_points.txt").decode()
-    assert "hyperclip = hyperclip_fast.cli:main" in scripts
+    assert "hyperclip = hyperclip_fast.cli.main:main" in scripts
     assert "\nLicense: Apache-2.0\n" in metadata or "\nLicense-Expression: Apache-2.0\n" in metadata
     extras = "clip train demo bench export executorch embed serve ray peft report test"
     for extra in extras.split():
@@ -95,7 +95,7 @@ def test_installed_package_runs_its_own_kernels(unpacked, tmp_path):
 
 def test_installed_package_benches(unpacked, tmp_path):
     where = "import hyperclip_fast.bench.command as c; print(c.__file__)"
-    code = f"from hyperclip_fast.cli import main; assert main({TINY_BENCH!r}) == 0\n{where}"
+    code = f"from hyperclip_fast.cli.main import main; assert main({TINY_BENCH!r}) == 0\n{where}"
     out = run(code, path=unpacked, cwd=tmp_path)
     assert "linear_gelu  forward  D 8" in out
     assert Path(out.splitlines()[-1]) == unpacked / "hyperclip_fast" / "bench" / "command.py"

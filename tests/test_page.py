@@ -10,7 +10,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from hyperclip_fast.server import ServeOptions
+from hyperclip_fast.serving.app import ServeOptions
 from tests.serving import serving_here
 from tests.towers import patch_text_tower, tiny_model
 

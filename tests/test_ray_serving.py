@@ -32,7 +32,7 @@ def address(tmp_path, monkeypatch):
     """A local Ray with the application, shut down afterwards."""
     from ray import serve
 
-    from hyperclip_fast.ray_serving import RayOptions, build_app
+    from hyperclip_fast.serving.on_ray import RayOptions, build_app
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -94,7 +94,7 @@ def test_the_same_answers_from_model_replicas(address, tmp_path):
 
 
 def test_refused_options():
-    from hyperclip_fast.ray_serving import RayOptions
+    from hyperclip_fast.serving.on_ray import RayOptions
 
     for wrong in ({"bank": "tasks.safetensors"}, {"bank": "/b", "replicas": "0"}, {"bank": "/b", "replica": "1"}, {}):
         with pytest.raises(ValueError, match=r"absolute path|greater than|not permitted|required"):

@@ -11,8 +11,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from hyperclip_fast.cli import main
-from hyperclip_fast.server import ServeOptions
+from hyperclip_fast.cli.main import main
+from hyperclip_fast.serving.app import ServeOptions
 from hyperclip_fast.task_bank import TaskBank
 from tests.serving import serving, serving_here
 from tests.towers import patch_text_tower, tiny_model

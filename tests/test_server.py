@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
-from hyperclip_fast.batching import ModelThread
 from hyperclip_fast.data.image_files import load_image
-from hyperclip_fast.server import ServeOptions, bank_service, create_app
+from hyperclip_fast.serving.app import ServeOptions, bank_service, create_app
+from hyperclip_fast.serving.batching import ModelThread
+from hyperclip_fast.serving.task_registry import TaskLimits
 from hyperclip_fast.task_bank import TaskBank
-from hyperclip_fast.task_registry import TaskLimits
 from tests.towers import patch_text_tower, tiny_model
 
 TASKS = {"pets": ["cat", "dog", "parrot"], "food": ["pizza", "sushi"]}

@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-from hyperclip_fast.http_errors import RequestError
+from hyperclip_fast.serving.errors import RequestError
+from hyperclip_fast.serving.task_registry import TaskLimits, TaskRegistry, read_bank, write_bank
 from hyperclip_fast.task_bank import Task, TaskBank
-from hyperclip_fast.task_registry import TaskLimits, TaskRegistry, read_bank, write_bank
 from tests.towers import patch_text_tower, tiny_model
 
 NONE = torch.empty(0)
@@ -90,7 +90,7 @@ def test_many_changes_are_few_saves_and_the_last_is_saved():
 
 
 def test_a_save_that_fails_is_tried_again_and_never_forgotten(monkeypatch):
-    monkeypatch.setattr("hyperclip_fast.task_registry.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("hyperclip_fast.serving.task_registry.RETRY_SECONDS", 0.01)
     tries = []
 
     def save(tasks):

@@ -8,7 +8,7 @@ import torch
 
 from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
 from hyperclip_fast.data.pictures import Pictures
-from hyperclip_fast.evaluation import ELSEWHERE, ROWS, accuracy, predict, row_names, swap_test
+from hyperclip_fast.evaluation.swapping import ELSEWHERE, ROWS, accuracy, predict, row_names, swap_test
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.training.config import TrainConfig, load_config

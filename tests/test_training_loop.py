@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from hyperclip_fast.cli import main
+from hyperclip_fast.cli.main import main
 from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.training.config import TrainConfig, load_config

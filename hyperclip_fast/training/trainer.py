@@ -23,7 +23,7 @@ from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.data.held_out import EvalTask
 from hyperclip_fast.data.picture_source import Sampler, TaskSource
 from hyperclip_fast.data.pictures import Pictures
-from hyperclip_fast.evaluation import mean_accuracy, swap_test
+from hyperclip_fast.evaluation.swapping import mean_accuracy, swap_test
 from hyperclip_fast.hyperclip import HyperCLIP, HyperCLIPConfig
 from hyperclip_fast.training import distributed
 from hyperclip_fast.training.config import RunConfig, TrainConfig

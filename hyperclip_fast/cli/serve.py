@@ -56,9 +56,9 @@ def _serve(args: argparse.Namespace) -> int:
     uvicorn = require("uvicorn", "serve")
     options = serve_options(args)
 
-    from hyperclip_fast.batching import ModelThread
     from hyperclip_fast.hyperclip import load_model
-    from hyperclip_fast.server import bank_service, create_app
+    from hyperclip_fast.serving.app import bank_service, create_app
+    from hyperclip_fast.serving.batching import ModelThread
 
     runner = ModelThread(load_model(args.model, args.device), args.threads)
     service = bank_service(Path(args.bank), runner, options)
@@ -98,8 +98,8 @@ def serve_options(args: argparse.Namespace):
         ValueError: for a number out of range, or a host that no request could name.
     """
     from hyperclip_fast.hyperclip import MAX_CHARACTERS, MAX_CLASSES
-    from hyperclip_fast.server import ServeOptions
-    from hyperclip_fast.task_registry import TaskLimits
+    from hyperclip_fast.serving.app import ServeOptions
+    from hyperclip_fast.serving.task_registry import TaskLimits
 
     for name, value in vars(args).items():
         least = 0 if name in ("port", "max_wait_ms", "drain_seconds", "max_ad_hoc") else 1

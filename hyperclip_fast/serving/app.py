@@ -21,12 +21,14 @@ from pydantic import BaseModel, ConfigDict
 from starlette.datastructures import FormData, UploadFile
 from torch import Tensor
 
-from hyperclip_fast.batching import Batcher, Classify, ModelThread, Ranked
 from hyperclip_fast.data.image_files import MAX_PIXELS, image_transform, open_image
-from hyperclip_fast.http_errors import RequestError, add_error_handlers
-from hyperclip_fast.http_limits import KnownHosts, Limited, Metrics, Observed
+from hyperclip_fast.serving.batching import Batcher, Classify, ModelThread, Ranked
+from hyperclip_fast.serving.errors import RequestError
+from hyperclip_fast.serving.http_errors import add_error_handlers
+from hyperclip_fast.serving.metrics import Metrics, Observed
+from hyperclip_fast.serving.middleware import KnownHosts, Limited
+from hyperclip_fast.serving.task_registry import TaskLimits, TaskRegistry, read_bank, write_bank
 from hyperclip_fast.task_bank import Task
-from hyperclip_fast.task_registry import TaskLimits, TaskRegistry, read_bank, write_bank
 
 PAGE = Path(__file__).with_name("static") / "index.html"
 PAGE_POLICY = (

@@ -1,6 +1,6 @@
 """The same server on a Ray cluster: one ingress with routes, tasks and batches; model replicas, as many as are wanted.
 
-    serve run hyperclip_fast.ray_serving:build_app bank=/data/tasks.safetensors replicas=4 device=cuda gpus=1
+    serve run hyperclip_fast.serving.on_ray:build_app bank=/data/tasks.safetensors replicas=4 device=cuda gpus=1
 
 A batch brings its tasks along, so model replicas know no tasks and need not agree on any: the ingress alone has them,
 and adds and saves them as the server on one machine does.
@@ -15,9 +15,9 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
-from hyperclip_fast.batching import ModelThread, Ranked
 from hyperclip_fast.hyperclip import load_model
-from hyperclip_fast.server import ServeOptions, bank_service, create_app
+from hyperclip_fast.serving.app import ServeOptions, bank_service, create_app
+from hyperclip_fast.serving.batching import ModelThread, Ranked
 from hyperclip_fast.task_bank import Task
 
 

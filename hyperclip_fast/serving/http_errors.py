@@ -9,21 +9,6 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 
-class RequestError(HTTPException):
-    """What is wrong with a request, or why it cannot be served now.
-
-    Args:
-        status: HTTP's.
-        code: a word for programs.
-        message: a sentence for people: what was expected, and what came.
-        headers: more headers of the answer.
-    """
-
-    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None):
-        super().__init__(status, message, headers=dict(headers or {}))
-        self.code = code
-
-
 def error_response(status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """An error as JSON."""
     content = {"error": {"code": code, "message": message, "status": status}}

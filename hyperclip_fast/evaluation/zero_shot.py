@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperclip_fast.corruptions import SEVERITIES, corrupt
 from hyperclip_fast.data.held_out import EvalTask
-from hyperclip_fast.eval_sets import EvalSet
-from hyperclip_fast.evaluation import class_scores
+from hyperclip_fast.evaluation.corruptions import SEVERITIES, corrupt
+from hyperclip_fast.evaluation.eval_sets import EvalSet
+from hyperclip_fast.evaluation.swapping import class_scores
 from hyperclip_fast.hyperclip import HyperCLIP
 
 

@@ -30,7 +30,7 @@ def add_embed(commands) -> None:
 
 
 def _embed(args: argparse.Namespace) -> None:
-    from hyperclip_fast.cli import read_labels, read_tasks
+    from hyperclip_fast.cli.arguments import read_labels, read_tasks
 
     config = EmbedConfig(args.format, args.part_size, args.batch_size, args.device)
     if args.bank is not None:

@@ -87,14 +87,14 @@ def _settle(args: argparse.Namespace) -> None:
 def _result(args: argparse.Namespace, model) -> tuple[object, str]:
     """What to write as JSON, and what to print."""
     if args.dense:
-        from hyperclip_fast.dense import dense_scores, dense_table
+        from hyperclip_fast.evaluation.dense import dense_scores, dense_table
 
         result = dense_scores(model, classes=args.classes)
         return result, dense_table(result)
     if args.data is None:
         return _swap_tests(args, model)
-    from hyperclip_fast.eval_sets import load_eval_set
-    from hyperclip_fast.zero_shot import evaluate, table
+    from hyperclip_fast.evaluation.eval_sets import load_eval_set
+    from hyperclip_fast.evaluation.zero_shot import evaluate, table
 
     data = load_eval_set(args.data, model.image_size, args.classes)
     records = evaluate(model, data, args.rows, args.corruptions, args.batch_size, args.model or "demo")
@@ -105,7 +105,7 @@ def _swap_tests(args: argparse.Namespace, model) -> tuple[object, str]:
     """The swap test on held-out pictures, for each partition of their names into tasks."""
     from hyperclip_fast.data.held_out import held_out_tasks
     from hyperclip_fast.data.pictures import load_pictures
-    from hyperclip_fast.evaluation import partition_table, swap_test
+    from hyperclip_fast.evaluation.swapping import partition_table, swap_test
 
     pictures = load_pictures()
     partitions = [held_out_tasks(pictures, args.classes, seed=seed) for seed in range(args.partitions)]

@@ -13,8 +13,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hyperclip_fast.http_errors import RequestError
 from hyperclip_fast.hyperclip import HyperCLIP
+from hyperclip_fast.serving.errors import RequestError
 from hyperclip_fast.task_bank import Task, TaskBank
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from torch import Tensor
 from hyperclip_fast.data.augmentation import to_rgb
 from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
 from hyperclip_fast.data.pictures import load_pictures
-from hyperclip_fast.evaluation import row_names
+from hyperclip_fast.evaluation.swapping import row_names
 from hyperclip_fast.hyper_vit import HyperViT
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams

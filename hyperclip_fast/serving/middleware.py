@@ -6,70 +6,17 @@ take. The body is counted as it comes: a Content-Length is only believed where i
 
 import asyncio
 import re
-import time
 from collections.abc import Iterable
 from contextlib import suppress
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hyperclip_fast.http_errors import RequestError, error_response
+from hyperclip_fast.serving.errors import RequestError
+from hyperclip_fast.serving.http_errors import error_response
+from hyperclip_fast.serving.metrics import Metrics
 
 BODY_METHODS = ("POST", "PUT", "PATCH")
-
-
-class Metrics:
-    """Prometheus metrics of one server, in a collection of their own."""
-
-    def __init__(self):
-        self.collection = CollectorRegistry()
-        made = {"registry": self.collection, "namespace": "hyperclip"}
-        labels = ("method", "route", "status")
-        self.requests = Counter("requests", "Requests answered", labels, **made)
-        self.seconds = Histogram("request_seconds", "From a request's headers to its answer", ("route",), **made)
-        sizes = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-        self.batch_images = Histogram("batch_images", "Images in a forward pass", buckets=sizes, **made)
-        self.batch_tasks = Histogram("batch_tasks", "Tasks in a forward pass", buckets=sizes, **made)
-        self.pending = Gauge("pending_requests", "Requests that hold a place", **made)
-        self.waiting = Gauge("waiting_images", "Images that wait for a forward pass", **made)
-        self.tasks = Gauge("tasks", "Named tasks", **made)
-        self.failed_saves = Gauge("failed_saves", "Times that the tasks could not be saved", **made)
-
-    def batch(self, images: int, tasks: int) -> None:
-        """Count a forward pass."""
-        self.batch_images.observe(images)
-        self.batch_tasks.observe(tasks)
-
-
-class Observed:
-    """Counts and times every request by the route that answers it.
-
-    Args:
-        app: what comes behind.
-        metrics: what counts.
-    """
-
-    def __init__(self, app: ASGIApp, metrics: Metrics):
-        self.app, self.metrics = app, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        status, begin = 500, time.perf_counter()
-
-        async def noting(message: Message) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            await send(message)
-
-        try:
-            await self.app(scope, receive, noting)
-        finally:
-            route = getattr(scope.get("route"), "path", "none")  # a path that nobody serves would be a label of its own
-            self.metrics.requests.labels(scope["method"], route, status).inc()
-            self.metrics.seconds.labels(route).observe(time.perf_counter() - begin)
 
 
 class KnownHosts:

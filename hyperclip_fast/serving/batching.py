@@ -16,8 +16,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from hyperclip_fast.http_errors import RequestError
 from hyperclip_fast.hyperclip import HyperCLIP
+from hyperclip_fast.serving.errors import RequestError
 from hyperclip_fast.task_bank import Task, TaskBank
 
 Ranked = list[tuple[str, float]]  # class names with their probabilities, best first

@@ -1,16 +1,18 @@
 """The demo: held-out pictures of many tasks in one batch, one forward pass, by the checkpoint shipped here."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from hyperclip_fast.cli.arguments import add_model
 from hyperclip_fast.data.augmentation import resize, to_rgb
 from hyperclip_fast.data.config import SETS
 from hyperclip_fast.data.held_out import EvalTask, group_of
 from hyperclip_fast.data.pictures import load_pictures
-from hyperclip_fast.evaluation import accuracy, mean_accuracy, predict
+from hyperclip_fast.evaluation.swapping import accuracy, mean_accuracy, predict
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
 from hyperclip_fast.task_bank import TaskBank
 from hyperclip_fast.training.source_factory import evaluation_tasks
@@ -122,3 +124,15 @@ def run(out: str | Path = "demo.png", model: str | Path | None = None, device: s
     for name, value in speeds(clip, bank, images, names).items():
         print(f"  {name:<40}{value:>9.0f}")
     print(f"\nThe batch with its predicted names: {out}")
+
+
+def add_demo(commands) -> None:
+    text = "classify a mixed batch of pictures the model has never seen, and draw it"
+    parser = commands.add_parser("demo", help=text, description=text)
+    add_model(parser)
+    parser.add_argument("--out", metavar="PNG", default="demo.png", help="contact sheet; default: %(default)s")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    run(args.out, args.model, args.device)

@@ -1,0 +1,58 @@
+"""hyperclip specialize and export: a task, or a part of a model, for other runtimes."""
+
+import argparse
+
+from hyperclip_fast.cli.arguments import add_model, read_labels
+
+EXPORT_EPILOG = """specialized: images to the logits of one task. mixed: images, a table of tasks' rows and task ids to
+embeddings: one file for every task. text: tokens of class names to a task's row and class embeddings. Batch, tasks and
+classes are dynamic."""
+
+
+def add_specialize(commands) -> None:
+    text = "bake one task into a plain timm model that needs no hypernetwork and no text tower"
+    parser = commands.add_parser("specialize", help=text, description=text)
+    parser.add_argument("--labels", required=True, metavar="A,B,C", help="the task's class names")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    add_model(parser)
+    parser.set_defaults(run=_specialize)
+
+
+def add_export(commands) -> None:
+    text = "write a part of a model as one file for another runtime, checked against PyTorch"
+    parser = commands.add_parser("export", help=text, description=text, epilog=EXPORT_EPILOG)
+    parser.add_argument("what", choices=("specialized", "mixed", "text"), help="the part, see below")
+    parser.add_argument("--out", required=True, metavar="FILE", help="file to write: .onnx, .pt2 or .pte")
+    parser.add_argument(
+        "--format", choices=("onnx", "torch", "aoti", "executorch"), default="onnx", help="default: %(default)s"
+    )
+    parser.add_argument("--labels", metavar="A,B,C", help="the task's class names, for specialized")
+    parser.add_argument("--model", metavar="DIR", help="a trained model's folder or hub id; default: the demo model")
+    parser.set_defaults(run=_export, device="cpu")
+
+
+def _specialize(args: argparse.Namespace) -> None:
+    from hyperclip_fast.export import save_specialized
+    from hyperclip_fast.hyperclip import load_model
+
+    labels = read_labels(args.labels)
+    save_specialized(load_model(args.model, args.device), labels, args.out)
+    print(f"A plain timm model for {len(labels)} classes: {args.out}")
+    print(f'  load it with timm.create_model("local-dir:{args.out}", pretrained=True); classes.safetensors scores it')
+
+
+def _export(args: argparse.Namespace) -> None:
+    from hyperclip_fast.export_formats import export
+    from hyperclip_fast.export_graphs import mixed_graph, specialized_graph, text_graph
+    from hyperclip_fast.hyperclip import load_model
+
+    if (args.what == "specialized") != (args.labels is not None):
+        raise ValueError(f"--labels must be given for specialized, and only there, got {args.labels!r} for {args.what}")
+    labels = read_labels(args.labels) if args.labels is not None else None
+    model = load_model(args.model)
+    if labels is not None:
+        graph = specialized_graph(model, labels)
+    else:
+        graph = mixed_graph(model) if args.what == "mixed" else text_graph(model)
+    error = export(graph, args.out, args.format)
+    print(f"{args.out}: {', '.join(graph.axes)} to {', '.join(graph.outputs)}; within {error:.0e} of PyTorch")

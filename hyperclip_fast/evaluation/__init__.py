@@ -1,0 +1,25 @@
+"""Evaluation: what the right class names are worth, zero-shot accuracy, robustness, patches."""
+
+from hyperclip_fast.data.held_out import EvalTask, group_of, held_out_tasks
+from hyperclip_fast.evaluation.swapping import (
+    ROWS,
+    accuracy,
+    class_scores,
+    mean_accuracy,
+    partition_table,
+    predict,
+    swap_test,
+)
+
+__all__ = [
+    "ROWS",
+    "EvalTask",
+    "accuracy",
+    "class_scores",
+    "group_of",
+    "held_out_tasks",
+    "mean_accuracy",
+    "partition_table",
+    "predict",
+    "swap_test",
+]
