@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from hyperclip_fast import NormParams
-from hyperclip_fast.embed import embed
+from hyperclip_fast.embed.run import embed
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

@@ -18,10 +18,12 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from hyperclip_fast import TaskBank, embed_formats
+from hyperclip_fast import TaskBank
 from hyperclip_fast.cli.main import main
 from hyperclip_fast.data.image_files import load_image
-from hyperclip_fast.embed import EmbedConfig, embed
+from hyperclip_fast.embed import formats as embed_formats
+from hyperclip_fast.embed.embedder import EmbedConfig
+from hyperclip_fast.embed.run import embed
 from tests.towers import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -2,8 +2,9 @@
 
 import argparse
 
-from hyperclip_fast.embed import EmbedConfig, embed
-from hyperclip_fast.embed_formats import FORMATS
+from hyperclip_fast.embed.embedder import EmbedConfig
+from hyperclip_fast.embed.formats import FORMATS
+from hyperclip_fast.embed.run import embed
 from hyperclip_fast.hyperclip import load_model
 from hyperclip_fast.task_bank import TaskBank
 
