@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hyperclip_fast.export_formats import quiet
+from hyperclip_fast.export.formats import quiet
 
 from .runner import Unavailable
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from hyperclip_fast.cli.main import main
-from hyperclip_fast.export import save_specialized
-from hyperclip_fast.export_formats import FORMATS, export
-from hyperclip_fast.export_graphs import mixed_graph, specialized_graph, text_graph
+from hyperclip_fast.export.formats import FORMATS, export
+from hyperclip_fast.export.graphs import mixed_graph, specialized_graph, text_graph
+from hyperclip_fast.export.specialized import save_specialized
 from hyperclip_fast.hyperclip import load_model
 from hyperclip_fast.norm_params import NormSpec
 from hyperclip_fast.task_bank import TaskBank
@@ -153,7 +153,7 @@ def test_a_file_that_computes_something_else_is_not_written(bank, tmp_path, monk
     path.write_bytes(b"before")
     wrong = FORMATS["torch"].load
     monkeypatch.setattr(
-        "hyperclip_fast.export_formats.FORMATS",
+        "hyperclip_fast.export.formats.FORMATS",
         {"torch": type(FORMATS["torch"])(".pt2", FORMATS["torch"].write, lambda path: _off(wrong(path)))},
     )
     with pytest.raises(ValueError, match="torch must compute what PyTorch does"):

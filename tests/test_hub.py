@@ -16,8 +16,8 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 
-from hyperclip_fast.export import push_specialized, save_specialized
-from hyperclip_fast.hub_kernel import PUBLIC, main, write_hub_kernel
+from hyperclip_fast.export.hub_kernel import PUBLIC, main, write_hub_kernel
+from hyperclip_fast.export.specialized import push_specialized, save_specialized
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.task_bank import TaskBank
 from tests.helpers import assert_close

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from hyperclip_fast import HyperCLIP, HyperEncoder, HyperViT, TaskBank
-from hyperclip_fast.export import save_specialized
-from hyperclip_fast.export_formats import export
-from hyperclip_fast.export_graphs import mixed_graph
+from hyperclip_fast.export.formats import export
+from hyperclip_fast.export.graphs import mixed_graph
+from hyperclip_fast.export.specialized import save_specialized
 
 from .helpers import assert_close
 from .towers import patch_text_tower, tiny_config, tiny_model

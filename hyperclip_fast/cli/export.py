@@ -32,7 +32,7 @@ def add_export(commands) -> None:
 
 
 def _specialize(args: argparse.Namespace) -> None:
-    from hyperclip_fast.export import save_specialized
+    from hyperclip_fast.export.specialized import save_specialized
     from hyperclip_fast.hyperclip import load_model
 
     labels = read_labels(args.labels)
@@ -42,8 +42,8 @@ def _specialize(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from hyperclip_fast.export_formats import export
-    from hyperclip_fast.export_graphs import mixed_graph, specialized_graph, text_graph
+    from hyperclip_fast.export.formats import export
+    from hyperclip_fast.export.graphs import mixed_graph, specialized_graph, text_graph
     from hyperclip_fast.hyperclip import load_model
 
     if (args.what == "specialized") != (args.labels is not None):

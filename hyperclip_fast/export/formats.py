@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperclip_fast.export_graphs import Graph
+from hyperclip_fast.export.graphs import Graph
 from hyperclip_fast.utils.extras import require
 
 TOLERANCE = 1e-4  # of the largest value of an output

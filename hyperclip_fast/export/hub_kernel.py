@@ -1,4 +1,4 @@
-"""The Triton kernels as a Hugging Face `kernels` repository: `python -m hyperclip_fast.hub_kernel --out DIR`.
+"""The Triton kernels as a Hugging Face `kernels` repository: `python -m hyperclip_fast.export.hub_kernel --out DIR`.
 
     DIR/build/torch-universal/__init__.py, the modules of kernels/, metadata.json;  DIR/README.md
 
