@@ -12,8 +12,8 @@ from torchvision.transforms.functional import to_tensor
 from examples.webdataset import write_task
 from hyperclip_fast import TaskBank
 from hyperclip_fast.cli.main import main
-from hyperclip_fast.clip_benchmark import load
 from hyperclip_fast.data.held_out import EvalTask
+from hyperclip_fast.integrations.clip_benchmark import load
 from tests.towers import tiny_model
 
 pytest.importorskip("clip_benchmark")

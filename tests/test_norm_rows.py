@@ -7,8 +7,8 @@ import torch
 from examples.thousand_norm_sets import Tasks, accuracy, fine_tune, serve
 from hyperclip_fast import HyperViT, NormParams, NormSpec, TaskBank
 from hyperclip_fast.data.augmentation import resize, to_rgb
-from hyperclip_fast.peft_adapters import load_ln_adapters, save_ln_adapter
-from hyperclip_fast.timm_names import timm_name, timm_norms
+from hyperclip_fast.integrations.peft import load_ln_adapters, save_ln_adapter
+from hyperclip_fast.integrations.transformers_names import timm_name, timm_norms
 from tests.towers import patch_text_tower, tiny_model
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}

@@ -13,7 +13,7 @@ import hyperclip_fast
 from hyperclip_fast import HyperViT, NormParams, TaskBank
 from hyperclip_fast.data.image_files import load_image
 from hyperclip_fast.hyperclip import load_model
-from hyperclip_fast.open_clip_adapter import to_open_clip
+from hyperclip_fast.integrations.open_clip import to_open_clip
 from hyperclip_fast.text import minilm_folder
 from tests.towers import tiny_model
 

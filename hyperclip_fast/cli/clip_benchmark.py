@@ -2,7 +2,7 @@
 
 import argparse
 
-from hyperclip_fast.clip_benchmark import run
+from hyperclip_fast.integrations.clip_benchmark import run
 
 
 def add_clip_benchmark(commands) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
-from hyperclip_fast.open_clip_adapter import to_open_clip
+from hyperclip_fast.integrations.open_clip import to_open_clip
 from hyperclip_fast.utils.extras import require
 
 MODELS = ("hyperclip", "hyperclip-base")

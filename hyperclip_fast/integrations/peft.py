@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from hyperclip_fast.integrations.transformers_names import timm_name
 from hyperclip_fast.norm_params import NormParams
-from hyperclip_fast.timm_names import timm_name
 from hyperclip_fast.utils.extras import require
 from hyperclip_fast.utils.files import load_safetensors, save_safetensors
 

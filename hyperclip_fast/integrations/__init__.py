@@ -1,0 +1,1 @@
+"""Other libraries' doors: open_clip, clip_benchmark, peft, transformers."""
