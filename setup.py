@@ -1,5 +1,6 @@
 """Packaging. `kernels/` and `bench/` lie at the top of the checkout and install as parts of `hyperclip_fast`."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_namespace_packages, find_packages, setup
@@ -39,11 +40,12 @@ RAY = [*SERVE, *EMBED, "ray[serve,data]>=2.60"]  # the server and the bulk on a 
 TEST = [*EVIDENCE, *BENCH, *EXECUTORCH, *CLIP_BENCHMARK, *RAY, "kernels>=0.15", "httpx>=0.27", "selenium>=4.20"]
 TEST += ["pytest>=8", "pytest-xdist", "hypothesis>=6.80", "ruff>=0.6"]
 
+VERSION = re.search(r'"([\d.]+)"', (Path(__file__).parent / "hyperclip_fast/version.py").read_text(encoding="utf-8"))[1]
 PARTS = find_namespace_packages(include=["kernels*", "bench*"], exclude=["bench.results*", "*__pycache__*"])
 
 setup(
     name="hyperclip_fast",
-    version="0.1.0",
+    version=VERSION,
     description="One image encoder, thousands of zero-shot tasks, one batch: HyperCLIP with fused kernels.",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -10,8 +10,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from hyperclip_fast.fuse import fuse_batch_norms
-from hyperclip_fast.hyper_encoder import create_encoder
+from hyperclip_fast.batch_norm_folding import fuse_batch_norms
+from hyperclip_fast.encoders import create_encoder
 from hyperclip_fast.norm_params import NormParams
 
 from .machine import default_device, describe

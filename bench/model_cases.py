@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hyperclip_fast.hyper_encoder import create_encoder, model_options
+from hyperclip_fast.encoders import create_encoder
+from hyperclip_fast.timm_models import model_options
 
 from .engines import ENGINES, captured
 from .mixes import make_task_ids

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hyperclip_fast.hyper_encoder import HyperEncoder
-from hyperclip_fast.hyper_norms import ROW_NORMS
 from hyperclip_fast.hyper_vit import HyperViT
+from hyperclip_fast.modulated_norms import ROW_NORMS
 from hyperclip_fast.norm_params import NormParams, NormSpec
 
 

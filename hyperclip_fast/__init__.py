@@ -26,8 +26,8 @@ from hyperclip_fast.hypernetwork import HyperNetwork  # noqa: E402
 from hyperclip_fast.kernels.dispatch import get_backend, set_backend  # noqa: E402
 from hyperclip_fast.norm_params import NormParams, NormSpec  # noqa: E402
 from hyperclip_fast.task_bank import TaskBank  # noqa: E402
+from hyperclip_fast.version import __version__  # noqa: E402
 
-__version__ = "0.1.0"
 __all__ = [
     "HyperCLIP",
     "HyperCLIPConfig",
@@ -37,6 +37,7 @@ __all__ = [
     "NormParams",
     "NormSpec",
     "TaskBank",
+    "__version__",
     "get_backend",
     "set_backend",
 ]

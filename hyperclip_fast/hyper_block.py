@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hyperclip_fast.kernels.dispatch import use_triton
 from hyperclip_fast.kernels.layer_norm import add_layer_norm, layer_norm
-from hyperclip_fast.kernels.linear.functional import linear_add, linear_gelu, takes
+from hyperclip_fast.kernels.linear.functional import linear_add, linear_gelu, prefers_triton
 from hyperclip_fast.kernels.norm_linear import norm_linear, norm_linear_gelu
 
 MODULATED_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
@@ -90,7 +90,7 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
-def is_heard(*modules: nn.Module) -> bool:
+def has_hooks(*modules: nn.Module) -> bool:
     """Whether a hook, or a forward of its own, makes calling one of the modules more than running its class's code."""
     return any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
@@ -104,7 +104,7 @@ def _is_plain_mlp(mlp: nn.Module) -> bool:
     if type(mlp) is not Mlp or tuple(map(type, parts)) != PLAIN_MLP:
         return False
     _, act, drop, _ = parts
-    return act.approximate == "none" and not (drop.p and drop.training) and not is_heard(mlp, *parts)
+    return act.approximate == "none" and not (drop.p and drop.training) and not has_hooks(mlp, *parts)
 
 
 def may_overwrite() -> bool:
@@ -124,7 +124,7 @@ def _is_plain_attention(attn: nn.Module, h: Tensor) -> bool:
     kinds = {type(attn.q_norm), type(attn.k_norm)}
     if kinds != {nn.Identity} and not (use_triton(h) and kinds <= set(MODULATED_NORMS)):
         return False  # the reference path promises timm's gradients bit for bit, and q/k norms add theirs up in order
-    return not is_heard(attn, attn.q_norm, attn.k_norm)
+    return not has_hooks(attn, attn.q_norm, attn.k_norm)
 
 
 def run_attention(
@@ -176,9 +176,9 @@ def _has_prologue(
     """Whether the norm joins the product that reads it: in inference, on a stream with nothing left to add."""
     if delta is not None or torch.is_grad_enabled() or x.requires_grad:  # reentrant checkpointing: the same way twice
         return False
-    if not takes(operation, x, x.shape[-1], _product_dtype(x)):
+    if not prefers_triton(operation, x, x.shape[-1], _product_dtype(x)):
         return False
-    return type(product) is nn.Linear and not is_heard(product) and (row[0] is not None or _is_fusable(norm, x))
+    return type(product) is nn.Linear and not has_hooks(product) and (row[0] is not None or _is_fusable(norm, x))
 
 
 def _add(
@@ -201,13 +201,13 @@ def _add(
 
 def _has_epilogue(h, product, dropout, scale, drop_path) -> bool:
     """Whether `linear_add` does all of it: the table prefers it, the modules are timm's, and nobody listens inside."""
-    if type(product) is not nn.Linear or not takes("linear_add", h, min(product.weight.shape)):
+    if type(product) is not nn.Linear or not prefers_triton("linear_add", h, min(product.weight.shape)):
         return False
     if type(dropout) is not nn.Dropout or (dropout.p and dropout.training):
         return False
     if type(scale) not in (nn.Identity, LayerScale) or type(drop_path) not in (nn.Identity, DropPath):
         return False
-    return not is_heard(product, dropout, scale, drop_path)
+    return not has_hooks(product, dropout, scale, drop_path)
 
 
 class HyperBlock(Block):
@@ -253,7 +253,7 @@ class HyperBlock(Block):
         x, delta = self.feed_forward(x, delta, (weight2, bias2), task_ids)
         if delta is None or use_triton(x):
             return x, delta
-        if may_overwrite() and not is_heard(self.norm2) and torch.result_type(x, delta) == x.dtype:
+        if may_overwrite() and not has_hooks(self.norm2) and torch.result_type(x, delta) == x.dtype:
             return x.add_(delta), None  # x is the sum that norm2 read, which nobody else has seen
         return x + delta, None  # nothing to fuse: a second tensor kept alive would only cost the CPU's cache, allocator
 
@@ -291,7 +291,7 @@ class HyperBlock(Block):
         if not _is_plain_attention(attn, attn.qkv.weight):
             return False
         drops = (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2)
-        return not any(drop.p and drop.training for drop in drops) and not is_heard(*self.modules())
+        return not any(drop.p and drop.training for drop in drops) and not has_hooks(*self.modules())
 
     def attend_few(
         self, x: Tensor, delta: Tensor | None, row: Row, task_ids: Tensor | None, tokens: int

@@ -2,29 +2,33 @@
 
 Modules, their names and the state dict are timm's own: only the root's class changes. A forward pass with rows runs on
 a bound copy of the module tree, made for this call: the path from the root to each modulated norm is copied, a few
-entries of a dictionary a module, and the norms' copies hold their rows (hyper_norms.py); everything else is shared. So
+entries of a dictionary a module, and the norms' copies hold their rows (modulated_norms.py); everything else is shared. So
 rows are never state of the encoder: threads and interleaved passes cannot mix, an exception leaves nothing behind, and
 what gradient checkpointing runs again in backward is the same copy, rows included.
 """
 
 import copy
 import fnmatch
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
-import timm
 import torch
-from timm.models import VisionTransformer
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hyperclip_fast.hyper_norms import ROW_NORMS, Rows, bound, copied, flatten, use_local_statistics
-from hyperclip_fast.hyper_vit import HyperViT, known_name, to_hyper_vit
+from hyperclip_fast.hyper_vit import HyperViT
 from hyperclip_fast.kernels.dispatch import is_eager, use_triton
-from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams, NormSpec, check_params
+from hyperclip_fast.modulated_norms import (
+    ROW_NORMS,
+    Rows,
+    bind_rows,
+    precompute_affine,
+    shallow_copy,
+    use_local_statistics,
+)
+from hyperclip_fast.norm_params import NormParams, NormSpec, check_params
+from hyperclip_fast.timm_models import create_timm_model
 
 EVERY_NORM = ("*",)
 Path = dict[str, "Path | int"]  # names of children that hold modulated norms; a norm's place in the spec
@@ -58,7 +62,7 @@ class HyperEncoder(nn.Module):
         Raises:
             ValueError: for a name that timm does not know, or a pattern that matches no norm.
         """
-        return _to_hyper(_timm_model(model, pretrained, kwargs), modulate)
+        return to_hyper_encoder(create_timm_model(model, pretrained, kwargs), modulate)
 
     def set_modulate(self, modulate: Iterable[str]) -> None:
         """Choose the generated norms by name pattern.
@@ -116,7 +120,7 @@ class HyperEncoder(nn.Module):
         binding = _Binding(rows, is_plain)
         model = binding.bind(self, self._stock, self._path)
         if is_plain:
-            flatten(binding.twins)
+            precompute_affine(binding.twins)
         return model
 
     def train(self, mode: bool = True) -> "HyperEncoder":
@@ -195,7 +199,7 @@ class _Binding:
 
     Args:
         rows: of the norms, in the spec's order.
-        is_plain: see `bound`.
+        is_plain: see `bind_rows`.
     """
 
     def __init__(self, rows: list[Rows], is_plain: bool):
@@ -204,7 +208,7 @@ class _Binding:
 
     def bind(self, module: nn.Module, kind: type[nn.Module], path: Path) -> nn.Module:
         """A module's copy of class `kind` whose modulated norms hold their rows; what has none is shared."""
-        twin = copied(module, kind)
+        twin = shallow_copy(module, kind)
         own = twin.__dict__
         own["_compiled_call_impl"] = None  # a part compiled by itself would run the original
         own["_modules"] = children = module._modules.copy()
@@ -216,7 +220,7 @@ class _Binding:
         return twin
 
     def _bound(self, norm: nn.Module, place: int) -> nn.Module:
-        twin = bound(norm, self.rows[place], self.is_plain)
+        twin = bind_rows(norm, self.rows[place], self.is_plain)
         self.twins.append(twin)
         return twin
 
@@ -267,7 +271,7 @@ def _has(module: nn.Module, name: str) -> bool:
     return module._parameters.get(name) is not None
 
 
-def _to_hyper(model: nn.Module, modulate: Iterable[str] | None) -> HyperEncoder:
+def to_hyper_encoder(model: nn.Module, modulate: Iterable[str] | None) -> HyperEncoder:
     """Change the class of a timm model, in place."""
     if isinstance(model, HyperViT):
         raise ValueError("model must be a timm model, got a HyperViT, which takes params already")
@@ -275,40 +279,3 @@ def _to_hyper(model: nn.Module, modulate: Iterable[str] | None) -> HyperEncoder:
         model.__class__ = _encoder_class(type(model))
     model.set_modulate(EVERY_NORM if modulate is None else modulate)
     return model
-
-
-def _timm_model(model: str | nn.Module, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    """A new model of a name, or a copy of a model."""
-    if isinstance(model, str):
-        return timm.create_model(known_name(model), pretrained=pretrained, **kwargs)
-    if pretrained or kwargs:
-        raise ValueError(f"pretrained and timm arguments go with a model's name, got a {type(model).__name__}")
-    return copy.deepcopy(model)
-
-
-def create_encoder(
-    model: str | nn.Module, pretrained: bool = False, modulate: Iterable[str] | None = None, **kwargs: Any
-) -> HyperViT | HyperEncoder:
-    """A HyperViT for timm's plain VisionTransformers, a HyperEncoder for any other timm model.
-
-    Args:
-        model: a timm model name or a model, which is copied.
-        pretrained: load timm's pretrained weights (for a name).
-        modulate: fnmatch patterns of the generated norms; None: the default of what is created.
-        **kwargs: passed to timm.create_model.
-
-    Raises:
-        ValueError: as their `from_timm`.
-    """
-    model = _timm_model(model, pretrained, kwargs)
-    if type(model) is VisionTransformer and all(type(block) is Block for block in model.blocks):
-        return to_hyper_vit(model, DEFAULT_MODULATE if modulate is None else modulate)
-    return _to_hyper(model, modulate)
-
-
-@cache
-def model_options(name: str) -> frozenset[str]:
-    """Arguments that the class behind a timm model's name takes, such as img_size; asked of a model without memory."""
-    with torch.device("meta"):
-        model = timm.create_model(known_name(name))
-    return frozenset(inspect.signature(type(model).__init__).parameters)

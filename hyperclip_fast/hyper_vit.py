@@ -5,12 +5,10 @@ travel as arguments through every block (hyper_block.py), never as state of the 
 """
 
 import copy
-import difflib
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import timm
 import torch
 from einops import rearrange
 from timm.models import VisionTransformer, checkpoint, list_models, model_entrypoint, register_model
@@ -19,9 +17,10 @@ from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import default_cfgs as timm_cfgs
 from torch import Tensor, nn
 
-from hyperclip_fast.hyper_block import MODULATED_NORMS, OWN_ROW, HyperBlock, Row, add_norm, is_heard
+from hyperclip_fast.hyper_block import MODULATED_NORMS, OWN_ROW, HyperBlock, Row, add_norm, has_hooks
 from hyperclip_fast.kernels.dispatch import use_triton
 from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams, NormSpec, check_params
+from hyperclip_fast.timm_models import create_timm_model
 
 
 class HyperViT(VisionTransformer):
@@ -55,13 +54,7 @@ class HyperViT(VisionTransformer):
             ValueError: for a name that timm does not know, a model that is no VisionTransformer, blocks other than
                 timm's Block, or norms other than LayerNorm among the modulated.
         """
-        if isinstance(model, str):
-            model = timm.create_model(known_name(model), pretrained=pretrained, **kwargs)
-        elif pretrained or kwargs:
-            raise ValueError(f"pretrained and timm arguments go with a model's name, got a {type(model).__name__}")
-        else:
-            model = copy.deepcopy(model)
-        return to_hyper_vit(model, modulate)
+        return to_hyper_vit(create_timm_model(model, pretrained, kwargs), modulate)
 
     def set_modulate(self, modulate: Iterable[str]) -> None:
         """Choose the generated layers by name pattern: any of norm_pre, blocks.*.norm1, blocks.*.norm2, norm, fc_norm.
@@ -186,7 +179,7 @@ class HyperViT(VisionTransformer):
         """
         if self.global_pool != "token" or self.attn_pool is not None or not len(self.blocks):
             return False
-        is_token_wise = type(self.norm) in (*MODULATED_NORMS, nn.Identity) and not is_heard(self.norm)
+        is_token_wise = type(self.norm) in (*MODULATED_NORMS, nn.Identity) and not has_hooks(self.norm)
         return is_token_wise and self.blocks[-1].can_narrow()
 
     def forward_intermediates(
@@ -318,16 +311,6 @@ def to_hyper_vit(model: nn.Module, modulate: Iterable[str]) -> nn.Module:
         model.__class__ = HyperViT
     model.set_modulate(modulate)
     return model
-
-
-def known_name(name: str) -> str:
-    """timm's name of a model, without our prefix; names with a source, such as "hf-hub:...", are timm's to check."""
-    name = name.removeprefix("hyper_")
-    if ":" not in name and not timm.is_model(name.split(".")[0]):
-        close = difflib.get_close_matches(name, timm.list_models("*vit*", module="vision_transformer"))
-        known = ", ".join(close) or "vit_tiny_patch16_224"
-        raise ValueError(f"model must be a name that timm knows, such as {known}, got {name!r}")
-    return name
 
 
 def _register(name: str) -> None:

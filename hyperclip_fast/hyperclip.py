@@ -24,12 +24,14 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from hyperclip_fast.fuse import fuse_batch_norms
-from hyperclip_fast.hyper_encoder import HyperEncoder, create_encoder, model_options
+from hyperclip_fast.batch_norm_folding import fuse_batch_norms
+from hyperclip_fast.encoders import create_encoder
+from hyperclip_fast.hyper_encoder import HyperEncoder
 from hyperclip_fast.hypernetwork import HyperNetwork, pad_classes
-from hyperclip_fast.model_card import model_card
+from hyperclip_fast.model_card import ModelFacts, model_card
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.text import TextTower, create_text_tower
+from hyperclip_fast.timm_models import model_options
 from hyperclip_fast.utils.files import save_safetensors
 from hyperclip_fast.utils.typed_config import check_types, from_dict
 
@@ -187,7 +189,19 @@ class HyperCLIP(
 
     def generate_model_card(self, **about: Any) -> ModelCard:
         """README.md of `save_pretrained` and `push_to_hub`, whose `model_card_kwargs` come here: see `model_card`."""
-        return model_card(self, **about)
+        config, spec = self.config, self.image.norm_spec
+        facts = ModelFacts(
+            image_tower=config.image_tower,
+            image_size=self.image_size,
+            row_size=spec.num_params,
+            norm_layers=len(spec.names),
+            text_tower=config.text_tower,
+            text_is_trained=config.train_text,
+            templates=config.templates,
+            embed_dim=config.embed_dim,
+            parameters=sum(parameter.numel() for parameter in self.parameters()),
+        )
+        return model_card(facts, **about)
 
     @property
     def device(self) -> torch.device:

@@ -2,12 +2,9 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from huggingface_hub import ModelCard, ModelCardData
-
-if TYPE_CHECKING:
-    from hyperclip_fast.hyperclip import HyperCLIP
 
 USE = """```python
 from hyperclip_fast import HyperCLIP, TaskBank
@@ -20,8 +17,35 @@ bank.classify(images, tasks=["pets"] * len(images))  # images (B, 3, {size}, {si
 UNKNOWN = "Not stated by whoever saved this model."
 
 
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a card says of a model by itself.
+
+    Args:
+        image_tower: its name.
+        image_size: S in pixels.
+        row_size: P, the generated weights of a task.
+        norm_layers: how many layers they belong to.
+        text_tower: its name.
+        text_is_trained: whether the text tower's weights are in the file.
+        templates: prompt templates.
+        embed_dim: E.
+        parameters: in the file.
+    """
+
+    image_tower: str
+    image_size: int
+    row_size: int
+    norm_layers: int
+    text_tower: str
+    text_is_trained: bool
+    templates: tuple[str, ...]
+    embed_dim: int
+    parameters: int
+
+
 def model_card(
-    model: "HyperCLIP",
+    facts: ModelFacts,
     data: str | None = None,
     tasks: Mapping[str, Sequence[str]] | None = None,
     numbers: Mapping[str, float] | None = None,
@@ -31,7 +55,7 @@ def model_card(
     """Describe a model: what it is made of, and its data, tasks and numbers where they are given.
 
     Args:
-        model: the model.
+        facts: of the model.
         data: what it was trained on, with the data's licence.
         tasks: tasks it was tried on: names with their class names.
         numbers: what was measured, by name, such as {"accuracy, mean over 33 tasks": 0.30}.
@@ -53,28 +77,26 @@ def model_card(
         tags=["hyperclip", "pytorch_model_hub_mixin"],
     )
     sections = {
-        "Model": _model(model),
-        "Use": USE.format(repo=repo, size=model.image_size),
+        "Model": _model(facts),
+        "Use": USE.format(repo=repo, size=facts.image_size),
         "Data": data or UNKNOWN,
         "Tasks": "\n".join(f"- {task}: {', '.join(names)}" for task, names in tasks.items()) or UNKNOWN,
         "Numbers": _table(numbers) if numbers else UNKNOWN,
         "Licence": f"{license}. The method: [HyperCLIP](https://arxiv.org/abs/2412.16777).",
     }
     text = "\n\n".join(f"## {title}\n\n{content}" for title, content in sections.items())
-    return ModelCard(f"---\n{header.to_yaml()}\n---\n\n# HyperCLIP, {model.config.image_tower}\n\n{text}\n")
+    return ModelCard(f"---\n{header.to_yaml()}\n---\n\n# HyperCLIP, {facts.image_tower}\n\n{text}\n")
 
 
-def _model(model: "HyperCLIP") -> str:
-    config, spec = model.config, model.image.norm_spec
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    templates = f", templates {json.dumps(config.templates, ensure_ascii=False)}" if config.templates else ""
+def _model(facts: ModelFacts) -> str:
+    templates = f", templates {json.dumps(facts.templates, ensure_ascii=False)}" if facts.templates else ""
+    trained = "trained" if facts.text_is_trained else "frozen, not in this file"
     return "\n".join(
         [
-            f"- image tower: {config.image_tower}, images of {model.image_size} x {model.image_size} pixels",
-            f"- generated for each task: {spec.num_params} weights of {len(spec.names)} norm layers",
-            f"- text tower: {config.text_tower}, {'trained' if config.train_text else 'frozen, not in this file'}"
-            + templates,
-            f"- embeddings: {config.embed_dim} wide; {weights} parameters in this file",
+            f"- image tower: {facts.image_tower}, images of {facts.image_size} x {facts.image_size} pixels",
+            f"- generated for each task: {facts.row_size} weights of {facts.norm_layers} norm layers",
+            f"- text tower: {facts.text_tower}, {trained}{templates}",
+            f"- embeddings: {facts.embed_dim} wide; {facts.parameters} parameters in this file",
         ]
     )
 

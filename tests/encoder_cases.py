@@ -9,7 +9,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from hyperclip_fast import HyperEncoder, NormParams
-from hyperclip_fast.hyper_encoder import create_encoder
+from hyperclip_fast.encoders import create_encoder
 
 # Every named encoder: arguments that let it take small images, and its norm parameters.
 NAMED = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hyperclip_fast.fuse import fuse_batch_norms
+from hyperclip_fast.batch_norm_folding import fuse_batch_norms
 
 from .encoder_cases import images_of, small_pair, stock_model
 from .helpers import assert_close

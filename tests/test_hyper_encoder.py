@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hyperclip_fast import HyperEncoder, HyperViT, NormParams
-from hyperclip_fast.hyper_norms import ROW_NORMS, Rows, bound, flatten
+from hyperclip_fast.modulated_norms import ROW_NORMS, Rows, bind_rows, precompute_affine
 
 from .encoder_cases import rows_of, small_pair, with_row
 from .helpers import assert_close
@@ -54,9 +54,9 @@ def test_every_kind_of_norm(kind, channels_last):
             own.bias.data = bias[task]
         expected.append(own(part))
     for rows in (Rows(weight, bias, ids, 4), Rows(weight[ids], None if bias is None else bias[ids], None, 4)):
-        assert_close(bound(norm, rows)(x), torch.cat(expected).double(), kind.__name__, slack=10)
+        assert_close(bind_rows(norm, rows)(x), torch.cat(expected).double(), kind.__name__, slack=10)
     with pytest.raises(ValueError, match="multiple of B = 4"):
-        bound(norm, Rows(weight[ids], None if bias is None else bias[ids], None, 4))(x[:-1])
+        bind_rows(norm, Rows(weight[ids], None if bias is None else bias[ids], None, 4))(x[:-1])
 
 
 @pytest.mark.parametrize("kind", ROW_NORMS, ids=lambda kind: kind.__name__)
@@ -69,13 +69,13 @@ def test_every_kind_of_norm_takes_an_empty_batch(kind):
         Rows(x.new_ones(0, 8), None, None, 0),
     ):
         with torch.no_grad():
-            assert bound(norm, rows)(x).shape == x.shape
+            assert bind_rows(norm, rows)(x).shape == x.shape
         rows.weight.requires_grad_()
-        out = bound(norm, rows)(x)
+        out = bind_rows(norm, rows)(x)
         out.sum().backward()
         assert out.shape == x.shape and rows.weight.grad.shape == rows.weight.shape and not rows.weight.grad.any()
         with pytest.raises(ValueError, match="multiple of B = 0"):
-            bound(norm, rows)(torch.cat([x, x.new_ones(2, *x.shape[1:])]))
+            bind_rows(norm, rows)(torch.cat([x, x.new_ones(2, *x.shape[1:])]))
 
 
 @pytest.mark.parametrize("kind", ROW_NORMS, ids=lambda kind: kind.__name__)
@@ -86,7 +86,7 @@ def test_dtype_under_autocast_is_the_stock_norms(kind):
     weight = norm.weight.detach().expand(2, 8)
     bias = None if getattr(norm, "bias", None) is None else norm.bias.detach().expand(2, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        out, ref = bound(norm, Rows(weight, bias, None, 2))(x), norm(x)
+        out, ref = bind_rows(norm, Rows(weight, bias, None, 2))(x), norm(x)
     assert out.dtype == ref.dtype
     assert_close(out.bfloat16(), ref.double(), kind.__name__, slack=2)
 
@@ -136,9 +136,9 @@ def test_norms_evaluated_together(eps, dtype):
     for i, norm in enumerate(norms):
         norm.eps = eps[i]
         norm.to(dtype)
-        twins.append(bound(norm, Rows(weight[i], bias[i], None, 4), is_plain=True))
+        twins.append(bind_rows(norm, Rows(weight[i], bias[i], None, 4), is_plain=True))
     with torch.no_grad():
-        flatten(twins)
+        precompute_affine(twins)
         for i, (norm, twin) in enumerate(zip(norms, twins)):
             ref = copy.deepcopy(norm).double()
             expected = []

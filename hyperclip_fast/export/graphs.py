@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyperclip_fast import __version__
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
+from hyperclip_fast.version import __version__
 
 
 @dataclass(frozen=True)

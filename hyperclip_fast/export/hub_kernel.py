@@ -17,8 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hyperclip_fast import __version__
 from hyperclip_fast.kernels import dispatch
+from hyperclip_fast.version import __version__
 
 NAME = "hyperclip-fast"
 VERSION = 1  # of the interface: the hub's branch v1

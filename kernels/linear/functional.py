@@ -54,7 +54,7 @@ def _check(x, weight, bias) -> None:
     check_shape("bias", bias, (weight.shape[0],))
 
 
-def takes(operation: str, x: torch.Tensor, width: int, dtype: torch.dtype | None = None) -> bool:
+def prefers_triton(operation: str, x: torch.Tensor, width: int, dtype: torch.dtype | None = None) -> bool:
     """Whether Triton computes an operation: because it was asked for, or because the table expects it to be faster.
 
     Args:
@@ -81,7 +81,7 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         ValueError: for shapes and dtypes other than these.
     """
     _check(x, weight, bias)
-    if takes("linear_gelu", x, min(weight.shape)):
+    if prefers_triton("linear_gelu", x, min(weight.shape)):
         return fused_linear_gelu(x, weight.to(x.dtype), bias)
     return linear_gelu_reference(x, weight, bias)
 
@@ -117,6 +117,6 @@ def linear_add(
     if keep is not None and (keep.dtype != torch.float32 or keep.requires_grad):
         kind = f"{keep.dtype} with requires_grad={keep.requires_grad}"
         raise ValueError(f"keep must be torch.float32 without a gradient, got {kind}")
-    if takes("linear_add", x, min(weight.shape)):
+    if prefers_triton("linear_add", x, min(weight.shape)):
         return fused_linear_add(x, weight.to(x.dtype), bias, residual, scale, keep)
     return linear_add_reference(x, weight, bias, residual, scale, keep)

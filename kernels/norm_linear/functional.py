@@ -17,7 +17,7 @@ import torch
 from ..dispatch import has_triton
 from ..layer_norm.functional import _check as _check_norm
 from ..layer_norm.functional import layer_norm, layer_norm_reference
-from ..linear.functional import _check, _linear, linear_gelu, linear_gelu_reference, takes
+from ..linear.functional import _check, _linear, linear_gelu, linear_gelu_reference, prefers_triton
 from ..tables import choose_norm_tiles
 
 if has_triton():
@@ -128,4 +128,8 @@ def _is_fused(operation, x, norm_weight, norm_bias, task_ids, weight, bias, out_
     if torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves):
         return False
     dtype, width = out_dtype or x.dtype, x.shape[2]
-    return takes(operation, x, width, dtype) and dtype.itemsize == 2 and choose_norm_tiles(x.device, width) is not None
+    return (
+        prefers_triton(operation, x, width, dtype)
+        and dtype.itemsize == 2
+        and choose_norm_tiles(x.device, width) is not None
+    )

@@ -17,7 +17,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hyperclip_fast.hyper_block import is_heard, norm_dtype
+from hyperclip_fast.hyper_block import has_hooks, norm_dtype
 from hyperclip_fast.kernels.batch_norm import batch_norm_act, batch_norm_act_train
 from hyperclip_fast.kernels.batch_norm.mixed import is_flat
 from hyperclip_fast.kernels.layer_norm import layer_norm
@@ -99,11 +99,11 @@ class AffineRows:
         shape[1 if self.channels_first else -1] = weight.shape[1]
         normed = self._normed(x)
         out = torch.addcmul(bias.view(shape), normed, weight.view(shape))
-        return finished(self, out.to(normed.dtype))
+        return apply_drop_and_act(self, out.to(normed.dtype))
 
     def _normed(self, x: Tensor) -> Tensor:
         """The stock norm with weights 1 and biases 0: without them its dtype may be another, its kernel a slow one."""
-        bare, own = copied(self, self.stock), self._parameters.items()
+        bare, own = shallow_copy(self, self.stock), self._parameters.items()
         neutral = {name: None if p is None else torch.full_like(p, name == "weight") for name, p in own}
         bare.__dict__["_parameters"] = neutral
         bare.__dict__["_modules"] = dict.fromkeys(self._modules, _IDENTITY)  # dropout and activation come later
@@ -120,7 +120,7 @@ class GroupRows(AffineRows):
         weight, bias, _ = rows.of(x)
         wide, groups = x.view(1, -1, *x.shape[2:]), x.shape[0] * self.num_groups
         out = nn.functional.group_norm(wide, groups, weight.reshape(-1), bias.reshape(-1), self.eps)
-        return finished(self, out.view(x.shape))
+        return apply_drop_and_act(self, out.view(x.shape))
 
 
 class BatchRows:
@@ -133,14 +133,14 @@ class BatchRows:
         wide = None if self.flat is None else self._wide(x)
         if wide is not None:
             out = torch.batch_norm(wide, *self.flat)
-            return finished(self, out if wide is x else out.view(x.shape))
+            return apply_drop_and_act(self, out if wide is x else out.view(x.shape))
         images, rows, act = _as_images(x), self.rows.of(x), _act_name(self)
         if not self.training and self.running_mean is not None:
             out = batch_norm_act(images, *rows, self.running_mean, self.running_var, self.eps, act or "none")
         else:
             out = self._by_batch(images, rows, act or "none")
         out = out if x.dim() == 4 else out.view(x.shape)
-        return finished(self, out) if act is None else out
+        return apply_drop_and_act(self, out) if act is None else out
 
     def _wide(self, x: Tensor) -> Tensor | None:
         """What `flat` normalises: x for one row, else images seen as (1, B * D, H, W); None where they cannot be."""
@@ -201,23 +201,23 @@ def _is_synchronized(norm: nn.Module) -> bool:
 
 
 def _act_name(norm: nn.Module) -> str | None:
-    """The kernel's name of what follows a BatchNorm in the same module; None: `finished` runs it."""
+    """The kernel's name of what follows a BatchNorm in the same module; None: `apply_drop_and_act` runs it."""
     drop, act = norm._modules.get("drop"), norm._modules.get("act")
     if act is None and drop is None:
         return "none"
-    if type(drop) not in (nn.Identity, type(None)) or is_heard(act) or getattr(act, "approximate", "none") != "none":
+    if type(drop) not in (nn.Identity, type(None)) or has_hooks(act) or getattr(act, "approximate", "none") != "none":
         return None
     return _ACTS.get(type(act))
 
 
-def finished(norm: nn.Module, x: Tensor) -> Tensor:
+def apply_drop_and_act(norm: nn.Module, x: Tensor) -> Tensor:
     """What timm keeps behind a norm in the same module: dropout and activation."""
     for part in (norm._modules.get("drop"), norm._modules.get("act")):
         x = x if part is None else part(x)
     return x
 
 
-def copied(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+def shallow_copy(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     """A module of class `kind` with all that `module` has: the same parameters, buffers, parts, hooks and options."""
     twin = object.__new__(kind)
     object.__setattr__(twin, "__dict__", module.__dict__.copy())
@@ -229,7 +229,7 @@ def use_local_statistics(norm: nn.Module) -> None:
     norm.__class__ = _LOCAL.get(type(norm), type(norm))
 
 
-def bound(norm: nn.Module, rows: Rows, is_plain: bool = False) -> nn.Module:
+def bind_rows(norm: nn.Module, rows: Rows, is_plain: bool = False) -> nn.Module:
     """A norm's copy for one forward pass in which each sample has its own weight and bias.
 
     One row for all is the stock norm with that row, bit for bit; but PyTorch has no SyncBatchNorm for a CPU. A
@@ -238,22 +238,22 @@ def bound(norm: nn.Module, rows: Rows, is_plain: bool = False) -> nn.Module:
     Args:
         norm: the encoder's own.
         rows: what it is given.
-        is_plain: `flatten` comes next.
+        is_plain: `precompute_affine` comes next.
     """
     is_shared = rows.weight.dim() == 1
     if is_shared and _is_synchronized(norm) and rows.weight.device.type == "cpu":
         task_ids = torch.zeros(rows.batch, dtype=torch.int64)
         rows, is_shared = Rows(rows.weight[None], rows.biases()[None], task_ids, rows.batch), False
     if is_shared and not (is_plain and isinstance(norm, _BatchNorm) and _is_evaluated(norm)):
-        twin = copied(norm, type(norm))
+        twin = shallow_copy(norm, type(norm))
         twin.__dict__["_parameters"] = {**norm._parameters, "weight": rows.weight, "bias": rows.bias}
         return twin
-    twin = copied(norm, ROW_NORMS[type(norm)])
+    twin = shallow_copy(norm, ROW_NORMS[type(norm)])
     twin.__dict__["rows"] = rows
     return twin
 
 
-def flatten(twins: Iterable[nn.Module]) -> None:
+def precompute_affine(twins: Iterable[nn.Module]) -> None:
     """In evaluation without gradients on a CPU: gives bound BatchNorms what PyTorch's kernel reads.
 
     Rows are one for all, or row b for sample b. Those become one scale and one shift, and images are seen as

@@ -1,0 +1,33 @@
+"""The right encoder for a timm model: HyperViT for a plain ViT, HyperEncoder for any other."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from timm.models import VisionTransformer
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from hyperclip_fast.hyper_encoder import HyperEncoder, to_hyper_encoder
+from hyperclip_fast.hyper_vit import HyperViT, to_hyper_vit
+from hyperclip_fast.norm_params import DEFAULT_MODULATE
+from hyperclip_fast.timm_models import create_timm_model
+
+
+def create_encoder(
+    model: str | nn.Module, pretrained: bool = False, modulate: Iterable[str] | None = None, **kwargs: Any
+) -> HyperViT | HyperEncoder:
+    """A HyperViT for timm's plain VisionTransformers, a HyperEncoder for any other timm model.
+
+    Args:
+        model: a timm model name or a model, which is copied.
+        pretrained: load timm's pretrained weights (for a name).
+        modulate: fnmatch patterns of the generated norms; None: the default of what is created.
+        **kwargs: passed to timm.create_model.
+
+    Raises:
+        ValueError: as their `from_timm`.
+    """
+    model = create_timm_model(model, pretrained, kwargs)
+    if type(model) is VisionTransformer and all(type(block) is Block for block in model.blocks):
+        return to_hyper_vit(model, DEFAULT_MODULATE if modulate is None else modulate)
+    return to_hyper_encoder(model, modulate)
