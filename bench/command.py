@@ -5,16 +5,18 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from hyperclip_fast.bench.cases import kernels as kernel_cases
+from hyperclip_fast.bench.cases import models as model_cases
+from hyperclip_fast.bench.cases.encoders import add_encoders
+from hyperclip_fast.bench.cases.engines import ENGINES
+from hyperclip_fast.bench.cases.operations import OPERATIONS
+from hyperclip_fast.bench.harness import plots
+from hyperclip_fast.bench.harness.machine import default_device, describe
+from hyperclip_fast.bench.harness.mixes import MIXES
+from hyperclip_fast.bench.harness.report import Report, header
+from hyperclip_fast.bench.harness.runner import Case, run_case
 from hyperclip_fast.utils.extras import require
 
-from . import kernel_cases, model_cases, plots
-from .encoders import add_encoders
-from .engines import ENGINES
-from .machine import default_device, describe
-from .mixes import MIXES
-from .operations import OPERATIONS
-from .report import Report, header
-from .runner import Case, run_case
 from .serving import add_serving
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hyperclip_fast.kernels import tables
 
-from . import plots
-from .kernel_cases import kernel_cases
-from .machine import default_device, describe, device_name
-from .mixes import MIXES
-from .model_cases import model_cases
-from .operations import OPERATIONS
-from .report import Report, header, markdown
-from .runner import Case, Provider, run_case
+from hyperclip_fast.bench.cases.kernels import kernel_cases
+from hyperclip_fast.bench.cases.models import model_cases
+from hyperclip_fast.bench.cases.operations import OPERATIONS
+from hyperclip_fast.bench.harness import plots
+from hyperclip_fast.bench.harness.machine import default_device, describe, device_name
+from hyperclip_fast.bench.harness.mixes import MIXES
+from hyperclip_fast.bench.harness.report import Report, header, markdown
+from hyperclip_fast.bench.harness.runner import Case, Provider, run_case
+from hyperclip_fast.kernels import tables
 
 TI, S, B = "vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224"
 NORMS = ["layer_norm", "add_layer_norm"]

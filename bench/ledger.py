@@ -21,6 +21,10 @@ os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import Tensor
+
+from hyperclip_fast import hyper_block, set_backend
 from hyperclip_fast.bench.accesses import Step, steps
 from hyperclip_fast.kernels import tables
 from hyperclip_fast.kernels.batch_norm import batch_norm_act
@@ -33,10 +37,6 @@ from hyperclip_fast.kernels.linear import linear_add, linear_gelu
 from hyperclip_fast.kernels.linear import operator as linear_op
 from hyperclip_fast.kernels.norm_linear import launch as norm_linear_launch
 from hyperclip_fast.kernels.norm_linear import norm_linear, norm_linear_gelu
-from timm.models.vision_transformer import Block
-from torch import Tensor
-
-from hyperclip_fast import hyper_block, set_backend
 
 INFERENCE_ONLY = ("norm_linear", "norm_linear_gelu")  # in training they are layer_norm and a product
 SHARED = ("weight", "bias", "scale", "task_ids", "norm_weight", "norm_bias", "mean", "var")

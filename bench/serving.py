@@ -27,11 +27,10 @@ from typing import Any
 
 import torch
 
+from hyperclip_fast.bench.harness.machine import describe
+from hyperclip_fast.bench.harness.report import Report
 from hyperclip_fast.utils.extras import require
 from hyperclip_fast.utils.timing import quartiles, speedup
-
-from .machine import describe
-from .report import Report
 
 COMMAND = (sys.executable, "-m", "hyperclip_fast.cli")
 MODES = {"mixed": (), "one task a batch": ("--one-task-a-batch",)}

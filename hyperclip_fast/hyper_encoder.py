@@ -2,9 +2,9 @@
 
 Modules, their names and the state dict are timm's own: only the root's class changes. A forward pass with rows runs on
 a bound copy of the module tree, made for this call: the path from the root to each modulated norm is copied, a few
-entries of a dictionary a module, and the norms' copies hold their rows (modulated_norms.py); everything else is shared. So
-rows are never state of the encoder: threads and interleaved passes cannot mix, an exception leaves nothing behind, and
-what gradient checkpointing runs again in backward is the same copy, rows included.
+entries of a dictionary a module, and the norms' copies hold their rows (modulated_norms.py). Everything else is shared.
+So rows are never state of the encoder: threads and interleaved passes cannot mix, an exception leaves nothing behind,
+and gradient checkpointing runs the same copy again in backward, rows included.
 """
 
 import copy

@@ -8,8 +8,8 @@ import threading
 from pathlib import Path
 
 import uvicorn
-from hyperclip_fast.bench.serving import address_of, server_process
 
+from hyperclip_fast.bench.serving import address_of, server_process
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.serving.app import ServeOptions, bank_service, create_app
 from hyperclip_fast.serving.batching import ModelThread

@@ -9,12 +9,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from hyperclip_fast.kernels.batch_norm import batch_norm_act, batch_norm_act_train
-from hyperclip_fast.kernels.batch_norm import launch as batch_norm_launch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyperclip_fast import set_backend
+from hyperclip_fast.kernels.batch_norm import batch_norm_act, batch_norm_act_train
+from hyperclip_fast.kernels.batch_norm import launch as batch_norm_launch
 from tests.helpers import DEVICE, KERNEL_DTYPES, MODE, allocating, assert_close, kernel_run, poisoned_empty
 
 pytest.importorskip("triton")

@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hyperclip_fast.kernels.batch_norm.functional import ACTS, batch_norm_act, batch_norm_act_train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hyperclip_fast.kernels.batch_norm.functional import ACTS, batch_norm_act, batch_norm_act_train
 from tests.helpers import assert_close
 
 NAMED_ACTS = {

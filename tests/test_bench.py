@@ -7,17 +7,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hyperclip_fast.bench import gpu_report, kernel_cases, model_cases, operations, plots, report, runner
-from hyperclip_fast.bench.engines import captured
-from hyperclip_fast.bench.machine import describe, peak_bytes
-from hyperclip_fast.bench.mixes import MIXES, make_task_ids
-from hyperclip_fast.bench.operations import OPERATIONS
-from hyperclip_fast.kernels import tables
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from hyperclip_fast.bench import gpu_report
+from hyperclip_fast.bench.cases import kernels as kernel_cases
+from hyperclip_fast.bench.cases import models as model_cases
+from hyperclip_fast.bench.cases import operations
+from hyperclip_fast.bench.cases.engines import captured
+from hyperclip_fast.bench.cases.operations import OPERATIONS
+from hyperclip_fast.bench.harness import plots, report, runner
+from hyperclip_fast.bench.harness.machine import describe, peak_bytes
+from hyperclip_fast.bench.harness.mixes import MIXES, make_task_ids
 from hyperclip_fast.cli.main import main
+from hyperclip_fast.kernels import tables
 from hyperclip_fast.utils import timing
 
 CPU = torch.device("cpu")

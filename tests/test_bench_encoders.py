@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from hyperclip_fast.bench import encoders, model_cases
-from hyperclip_fast.bench.runner import Case, Provider, run_case
 
+from hyperclip_fast.bench.cases import encoders
+from hyperclip_fast.bench.cases import models as model_cases
+from hyperclip_fast.bench.harness.runner import Case, Provider, run_case
 from hyperclip_fast.cli.main import main
 
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from hyperclip_fast.bench import serving
 
+from hyperclip_fast.bench import serving
 from hyperclip_fast.cli.main import main
 from hyperclip_fast.serving.app import ServeOptions
 from tests.serving import serving_here

@@ -7,28 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from hyperclip_fast.bench import conditioning, conditioning_overheads, conditioning_scores
-from hyperclip_fast.bench.conditioning_arms import Run, load_runs
-from hyperclip_fast.bench.conditioning_plots import draw
-from hyperclip_fast.bench.conditioning_report import (
+
+from hyperclip_fast.bench.conditioning import __main__ as conditioning
+from hyperclip_fast.bench.conditioning import experiment as conditioning_experiment
+from hyperclip_fast.bench.conditioning import overheads as conditioning_overheads
+from hyperclip_fast.bench.conditioning import scores as conditioning_scores
+from hyperclip_fast.bench.conditioning.arms import Run, load_runs
+from hyperclip_fast.bench.conditioning.logs import gains, grouped, read_logs, spread, verdict
+from hyperclip_fast.bench.conditioning.plots import draw
+from hyperclip_fast.bench.conditioning.report import (
     arms_table,
     attributes_table,
     drops_table,
     findings,
-    gains,
-    grouped,
     names_table,
-    read_logs,
     report,
     shuffling,
-    spread,
     swap_table,
-    verdict,
 )
-from hyperclip_fast.bench.conditioning_scores import SCENES, SHUFFLED, SceneTasks, all_scores, guessing
-from hyperclip_fast.bench.conditioning_tuning import METHODS, tune
-from hyperclip_fast.bench.conditioning_width import schedule, width_table, widths
-
+from hyperclip_fast.bench.conditioning.scores import SCENES, SHUFFLED, SceneTasks, all_scores, guessing
+from hyperclip_fast.bench.conditioning.tuning import METHODS, tune
+from hyperclip_fast.bench.conditioning.width import schedule, width_table, widths
 from hyperclip_fast.data.scenes import ATTRIBUTES, CHANCES, COMBINATIONS, scene_tasks
 from hyperclip_fast.training.trainer import TrainConfig
 from tests.test_scenes import blocks
@@ -65,9 +64,9 @@ def tasks():
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
     (tmp_path / "plan.yaml").write_text(PLAN)
-    monkeypatch.setattr(conditioning, "load_pictures", lambda sets, size: blocks())
+    monkeypatch.setattr(conditioning_experiment, "load_pictures", lambda sets, size: blocks())
     monkeypatch.setattr(
-        conditioning,
+        conditioning_experiment,
         "scene_tasks",
         lambda data, **options: scene_tasks(data, **{**options, "scenes": 24, "classes": 4}),
     )
@@ -239,17 +238,17 @@ def test_a_stopped_run_goes_on_where_it_was(plan, tmp_path, monkeypatch):
     whole = (tmp_path / "logs" / "a-cross-0.jsonl").read_text().splitlines()
     (tmp_path / "logs" / "a-cross-0.jsonl").unlink()
     (tmp_path / "work").rename(tmp_path / "first")
-    step = conditioning.Trainer.train_step
+    step = conditioning_experiment.Trainer.train_step
 
     def stop(trainer):
         if trainer.step == 3:
             raise ValueError("stopped")
         return step(trainer)
 
-    monkeypatch.setattr(conditioning.Trainer, "train_step", stop)
+    monkeypatch.setattr(conditioning_experiment.Trainer, "train_step", stop)
     assert conditioning.main(["run", *plan, *only]) == 2
     assert not (tmp_path / "logs" / "a-cross-0.jsonl").exists()
-    monkeypatch.setattr(conditioning.Trainer, "train_step", step)
+    monkeypatch.setattr(conditioning_experiment.Trainer, "train_step", step)
     assert conditioning.main(["run", *plan, *only]) == 0
     again = (tmp_path / "logs" / "a-cross-0.jsonl").read_text().splitlines()
     assert json.loads(again[-1])["scores"] == json.loads(whole[-1])["scores"]

@@ -4,26 +4,29 @@ import json
 
 import pytest
 import torch
-from hyperclip_fast.bench import conditioning
-from hyperclip_fast.bench.conditioning_arms import load_runs
-from hyperclip_fast.bench.conditioning_names import (
+
+from hyperclip_fast.bench.conditioning import __main__ as conditioning
+from hyperclip_fast.bench.conditioning import experiment as conditioning_experiment
+from hyperclip_fast.bench.conditioning.arms import load_runs
+from hyperclip_fast.bench.conditioning.logs import grouped, read_logs
+from hyperclip_fast.bench.conditioning.names import (
     DIGITS,
     PARTITIONS,
     NameData,
-    by_group,
     by_names,
     name_scores,
+    partitions,
+    sized_tasks,
+    task_accuracies,
+)
+from hyperclip_fast.bench.conditioning.names_report import (
+    by_group,
     names_arms_table,
     names_findings,
     names_section,
     names_swap_table,
     numbers_table,
-    partitions,
-    sized_tasks,
-    task_accuracies,
 )
-from hyperclip_fast.bench.conditioning_report import grouped, read_logs
-
 from hyperclip_fast.data.augmentation import resize, to_rgb
 from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
 from hyperclip_fast.data.openmoji import line_drawings
@@ -73,11 +76,13 @@ def data():
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
     (tmp_path / "plan.yaml").write_text(PLAN.rstrip() + NAMED)
-    monkeypatch.setattr(conditioning, "load_pictures", lambda sets, size: pictures() if DIGITS in sets else blocks())
-    monkeypatch.setattr(conditioning, "load_eval_set", lambda name, size: tones())
-    tasks = conditioning.scene_tasks
+    monkeypatch.setattr(
+        conditioning_experiment, "load_pictures", lambda sets, size: pictures() if DIGITS in sets else blocks()
+    )
+    monkeypatch.setattr(conditioning_experiment, "load_eval_set", lambda name, size: tones())
+    tasks = conditioning_experiment.scene_tasks
     fewer = {"scenes": 24, "classes": 4}
-    monkeypatch.setattr(conditioning, "scene_tasks", lambda of, **options: tasks(of, **{**options, **fewer}))
+    monkeypatch.setattr(conditioning_experiment, "scene_tasks", lambda of, **options: tasks(of, **{**options, **fewer}))
     return [
         part
         for pair in zip(OPTIONS, map(str, (tmp_path / "plan.yaml", tmp_path / "logs", tmp_path / "work")))
@@ -128,7 +133,7 @@ def test_run_and_report(plan, tmp_path, capsys):
 def test_a_run_on_names_goes_on_where_it_was(plan, tmp_path, monkeypatch):
     only = ["--only", "n-cross-0"]
     assert conditioning.main(["run", *plan, *only]) == 0
-    path, step = tmp_path / "logs/n-cross-0.jsonl", conditioning.Trainer.train_step
+    path, step = tmp_path / "logs/n-cross-0.jsonl", conditioning_experiment.Trainer.train_step
     whole = json.loads(path.read_text().splitlines()[-1])["scores"]
     path.unlink()
     (tmp_path / "work").rename(tmp_path / "first")
@@ -138,9 +143,9 @@ def test_a_run_on_names_goes_on_where_it_was(plan, tmp_path, monkeypatch):
             raise ValueError("stopped")
         return step(trainer)
 
-    monkeypatch.setattr(conditioning.Trainer, "train_step", stop)
+    monkeypatch.setattr(conditioning_experiment.Trainer, "train_step", stop)
     assert conditioning.main(["run", *plan, *only]) == 2 and not path.exists()
-    monkeypatch.setattr(conditioning.Trainer, "train_step", step)
+    monkeypatch.setattr(conditioning_experiment.Trainer, "train_step", step)
     assert conditioning.main(["run", *plan, *only]) == 0
     assert json.loads(path.read_text().splitlines()[-1])["scores"] == whole
 

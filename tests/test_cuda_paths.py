@@ -8,13 +8,13 @@ from unittest import mock
 
 import pytest
 import torch
-from hyperclip_fast.kernels.tables import WIDEST
 from timm.layers import LayerNormFp32, set_fast_norm
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperclip_fast import NormParams, hyper_block
+from hyperclip_fast.kernels.tables import WIDEST
 
 from .helpers import assert_close
 from .vit_cases import hyper_pair, random_rows

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from hyperclip_fast.bench.towers import NaiveTower
 from timm.models import VisionTransformer
 
 from hyperclip_fast import HyperEncoder, HyperViT, NormParams
+from hyperclip_fast.bench.cases.towers import NaiveTower
 
 from .encoder_cases import FAMILIES, MIX, NAMED, encoder_of, images_of, rows_of, stock_model, with_row
 from .helpers import assert_close

@@ -5,12 +5,12 @@ import types
 
 import pytest
 import torch
+
+from hyperclip_fast import env, set_backend
 from hyperclip_fast.kernels.batch_norm import batch_norm_act
 from hyperclip_fast.kernels.layer_norm import add_layer_norm, layer_norm
 from hyperclip_fast.kernels.linear import linear_add, linear_gelu
 from hyperclip_fast.kernels.tables import WIDEST
-
-from hyperclip_fast import env, set_backend
 
 from .test_cuda_paths import Operators, fake_h100
 

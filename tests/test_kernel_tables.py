@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+
 from hyperclip_fast.kernels import tables
 from hyperclip_fast.kernels.tables import TABLES, Tiles, choose_tiles, is_chosen, layer_norm_tiles
 

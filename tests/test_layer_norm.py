@@ -9,6 +9,11 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hyperclip_fast import set_backend
 from hyperclip_fast.kernels.dispatch import use_triton
 from hyperclip_fast.kernels.layer_norm import (
     add_layer_norm,
@@ -16,11 +21,6 @@ from hyperclip_fast.kernels.layer_norm import (
     layer_norm,
     layer_norm_reference,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from hyperclip_fast import set_backend
 from tests.helpers import (
     DEVICE,
     KERNEL_DTYPES,

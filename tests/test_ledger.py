@@ -12,6 +12,7 @@ pytestmark = pytest.mark.skipif(MODE not in ("interpreter", "guard"), reason="co
 
 if MODE in ("interpreter", "guard"):
     import triton.language as tl
+
     from hyperclip_fast.bench import ledger
     from hyperclip_fast.bench.accesses import steps
     from hyperclip_fast.bench.ledger import SEGMENTS, Shape, block_tables, operation_lines, predicted_seconds

@@ -9,6 +9,12 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import LayerScale, Mlp
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hyperclip_fast import set_backend
 from hyperclip_fast.kernels.linear import functional as linear
 from hyperclip_fast.kernels.linear import (
     linear_add,
@@ -17,12 +23,6 @@ from hyperclip_fast.kernels.linear import (
     linear_gelu_reference,
 )
 from hyperclip_fast.kernels.tables import TILES, WIDEST, Tiles, choose_tiles, device_kind, is_chosen
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from timm.layers import LayerScale, Mlp
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from hyperclip_fast import set_backend
 from tests.helpers import (
     DEVICE,
     KERNEL_DTYPES,

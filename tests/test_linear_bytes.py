@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(MODE not in ("interpreter", "guard"), reason="co
 
 if MODE in ("interpreter", "guard"):
     import numpy as np
+
     from hyperclip_fast.bench.accesses import accesses
     from hyperclip_fast.kernels.linear import launch as linear_launch
     from hyperclip_fast.kernels.linear import linear_add, linear_gelu

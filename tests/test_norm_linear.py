@@ -10,13 +10,13 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from hyperclip_fast.kernels.linear import functional as linear
-from hyperclip_fast.kernels.norm_linear import functional as norm_linear
-from hyperclip_fast.kernels.tables import NORM_TILES, WIDEST, Tiles, choose_norm_tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyperclip_fast import set_backend
+from hyperclip_fast.kernels.linear import functional as linear
+from hyperclip_fast.kernels.norm_linear import functional as norm_linear
+from hyperclip_fast.kernels.tables import NORM_TILES, WIDEST, Tiles, choose_norm_tiles
 from tests.helpers import DEVICE, KERNEL_DTYPES, MODE, allocating, assert_close, kernel_run, poisoned_empty, rms
 
 pytest.importorskip("triton")

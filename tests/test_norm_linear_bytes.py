@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(MODE not in ("interpreter", "guard"), reason="co
 
 if MODE in ("interpreter", "guard"):
     import numpy as np
+
     from hyperclip_fast.kernels.norm_linear import launch as norm_linear_launch
     from hyperclip_fast.kernels.norm_linear import norm_linear, norm_linear_gelu
     from hyperclip_fast.kernels.tables import Tiles

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from hyperclip_fast.batch_norm_folding import fuse_batch_norms
+from hyperclip_fast.bench.cases.models import model_cases, side_of, size_options
+from hyperclip_fast.bench.harness.machine import default_device, describe
+from hyperclip_fast.bench.harness.report import header
+from hyperclip_fast.bench.harness.runner import Case, Provider, Run, relative_error, run_case
 from hyperclip_fast.encoders import create_encoder
 from hyperclip_fast.norm_params import NormParams
-
-from .machine import default_device, describe
-from .model_cases import model_cases, side_of, size_options
-from .report import header
-from .runner import Case, Provider, Run, relative_error, run_case
 
 NAMED = (
     *("efficientnet_b0", "efficientnet_b1", "efficientnet_b2", "tinynet_a", "tinynet_c", "tinynet_e"),

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hyperclip_fast.bench.cases.engines import ENGINES, captured
+from hyperclip_fast.bench.cases.towers import LoopTower, NaiveTower, OurTower, StockTower
+from hyperclip_fast.bench.harness.mixes import make_task_ids
+from hyperclip_fast.bench.harness.runner import Case, Provider, Run, Unavailable, relative_error
 from hyperclip_fast.encoders import create_encoder
 from hyperclip_fast.timm_models import model_options
-
-from .engines import ENGINES, captured
-from .mixes import make_task_ids
-from .runner import Case, Provider, Run, Unavailable, relative_error
-from .towers import LoopTower, NaiveTower, OurTower, StockTower
 
 STEPS = ("forward", "training")
 # Where a batch's images share statistics, random weights amplify rounding: the first gradient of stock MobileNetV3 is

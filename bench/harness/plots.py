@@ -4,9 +4,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from hyperclip_fast.bench.harness.report import title
 from hyperclip_fast.utils.extras import require
-
-from .report import title
 
 COLOURS = {"stock": "#57606a", "naive": "#cf222e", "ours": "#0969da", "loop": "#bc4c00", "liger": "#8250df"}
 COLOURS |= {"triton": "#1a7f37", "single": "#54aeff"}

@@ -1,13 +1,7 @@
-"""What conditioning on class names is worth: `python -m hyperclip_fast.bench.conditioning run | report | overheads`.
+"""One run of the experiment: what it is asked, and the log that it leaves."""
 
-`run` works through the queue of configs/conditioning.yaml, one run after the other; a run that was stopped goes on
-where it was, one that has its log is not run again. `report` makes the tables and plots from the logs alone.
-"""
-
-import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -16,6 +10,18 @@ from typing import Any
 
 import torch
 
+from hyperclip_fast.bench.conditioning.arms import Run
+from hyperclip_fast.bench.conditioning.names import PICTURE_SIZE, SETS, NameData, held_out_scores, name_scores
+from hyperclip_fast.bench.conditioning.scores import (
+    OBJECTS,
+    SCENES,
+    SceneTasks,
+    Scores,
+    all_scores,
+    right_scores,
+)
+from hyperclip_fast.bench.conditioning.tuning import tune_all
+from hyperclip_fast.bench.harness.machine import device_name
 from hyperclip_fast.data.pictures import load_pictures
 from hyperclip_fast.data.scenes import ATTRIBUTES, SceneSampler, scene_tasks
 from hyperclip_fast.evaluation.eval_sets import load_eval_set
@@ -23,19 +29,7 @@ from hyperclip_fast.hyperclip import HyperCLIP, load_model
 from hyperclip_fast.training.trainer import Trainer
 from hyperclip_fast.utils.extras import require
 
-from .conditioning_arms import Run, load_plan, load_runs
-from .conditioning_names import PICTURE_SIZE, SETS, NameData, held_out_scores, name_scores, names_section
-from .conditioning_overheads import measure_overheads, overheads_table
-from .conditioning_plots import draw
-from .conditioning_report import grouped, markdown, read_logs, report
-from .conditioning_scores import OBJECTS, SCENES, SceneTasks, Scores, all_scores, mean, right_scores
-from .conditioning_tuning import tune_all
-from .conditioning_width import width_table, widths
-from .machine import device_name
-
-CONFIG = "configs/conditioning.yaml"
 RESULTS = "bench/results/conditioning"
-OVERHEADS, CONCLUSION = "overheads.json", "conclusion.md"  # beside the logs; the report quotes both
 LOOKS = 5  # times that held-out scenes are scored in a run, the end included
 
 
@@ -170,70 +164,3 @@ def write_log(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     beside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     os.replace(beside, path)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command."""
-    parser = argparse.ArgumentParser(prog="python -m hyperclip_fast.bench.conditioning", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="train and score what the queue still holds")
-    run.add_argument("--only", nargs="+", metavar="NAME", help="groups or runs, such as w64 or w64-cross-0")
-    report = commands.add_parser("report", help="make conditioning.md and the plots from the logs")
-    report.add_argument("--results", default=RESULTS, metavar="DIR", help="logs; default: %(default)s")
-    report.add_argument("--config", default=CONFIG, metavar="FILE", help="the queue; default: %(default)s")
-    overheads = commands.add_parser("overheads", help="time the arms side by side, and the hypernetwork")
-    overheads.add_argument("--results", default=RESULTS, metavar="DIR", help="default: %(default)s")
-    overheads.add_argument("--seconds", type=float, default=60.0, help="of the training steps; default: %(default)s")
-    run.add_argument("--config", default=CONFIG, metavar="FILE", help="default: %(default)s")
-    run.add_argument("--results", default=RESULTS, metavar="DIR", help="logs; default: %(default)s")
-    run.add_argument("--work", default="runs/conditioning", metavar="DIR", help="models; default: %(default)s")
-    args = parser.parse_args(argv)
-    try:
-        return {"run": _run, "report": _report, "overheads": _overheads}[args.command](args)
-    except (ValueError, ImportError, OSError) as error:
-        print(f"conditioning {args.command}: {error}", file=sys.stderr)
-        return 2
-
-
-def _run(args: argparse.Namespace) -> int:
-    queue = load_runs(args.config)
-    baselines = {(run.group, run.seed): run for run in queue if run.arm == "baseline"}
-    experiment = Experiment(args.results, args.work)
-    for run in (run for run in queue if not args.only or {run.group, run.name} & set(args.only)):
-        experiment.run(run, baselines.get((run.group, run.seed)))
-        scores = json.loads((Path(args.results) / f"{run.name}.jsonl").read_text().splitlines()[-1])["scores"]
-        print(f"{run.name}: right {mean(scores['right']):.3f}", flush=True)
-    return 0
-
-
-def _report(args: argparse.Namespace) -> int:
-    folder, scale = Path(args.results), load_plan(args.config)["position_scale"]
-    logs = read_logs(folder)
-    groups, named = (grouped(log for log in logs if (log.get("data") == "names") == names) for names in (False, True))
-    if not groups:
-        raise ValueError(f"results must have logs of runs on scenes, {folder} has those of {sorted(named)} alone")
-    plots, pairs = draw(groups, folder), widths(groups)
-    gains = markdown(width_table(pairs)) if pairs else ""
-    measured = folder / OVERHEADS
-    overheads = overheads_table(json.loads(measured.read_text())) if measured.exists() else ""
-    words = folder / CONCLUSION
-    conclusion = words.read_text(encoding="utf-8") if words.exists() else ""
-    path = folder.with_suffix(".md")
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    sections = [names_section(group, arms, folder) for group, arms in named.items()]
-    text = report(folder, groups, plots, scale, overheads, conclusion, gains)
-    beside.write_text("\n".join([text, *sections]), encoding="utf-8")
-    os.replace(beside, path)
-    print(path)
-    return 0
-
-
-def _overheads(args: argparse.Namespace) -> int:
-    figures = measure_overheads(args.seconds)
-    write_log(Path(args.results) / OVERHEADS, [figures])
-    print(overheads_table(figures))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .runner import BASELINE
+from hyperclip_fast.bench.harness.runner import BASELINE
 
 Row = dict[str, Any]
 LABELS = ("operation", "model", "step", "width", "batch", "tokens", "tasks", "mix")

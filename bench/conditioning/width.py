@@ -11,9 +11,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hyperclip_fast.bench.conditioning.logs import Groups, Log, Table, around, gains, spread, values
 from hyperclip_fast.training.trainer import TrainConfig
-
-from .conditioning_report import Groups, Log, Table, around, gains, spread, values
 
 ENCODER = ("image_tower", "img_size", "patch_size", "width", "depth", "num_heads", "global_pool", "embed_dim")
 BASELINES = ("baseline", "wide")

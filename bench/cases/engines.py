@@ -11,9 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from hyperclip_fast.bench.harness.runner import Unavailable
 from hyperclip_fast.export.formats import quiet
-
-from .runner import Unavailable
 
 Forward = Callable[[], Tensor]
 

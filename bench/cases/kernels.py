@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from hyperclip_fast.bench.cases.operations import OPERATIONS, Inputs, Operation, Shape
+from hyperclip_fast.bench.harness.runner import Case, Provider, Run, relative_error
 from hyperclip_fast.utils.timing import ColdClock, wall_seconds
-
-from .operations import OPERATIONS, Inputs, Operation, Shape
-from .runner import Case, Provider, Run, relative_error
 
 TOKENS = 197  # of a 224-pixel image in patches of 16, and the class token
 STEPS = ("forward", "training")

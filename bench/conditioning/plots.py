@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hyperclip_fast.bench.conditioning.logs import Groups, Log, values
+from hyperclip_fast.bench.conditioning.report import SWAPS, by_names, sizes_of
+from hyperclip_fast.bench.conditioning.scores import SCENES, guessing, mean
+from hyperclip_fast.bench.conditioning.width import draw_widths, widths
 from hyperclip_fast.data.scenes import ATTRIBUTES
 from hyperclip_fast.utils.extras import require
-
-from .conditioning_report import SWAPS, Groups, Log, by_names, sizes_of, values
-from .conditioning_scores import SCENES, guessing, mean
-from .conditioning_width import draw_widths, widths
 
 COLOURS = {"baseline": "#57606a", "cross": "#0969da", "mean": "#54aeff", "learned": "#bc4c00", "wide": "#8250df"}
 COLOURS |= {"norms": "#1a7f37", "lora": "#cf222e", "adapters": "#bf8700"}

@@ -16,14 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hyperclip_fast.bench.conditioning.arms import Run
+from hyperclip_fast.bench.conditioning.scores import SceneTasks, embed_with
 from hyperclip_fast.data.pictures import Pictures
 from hyperclip_fast.data.scenes import ATTRIBUTES, SceneSampler
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.training.losses import siglip_loss
 from hyperclip_fast.utils.extras import require
-
-from .conditioning_arms import Run
-from .conditioning_scores import SceneTasks, embed_with
 
 RANK = 4
 BOTTLENECK = 32  # of an adapter; half the block's width where that is less. At width 64: as many parameters as LoRA's

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
+from hyperclip_fast.bench.harness.machine import peak_bytes
 from hyperclip_fast.utils.timing import interleaved, quartiles, speedup, wall_seconds
-
-from .machine import peak_bytes
 
 # Bound on the error of a whole result, by dtype: the worst of its rows (samples, or tasks), see `relative_error`.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

@@ -13,16 +13,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from hyperclip_fast import get_backend, set_backend
+from hyperclip_fast.bench.harness.mixes import make_task_ids
+from hyperclip_fast.bench.harness.runner import Unavailable
 from hyperclip_fast.kernels.batch_norm import functional as batch_norms
 from hyperclip_fast.kernels.layer_norm import functional as norms
 from hyperclip_fast.kernels.linear import functional as products
 from hyperclip_fast.kernels.norm_linear import functional as norm_products
-from torch import Tensor
-
-from hyperclip_fast import get_backend, set_backend
-
-from .mixes import make_task_ids
-from .runner import Unavailable
 
 EPS = 1e-6
 Inputs = dict[str, Tensor]

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperclip_fast.bench.harness.machine import device_name
 from hyperclip_fast.hyperclip import HyperCLIP, HyperCLIPConfig
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.training.losses import siglip_loss
 from hyperclip_fast.utils.timing import interleaved, medians, quartiles, speedup
-
-from .machine import device_name
 
 TASKS, CLASSES, TEXT_DIM = 8, 16, 384
 ARMS = {
