@@ -4,9 +4,8 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 MINUTES ?= 9
 KERNEL_TESTS = PYTHONPATH=$(TOOLS) OMP_NUM_THREADS=1
-KERNEL_FILES = tests/test_layer_norm.py tests/test_linear.py tests/test_norm_linear.py tests/test_batch_norm.py
-BYTE_FILES = tests/test_kernel_bytes.py tests/test_linear_bytes.py tests/test_norm_linear_bytes.py \
-	tests/test_batch_norm_bytes.py
+KERNEL_FILES = $(addprefix tests/kernels/test_,$(addsuffix .py,layer_norm linear norm_linear batch_norm))
+BYTE_FILES = $(KERNEL_FILES:.py=_bytes.py)
 
 .PHONY: demo test test-kernels mutate gpu-report lint clean
 
@@ -20,7 +19,7 @@ test: $(VENV)/test.stamp lint
 test-kernels: $(VENV)/test.stamp
 	$(KERNEL_TESTS) HYPERCLIP_PTXSIM=sm_80 $(RUN) -m pytest -n 2 $(KERNEL_FILES)
 	$(KERNEL_TESTS) HYPERCLIP_PTXSIM=sm_90 $(RUN) -m pytest -n 2 $(KERNEL_FILES)
-	$(KERNEL_TESTS) HYPERCLIP_PTXSIM=sm_90 $(RUN) -m pytest -n 2 tests/test_hyper_block.py -k autocast
+	$(KERNEL_TESTS) HYPERCLIP_PTXSIM=sm_90 $(RUN) -m pytest -n 2 tests/encoders/test_hyper_block.py -k autocast
 	$(KERNEL_TESTS) HYPERCLIP_GUARD=1 $(RUN) -m pytest -n 2 $(KERNEL_FILES) $(BYTE_FILES)
 
 # Small mistakes made in the kernels, one by one, in a copy of the project: the tests must notice each. Not part of test.

@@ -72,7 +72,7 @@ WIDEST = {
 }
 WIDEST_RECOMPUTED = 256  # widest x whose pre-activation is computed again in backward, not kept
 # Padded width: (BLOCK_N, warps) forward, (BLOCK_N, warps) backward. At most 32 elements a thread forward, and 16
-# backward, where two float32 accumulators stay alive; nothing spills on any target of tests/test_kernel_targets.py.
+# backward, where two float32 accumulators stay alive; nothing spills on any target of tests/kernels/test_targets.py.
 LAYER_NORM_TILES = {
     64: ((32, 4), (32, 4)),
     128: ((16, 4), (16, 4)),
@@ -84,7 +84,7 @@ LAYER_NORM_TILES = {
     8192: ((1, 8), (1, 16)),
 }
 # Padded inner dimension: (BLOCK_O, BLOCK_I, warps); a wider one is cut into several tiles. 16 elements a thread, since
-# backward keeps two float32 sums of each; nothing spills on any target of tests/test_kernel_targets.py.
+# backward keeps two float32 sums of each; nothing spills on any target of tests/kernels/test_targets.py.
 BATCH_NORM_TILES = {16: (128, 16, 4), 32: (64, 32, 4), 64: (32, 64, 4), 128: (8, 128, 2)}
 COMBINE_CONFIG = (64, 32, 4)  # lines, channels, warps of the kernels that add partials
 # What a file may hold.

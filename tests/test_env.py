@@ -11,8 +11,7 @@ from hyperclip_fast.kernels.batch_norm import batch_norm_act
 from hyperclip_fast.kernels.layer_norm import add_layer_norm, layer_norm
 from hyperclip_fast.kernels.linear import linear_add, linear_gelu
 from hyperclip_fast.kernels.tables import WIDEST
-
-from .test_cuda_paths import Operators, fake_h100
+from tests.kernels.test_cuda_paths import Operators, fake_h100
 
 
 def call(operation, dtype, width):

@@ -1,0 +1,71 @@
+"""The mutations of what the kernels share; see table.py. Data."""
+
+COMMON = {
+    "common/triton_rows": {
+        "row_of_sample": (
+            ("row = b\n", "row = b * 0\n"),
+            ("task_ids + b)", "task_ids)"),
+            ("(row < T)", "(row <= T)"),
+            ("row, -1)", "row, 0)"),
+        ),
+        "load_row": (
+            ("row * stride", "row * D"),
+            ("(o_d < D) & (row >= 0)", "row >= 0"),
+            ("(o_d < D) & (row >= 0)", "o_d < D"),
+            ('float("nan")', "0.0"),
+        ),
+        "_reduce_kernel": (
+            ("tl.program_id(1) * BLOCK_D +", "tl.program_id(1) +"),
+            ("m_d = o_d < D", "m_d = o_d <= D"),
+            ("range(0, B, BLOCK_B)", "range(0, BLOCK_B, BLOCK_B)"),
+            ("m_b = o_b < B", "m_b = o_b <= B"),
+            ("== task", ">= task"),
+            ("m_b &= tl.load", "m_b |= tl.load"),
+            ("(r * B + o_b.to(tl.int64))", "o_b.to(tl.int64)"),
+            ("range(slices)", "range(1)"),
+            ("o_partial + s * D", "o_partial"),
+            ("b_sum += tl.load", "b_sum = tl.load"),
+            ("m_b[:, None] & m_d[None, :]", "m_b[:, None]"),
+            ("(r * T + task) * D", "r * T * D"),
+        ),
+        "load_columns": (
+            ("n + tl.arange", "tl.arange"),
+            ("o_n < F", "o_n <= F"),
+        ),
+    },
+    "common/launch": {
+        "row_stride": (("0 if table.shape[0] == 1 else table.stride(0)", "table.stride(0)"),),
+        "reduce_partials": (
+            ("(1, 2) if weight.shape[0] == 1 else 2", "(1, 2) if weight.shape[0] == 1 else 1"),
+            ("cdiv(D, block_d), kinds", "cdiv(D, block_d), 1"),
+            ("(T, cdiv", "(T - 1, cdiv"),
+        ),
+    },
+    "common/triton_activations": {
+        "normal_cdf": (("0.7071067811865476", "0.7071"), ("1.0 + tl.erf", "tl.erf")),
+        "gelu_slope": (
+            ("0.3989422804014327", "0.3989"),
+            ("-0.5 * b_z", "0.5 * b_z"),
+            ("normal_cdf(b_z) + b_z *", "normal_cdf(b_z) +"),
+        ),
+        "_clamp": (
+            ("b_x <= LOW, LOW", "b_x <= LOW, HIGH"),
+            ("b_x >= HIGH, HIGH", "b_x >= HIGH, b_x"),
+        ),
+        "activate": (
+            ("b_x <= 0.0, 0.0", "b_x <= 0.0, 1.0"),
+            ("_clamp(b_x, 0.0, 6.0)", "_clamp(b_x, 0.0, 3.0)"),
+            ("tl.sigmoid(b_x)", "tl.sigmoid(-b_x)"),
+            ("(1.0 / 6.0)", "(1.0 / 3.0)"),
+            ("normal_cdf(b_x)", "normal_cdf(-b_x)"),
+        ),
+        "activation_slope": (
+            ("b_x > 0.0, 1.0", "b_x > 0.0, 2.0"),
+            ("(b_x < 6.0)", "(b_x < 3.0)"),
+            ("b_x * (1.0 - b_gate)", "b_x * b_gate"),
+            ("b_x <= -3.0", "b_x <= 0.0"),
+            ("(1.0 / 3.0)", "(1.0 / 6.0)"),
+            ("gelu_slope(b_x)", "normal_cdf(b_x)"),
+        ),
+    },
+}
