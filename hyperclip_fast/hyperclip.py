@@ -8,8 +8,9 @@ train through the rows, and there is one copy of them.
 """
 
 import contextlib
+import io
 import math
-import sys
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -25,6 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hyperclip_fast.batch_norm_folding import fuse_batch_norms
+from hyperclip_fast.data.preprocessing import HALF, Preprocessing
 from hyperclip_fast.encoders import create_encoder
 from hyperclip_fast.hyper_encoder import HyperEncoder
 from hyperclip_fast.hypernetwork import HyperNetwork, pad_classes
@@ -32,13 +34,13 @@ from hyperclip_fast.model_card import ModelFacts, model_card
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.text import TextTower, create_text_tower
 from hyperclip_fast.timm_models import model_options
+from hyperclip_fast.utils.class_names import check_tasks
 from hyperclip_fast.utils.files import save_safetensors
 from hyperclip_fast.utils.typed_config import check_types, from_dict
 
+DEMO = "demo"  # the name of the checkpoint that this package ships
 DEMO_MODEL = Path(__file__).with_name("assets") / "demo"
-MAX_CLASSES = 10_000  # names of a task: the hypernetwork attends among them all, 3 s for so many on one CPU core
-MAX_NAMES = 1_000_000  # names of all tasks of a call: 1.5 GB of text features
-MAX_CHARACTERS = 1_000  # of a name: text towers cut at 256 tokens or fewer
+WANTED = f'a folder with config.json and model.safetensors, a hub id "owner/name", or "{DEMO}"'
 
 
 @dataclass
@@ -69,6 +71,10 @@ class HyperCLIPConfig:
         hyper_bottleneck: its last hidden width.
         learned_tokens: control, see HyperNetwork.
         conditioned: False leaves the hypernetwork out: plain SigLIP, the baseline.
+        mean: of an image's channels, with pixels in [0, 1]; this and the next three are its `Preprocessing`.
+        std: likewise.
+        interpolation: with which pictures are resized, "bilinear" or "bicubic".
+        crop_pct: the centre square's share of a picture's shorter side.
         init_logit_scale: logarithm of the first temperature; the paper's ln 10.
         init_logit_bias: the paper's -10, made for large batches.
     """
@@ -95,6 +101,10 @@ class HyperCLIPConfig:
     hyper_bottleneck: int = 64
     learned_tokens: int = 0
     conditioned: bool = True
+    mean: tuple[float, ...] = HALF
+    std: tuple[float, ...] = HALF
+    interpolation: str = "bilinear"
+    crop_pct: float = 1.0
     init_logit_scale: float = math.log(10)
     init_logit_bias: float = -10.0
 
@@ -170,6 +180,22 @@ class HyperCLIP(
         save_safetensors(self.state_dict(), save_directory / "model.safetensors", {"format": "pt"})
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "HyperCLIP":
+        """A saved model.
+
+        Args:
+            pretrained_model_name_or_path: a folder that `save_pretrained` wrote, a hub id "owner/name", or "demo", the
+                checkpoint that this package ships.
+            **options: as huggingface_hub's mixin takes them: revision, token, cache_dir, local_files_only, ...
+
+        Raises:
+            ValueError: for a folder that is not there, or not whole.
+        """
+        place = _find_model(pretrained_model_name_or_path)
+        with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints there, where JSON may follow
+            return super().from_pretrained(place, **options)
+
+    @classmethod
     def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options: Any) -> "HyperCLIP":
         if "config" not in options:
             raise ValueError(f"model must be a folder with config.json, or a hub id, got {model_id}")
@@ -212,6 +238,12 @@ class HyperCLIP(
     def image_size(self) -> int:
         """S: the side of the images it takes, in pixels."""
         return self.config.img_size or self.image.pretrained_cfg["input_size"][-1]
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How pictures become the images that it takes."""
+        config = self.config
+        return Preprocessing(self.image_size, config.mean, config.std, config.interpolation, config.crop_pct)
 
     @property
     def text_tower(self) -> TextTower:
@@ -334,21 +366,6 @@ class HyperCLIP(
         }
 
 
-def check_tasks(tasks: Sequence[Sequence[str]]) -> None:
-    """Raise ValueError unless `tasks` is a non-empty list of non-empty lists of class names, within the limits."""
-    if isinstance(tasks, str) or not len(tasks):
-        raise ValueError(f"tasks must be a non-empty list of lists of class names, got {tasks!r}")
-    for task in tasks:
-        if isinstance(task, str) or not len(task) or not all(isinstance(name, str) and name.strip() for name in task):
-            raise ValueError(f"a task must be a non-empty list of non-empty class names, got {str(task)[:200]!r}")
-        if len(task) > MAX_CLASSES:
-            raise ValueError(f"a task must have at most {MAX_CLASSES} class names, got {len(task)}")
-        if (longest := max(map(len, task))) > MAX_CHARACTERS:
-            raise ValueError(f"a class name must have at most {MAX_CHARACTERS} characters, got {longest}")
-    if (total := sum(map(len, tasks))) > MAX_NAMES:
-        raise ValueError(f"tasks must have at most {MAX_NAMES} class names together, got {total}")
-
-
 def config_from_dict(values: dict) -> HyperCLIPConfig:
     """A config from config.json's content.
 
@@ -364,10 +381,21 @@ def load_model(path: str | Path | None = None, device: str | torch.device = "cpu
     Raises:
         ValueError: for a folder without a whole model, or an id that the hub does not have.
     """
-    path = path or DEMO_MODEL
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # the hub's loader prints there, where JSON may follow
-            return HyperCLIP.from_pretrained(path).to(device).eval()
+        return HyperCLIP.from_pretrained(path or DEMO).to(device).eval()
     except (OSError, HFValidationError) as error:
-        wanted = "a folder with config.json and model.safetensors, or a hub id"
-        raise ValueError(f"model must be {wanted}, got {path}: {error}") from error
+        raise ValueError(f"model must be {WANTED}, got {path}: {error}") from error
+
+
+def _find_model(place: str | Path) -> str | Path:
+    """The shipped model's folder for its name, an existing folder as it is, and otherwise only what may be a hub id.
+
+    The hub would be asked again and again for a folder's name that was mistyped.
+    """
+    if str(place) == DEMO:
+        return DEMO_MODEL
+    owner, *rest = str(place).split("/")
+    is_hub_id = isinstance(place, str) and len(rest) == 1 and re.fullmatch(r"[\w-][\w.-]*", owner) and rest[0]
+    if not Path(place).is_dir() and (not is_hub_id or Path(owner).is_dir()):
+        raise ValueError(f"model must be {WANTED}, got {place}, which is no folder")
+    return place

@@ -6,16 +6,18 @@ images, each with its own task's row, and scores each image against its own task
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hyperclip_fast.hyperclip import HyperCLIP, check_tasks
-from hyperclip_fast.hypernetwork import pad_classes
+from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams, NormSpec
+from hyperclip_fast.tasks import AdaptedTask, adapt_tasks, class_logits, rank
+from hyperclip_fast.utils.class_names import MAX_NAMES, check_name, check_task
 from hyperclip_fast.utils.files import load_safetensors, save_safetensors
 
 
@@ -32,21 +34,6 @@ class Prediction:
     task: str
     names: tuple[str, ...]
     probabilities: tuple[float, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Task:
-    """What adapting to a task made, apart from any bank; never changed, so that threads and processes may share it.
-
-    Args:
-        classes: class names.
-        embeddings: (K, E), the class names'.
-        row: (P,), norm parameters.
-    """
-
-    classes: tuple[str, ...]
-    embeddings: Tensor
-    row: Tensor
 
 
 class TaskBank:
@@ -73,6 +60,25 @@ class TaskBank:
     def __contains__(self, task: str) -> bool:
         return task in self._index
 
+    def __iter__(self) -> Iterator[str]:
+        """Names of the tasks, in the order they were added."""
+        return iter(self._index)
+
+    def __getitem__(self, task: str) -> AdaptedTask:
+        """A copy of a task that outlives its removal from the bank.
+
+        Raises:
+            KeyError: for an unknown name.
+        """
+        if task not in self._index:
+            raise KeyError(task)
+        return self.task(task)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{task!r}: {len(self.classes(task))} classes" for task in islice(self, 4))
+        more = ", ..." if len(self) > 4 else ""
+        return f"TaskBank({self.model.config.image_tower}, {len(self)} tasks{': ' if shown else ''}{shown}{more})"
+
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks, in the order they were added."""
@@ -87,7 +93,7 @@ class TaskBank:
         self._follow_model()
         return self._embeddings[self._find(task)]
 
-    def task(self, task: str) -> Task:
+    def task(self, task: str) -> AdaptedTask:
         """A copy of a task that outlives its removal from the bank.
 
         Raises:
@@ -95,7 +101,7 @@ class TaskBank:
         """
         self._follow_model()
         place = self._find(task)
-        return Task(self._classes[place], self._embeddings[place].clone(), self._table[place].clone())
+        return AdaptedTask(self._classes[place], self._embeddings[place].clone(), self._table[place].clone())
 
     @property
     def params(self) -> NormParams:
@@ -127,19 +133,17 @@ class TaskBank:
         Raises:
             ValueError: for an empty name or class list.
         """
-        for task in tasks:
-            _check_name(task)
-        if tasks:
-            check_tasks(list(tasks.values()))
+        for name, class_names in tasks.items():
+            check_name(name)
+            check_task(class_names)
+        if (total := sum(map(len, tasks.values()))) > MAX_NAMES:
+            raise ValueError(f"tasks must have at most {MAX_NAMES} class names together, got {total}")
         names, made = list(tasks), []
         for start in range(0, len(names), self.chunk):
-            features, mask = self.model.stack_tasks([tasks[name] for name in names[start : start + self.chunk]])
-            embeddings = self.model.project_text(features)
-            table = self.model.rows(features, mask).table
-            made += [(row, kept[real].clone()) for row, kept, real in zip(table, embeddings, mask)]
+            made += adapt_tasks(self.model, [tasks[name] for name in names[start : start + self.chunk]])
         self._follow_model()
-        for name, (row, embeddings) in zip(names, made):
-            self._put(name, tuple(tasks[name]), row, embeddings)
+        for name, task in zip(names, made):
+            self._put(name, task.classes, task.row, task.embeddings)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -156,7 +160,8 @@ class TaskBank:
         """
         if row.spec != self.model.image.norm_spec or row.num_tasks != 1:
             raise ValueError(f"row must be one row of {self.model.image.norm_spec.num_params} parameters, got {row}")
-        _check_name(task)
+        check_name(task)
+        check_task(class_names)
         features, _ = self.model.stack_tasks([class_names])
         self._follow_model()
         self._put(task, tuple(class_names), row.table[0], self.model.project_text(features)[0])
@@ -194,15 +199,8 @@ class TaskBank:
             raise ValueError(f"topk must be at least 1, got {topk}")
         if not len(images):
             return []
-        logits = self.logits(images, tasks)
-        probabilities, order = logits.softmax(-1).topk(min(topk, logits.shape[1]), dim=-1)
-        predictions = []
-        for task, values, indices in zip(tasks, probabilities.tolist(), order.tolist()):
-            classes = self.classes(task)
-            keep = min(topk, len(classes))
-            names = tuple(classes[i] for i in indices[:keep])
-            predictions.append(Prediction(task, names, tuple(values[:keep])))
-        return predictions
+        ranked = rank(self.logits(images, tasks), [self.classes(task) for task in tasks], [topk] * len(tasks))
+        return [Prediction(task, *map(tuple, zip(*best))) for task, best in zip(tasks, ranked)]
 
     @torch.no_grad()
     def logits(self, images: Tensor, tasks: Sequence[str]) -> Tensor:
@@ -212,11 +210,8 @@ class TaskBank:
             ValueError: for an unknown task.
         """
         ids = self.task_ids(tasks)
-        features = self.model.encode_image(images, self.params[ids])
-        used, place = ids.unique(return_inverse=True)
-        classes, mask = pad_classes([self._embeddings[i] for i in used.tolist()])
-        scores = torch.einsum("be,bke->bk", features, classes[place].to(features.dtype))
-        return (self.model.logit_scale.exp() * scores + self.model.logit_bias).masked_fill(~mask[place], -torch.inf)
+        used, places = ids.unique(return_inverse=True)
+        return class_logits(self.model, images, self.params[ids], [self._embeddings[i] for i in used.tolist()], places)
 
     def save(self, path: str | Path) -> None:
         """Write every task into one safetensors file (beside, then renamed)."""
@@ -266,7 +261,7 @@ class TaskBank:
 
     @classmethod
     @torch.inference_mode(False)
-    def of(cls, model: HyperCLIP, tasks: Mapping[str, Task]) -> "TaskBank":
+    def of(cls, model: HyperCLIP, tasks: Mapping[str, AdaptedTask]) -> "TaskBank":
         """A bank of ready tasks, at least one, that the same model made."""
         parts = {name: (task.classes, task.embeddings.to(model.device)) for name, task in tasks.items()}
         return cls._filled(model, parts, torch.stack([task.row for task in tasks.values()]).to(model.device))
@@ -316,16 +311,11 @@ def _tasks(text: str, path: str | Path) -> dict[str, tuple[str, ...]]:
         tasks = {task: tuple(classes) for task, classes in json.loads(text).items()}
         if not tasks:
             raise ValueError("there are none")
-        for classes in tasks.values():  # one by one: a bank that grew may hold more names than one call
-            check_tasks([classes])
+        for classes in tasks.values():
+            check_task(classes)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"path must be a saved TaskBank, {path} has damaged tasks: {error}") from error
     return tasks
-
-
-def _check_name(task: str) -> None:
-    if not isinstance(task, str) or not task.strip():
-        raise ValueError(f"task must be a non-empty name, got {task!r}")
 
 
 def fingerprint(model: HyperCLIP) -> str:

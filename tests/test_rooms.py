@@ -1,6 +1,7 @@
 """The rooms of the house: imports run one way, no file imports itself in a circle, and no folder becomes a corridor."""
 
 import ast
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # From the ground up: a room may import those of the floors below it, and nothing of its own floor but itself.
 FLOORS = (
-    ("utils", "version", "kernels"),
+    ("utils", "version", "configs", "kernels"),
     ("data",),
     ("models",),
     ("evaluation",),
@@ -20,7 +21,7 @@ FLOORS = (
     ("cli",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-MOST_FILES = 15  # of a folder, its __init__.py not counted
+MOST_FILES = 16  # of a folder, its __init__.py not counted
 PARTS = {"hyperclip_fast": "hyperclip_fast", "kernels": "hyperclip_fast.kernels", "bench": "hyperclip_fast.bench"}
 
 
@@ -56,6 +57,7 @@ def imports(module: str) -> Iterator[str]:
             yield from {alias.name for alias in node.names} & modules().keys()
 
 
+@cache
 def arrows() -> set[tuple[str, str]]:
     """(module, module that it imports)."""
     return {(module, other) for module in modules() for other in imports(module) if other != module}
@@ -71,7 +73,9 @@ def test_every_arrow_between_rooms_runs_down():
 
 
 def test_no_file_imports_itself_in_a_circle():
-    below = {module: sorted(other for start, other in arrows() if start == module) for module in modules()}
+    below = defaultdict(list)
+    for module, other in sorted(arrows()):
+        below[module].append(other)
     done: set[str] = set()
 
     def visit(module: str, way: tuple[str, ...]) -> None:

@@ -18,33 +18,12 @@ from hyperclip_fast.bench.harness.runner import Case, Provider, Run, relative_er
 from hyperclip_fast.encoders import create_encoder
 from hyperclip_fast.norm_params import NormParams
 
-NAMED = (
-    *("efficientnet_b0", "efficientnet_b1", "efficientnet_b2", "tinynet_a", "tinynet_c", "tinynet_e"),
-    *("mobilenetv3_small_100", "mobilenetv3_large_100", "mobilevit_s", "mobilevitv2_100", "edgenext_small"),
-    *("convnext_atto", "fastvit_t8", "repvit_m1", "resnet18", "resnet50", "swin_tiny_patch4_window7_224"),
-    "vit_tiny_patch16_224",
-)
 COLUMNS = ("encoder", "parameters", "norm parameters", "identity", "mixed", "stock's own")
-
-
-def add_encoders(kinds) -> None:
-    """Add the subcommand to the parser of `hyperclip bench`."""
-    text = "compare every named encoder with its stock model: identity, mixed batch, throughput in evaluation"
-    parser = kinds.add_parser("encoders", help=text, description=text)
-    parser.add_argument("--models", nargs="+", default=list(NAMED), metavar="NAME", help="default: all named ones")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16], metavar="B", help="default: 1 16")
-    parser.add_argument("--tasks", type=int, default=16, metavar="T", help="default: %(default)s")
-    parser.add_argument("--img-size", type=int, metavar="S", help="side of the images; default: as each model has it")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of timed rounds a case; default: %(default)s")
-    parser.add_argument("--device", default=default_device(), help="default: %(default)s")
-    text = "instead: one task's model beside stock, BatchNorms folded into the convolutions"
-    parser.add_argument("--fused", action="store_true", help=text)
-    parser.set_defaults(run=run_encoders)
 
 
 def run_encoders(args: argparse.Namespace) -> int:
     """Print the table line by line; 1 if an encoder computed wrongly or raised."""
-    device = torch.device(args.device)
+    device = torch.device(args.device or default_device())
     print(header(describe(device, torch.float32)), end="\n\n")
     if args.fused:
         return _run_fused(args, device)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hyperclip_fast.bench.harness.runner import Unavailable
 from hyperclip_fast.export.formats import quiet
+from hyperclip_fast.utils.extras import missing
 
 Forward = Callable[[], Tensor]
 
@@ -49,7 +50,7 @@ def _onnxruntime(tower: nn.Module, inputs: tuple[Tensor, ...], training: bool) -
         raise Unavailable("measured on a CPU in float32 only")
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
-            raise Unavailable(f"{package} is not installed: pip install hyperclip_fast[bench]")
+            raise Unavailable(str(missing(package, "bench")))
     onnxruntime = importlib.import_module("onnxruntime")
     names = ("images", "table", "task_ids")[: len(inputs)]
     with quiet():

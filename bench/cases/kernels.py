@@ -10,7 +10,6 @@ from hyperclip_fast.bench.harness.runner import Case, Provider, Run, relative_er
 from hyperclip_fast.utils.timing import ColdClock, wall_seconds
 
 TOKENS = 197  # of a 224-pixel image in patches of 16, and the class token
-STEPS = ("forward", "training")
 ENGINES = ("eager", "compiled")
 
 

@@ -20,7 +20,6 @@ from hyperclip_fast.bench.harness.runner import Case, Provider, Run, Unavailable
 from hyperclip_fast.encoders import create_encoder
 from hyperclip_fast.timm_models import model_options
 
-STEPS = ("forward", "training")
 # Where a batch's images share statistics, random weights amplify rounding: the first gradient of stock MobileNetV3 is
 # up to 2e-3 off in float32, 0.5 in bfloat16.
 COUPLED_SLACK = 100.0

@@ -1,6 +1,6 @@
 """What conditioning on class names is worth: `python -m hyperclip_fast.bench.conditioning run | report | overheads`.
 
-`run` works through the queue of configs/conditioning.yaml, one run after the other; a run that was stopped goes on
+`run` works through the queue of bench/conditioning/queue.yaml, one run after the other; a run that was stopped goes on
 where it was, one that has its log is not run again. `report` makes the tables and plots from the logs alone.
 """
 
@@ -21,7 +21,7 @@ from hyperclip_fast.bench.conditioning.report import report
 from hyperclip_fast.bench.conditioning.scores import mean
 from hyperclip_fast.bench.conditioning.width import width_table, widths
 
-CONFIG = "configs/conditioning.yaml"
+CONFIG = Path(__file__).with_name("queue.yaml")
 OVERHEADS, CONCLUSION = "overheads.json", "conclusion.md"  # beside the logs; the report quotes both
 
 

@@ -1,4 +1,4 @@
-"""The runs of the conditioning experiment, read from configs/conditioning.yaml: groups x arms x seeds, in order.
+"""The runs of the conditioning experiment, read from bench/conditioning/queue.yaml: groups x arms x seeds, in order.
 
 A group fixes data, encoder and schedule; an arm changes one thing in it (a rival that tunes the trained baseline has
 steps of its own); runs of a group and a seed see the same batches. The queue is interleaved by seed: where time ends

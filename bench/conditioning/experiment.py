@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from hyperclip_fast.bench.conditioning.arms import Run
 from hyperclip_fast.bench.conditioning.names import PICTURE_SIZE, SETS, NameData, held_out_scores, name_scores
@@ -27,7 +28,6 @@ from hyperclip_fast.data.scenes import ATTRIBUTES, SceneSampler, scene_tasks
 from hyperclip_fast.evaluation.eval_sets import load_eval_set
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
 from hyperclip_fast.training.trainer import Trainer
-from hyperclip_fast.utils.extras import require
 
 RESULTS = "bench/results/conditioning"
 LOOKS = 5  # times that held-out scenes are scored in a run, the end included
@@ -118,7 +118,6 @@ class Experiment:
         """Train to the last step; log training's figures as means over the steps since the last line."""
         config, sums, count = trainer.config, {}, 0
         look = max(1, config.steps // LOOKS)
-        tqdm = require("tqdm", "train").tqdm
         for _ in (bar := tqdm(range(trainer.step, config.steps), desc=run.name, unit="step", dynamic_ncols=True)):
             metrics = trainer.train_step()
             sums = {key: sums.get(key, 0.0) + float(value) for key, value in metrics.items()}

@@ -190,7 +190,7 @@ def findings(arms: dict[str, dict[int, Log]]) -> str:
 HEAD = """# What conditioning on class names is worth
 
 Made by `python -m hyperclip_fast.bench.conditioning report` from the logs in `{folder}`, which
-`python -m hyperclip_fast.bench.conditioning run` wrote; the queue is `configs/conditioning.yaml`.
+`python -m hyperclip_fast.bench.conditioning run` wrote; the queue is `bench/conditioning/queue.yaml`.
 Trained on: {machine}.
 
 A scene shows one to six copies of an OpenMoji picture; a task asks for the object, the ground's colour, the number, the

@@ -3,16 +3,20 @@
 import argparse
 from pathlib import Path
 
+from hyperclip_fast.utils.class_names import check_name, check_task
+
+EXAMPLE = '{"pets": ["cat", "dog"]}'
+
+
+def add_model_path(parser: argparse.ArgumentParser) -> None:
+    """Which model a command runs."""
+    parser.add_argument("--model", metavar="DIR", help="a trained model's folder or hub id; default: the demo model")
+
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="DIR", help="a trained model's folder or hub id; default: the demo model")
+    """Which model a command runs, and where."""
+    add_model_path(parser)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps, ...; default: %(default)s")
-
-
-def _is_task(names: object) -> bool:
-    """Whether these are distinct class names, at least one."""
-    good = isinstance(names, list) and names and all(isinstance(name, str) and name.strip() for name in names)
-    return bool(good) and len(set(names)) == len(names)
 
 
 def read_labels(text: str) -> list[str]:
@@ -22,8 +26,10 @@ def read_labels(text: str) -> list[str]:
         ValueError: if there is none, or one comes twice.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
-    if not _is_task(names):
-        raise ValueError(f"--labels must be distinct class names separated by commas, got {text!r}")
+    try:
+        check_task(names)
+    except ValueError as error:
+        raise ValueError(f"--labels must be distinct class names separated by commas, got {text!r}: {error}") from error
     return names
 
 
@@ -39,7 +45,16 @@ def read_tasks(path: str | Path) -> dict[str, list[str]]:
         tasks = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"--tasks must be a YAML or JSON file, {path} is not: {error}") from error
-    if not isinstance(tasks, dict) or not tasks or not all(_is_task(names) for names in tasks.values()):
-        example = '{"pets": ["cat", "dog"]}'
-        raise ValueError(f"--tasks must map names to lists of distinct class names, as in {example}: {path}")
-    return {str(task): names for task, names in tasks.items()}
+    if not isinstance(tasks, dict) or not tasks:
+        raise ValueError(f"--tasks must map names of tasks to lists of class names, as in {EXAMPLE}: {path} does not")
+    for task, names in tasks.items():
+        try:
+            check_name(task)
+            if not isinstance(names, list):
+                raise ValueError(f"a task must be a list of class names, got {names!r}")
+            check_task(names)
+        except ValueError as error:
+            raise ValueError(
+                f"--tasks must map names of tasks to lists of class names, {path} has {task!r}: {error}"
+            ) from error
+    return tasks

@@ -5,9 +5,11 @@ import json
 from pathlib import Path
 
 from hyperclip_fast.cli.arguments import add_model, read_labels, read_tasks
+from hyperclip_fast.cli.console import shortened
 
 
 def add_classify(commands) -> None:
+    """Add the command to the others."""
     text = "classify image files against tasks; every image is scored in every task, in mixed batches"
     parser = commands.add_parser("classify", help=text, description=text)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders")
@@ -23,13 +25,12 @@ def add_classify(commands) -> None:
 
 def _classify(args: argparse.Namespace) -> None:
     import torch
+    from tqdm import tqdm
 
     from hyperclip_fast.data.image_files import find_images, load_image
     from hyperclip_fast.hyperclip import load_model
     from hyperclip_fast.task_bank import TaskBank
-    from hyperclip_fast.utils.extras import require
 
-    tqdm = require("tqdm", "train").tqdm
     tasks = {"labels": read_labels(args.labels)} if args.labels is not None else read_tasks(args.tasks)
     if args.batch_size < 1 or args.topk < 1:
         raise ValueError(f"--batch-size and --topk must be at least 1, got {args.batch_size} and {args.topk}")
@@ -42,7 +43,7 @@ def _classify(args: argparse.Namespace) -> None:
         print(f"{'image':<40}{'task':<20}predictions")
     for start in tqdm(range(0, len(work), args.batch_size), desc="classify", unit="batch", disable=None):
         part = work[start : start + args.batch_size]
-        loaded = {file: load_image(file, model.image_size) for file in dict.fromkeys(file for file, _ in part)}
+        loaded = {file: load_image(file, model.preprocessing) for file in dict.fromkeys(file for file, _ in part)}
         images = torch.stack([loaded[file] for file, _ in part]).to(args.device)
         for (file, _), prediction in zip(part, bank.classify(images, [task for _, task in part], args.topk)):
             _print_prediction(file, prediction, args.json)
@@ -54,4 +55,4 @@ def _print_prediction(file: Path, prediction, as_json: bool) -> None:
         print(json.dumps({"image": str(file), "task": prediction.task, "predictions": ranked}, ensure_ascii=False))
     else:
         text = "  ".join(f"{name} {share:.0%}" for name, share in ranked.items())
-        print(f"{str(file)[-38:]:<40}{prediction.task:<19} {text}")
+        print(f"{shortened(str(file), 38):<40}{prediction.task:<19} {text}")

@@ -2,11 +2,7 @@
 
 import argparse
 
-from hyperclip_fast.embed.embedder import EmbedConfig
-from hyperclip_fast.embed.formats import FORMATS
-from hyperclip_fast.embed.run import embed
-from hyperclip_fast.hyperclip import load_model
-from hyperclip_fast.task_bank import TaskBank
+from hyperclip_fast.cli.arguments import add_model, read_labels, read_tasks
 
 
 def add_embed(commands) -> None:
@@ -20,18 +16,22 @@ def add_embed(commands) -> None:
     what.add_argument("--bank", metavar="FILE", help="tasks that TaskBank.save wrote")
     parser.add_argument("--manifest", metavar="CSV", help="columns image and task; default: every image in every task")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, or of the run that goes on")
-    parser.add_argument("--format", choices=FORMATS, default="safetensors", help="default: %(default)s")
+    parser.add_argument(
+        "--format", choices=("safetensors", "npy", "parquet"), default="safetensors", help="default: %(default)s"
+    )
     parser.add_argument("--part-size", type=int, default=1024, metavar="N", help="images a file; default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=64, metavar="B", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="that decode; default: %(default)s")
     parser.add_argument("--ray", type=int, default=0, metavar="N", help="N workers on a Ray cluster (extra: ray)")
-    parser.add_argument("--model", metavar="DIR", help="a trained model's folder or hub id; default: the demo model")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps, ...; default: %(default)s")
+    add_model(parser)
     parser.set_defaults(run=_embed)
 
 
 def _embed(args: argparse.Namespace) -> None:
-    from hyperclip_fast.cli.arguments import read_labels, read_tasks
+    from hyperclip_fast.embed.embedder import EmbedConfig
+    from hyperclip_fast.embed.run import embed
+    from hyperclip_fast.hyperclip import load_model
+    from hyperclip_fast.task_bank import TaskBank
 
     config = EmbedConfig(args.format, args.part_size, args.batch_size, args.device)
     if args.bank is not None:

@@ -5,6 +5,8 @@ import json
 import os
 from pathlib import Path
 
+from hyperclip_fast.cli.arguments import add_model
+
 EPILOG = """examples:
   hyperclip evaluate --model runs/demo/model                    # held-out pictures: the swap test, several partitions
   hyperclip evaluate --data photos/ --templates "a photo of a {}."
@@ -28,8 +30,7 @@ def add_evaluate(commands) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", metavar="DIR", help="a trained model's folder or hub id; default: the demo model")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps, ...; default: %(default)s")
+    add_model(parser)
     parser.add_argument("--data", metavar="WHAT", help="folder of class folders, tar shards, or a built-in set's name")
     parser.add_argument("--classes", type=int, metavar="K", help="names a task of held-out names; default: 10")
     parser.add_argument(

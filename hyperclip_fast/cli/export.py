@@ -2,7 +2,7 @@
 
 import argparse
 
-from hyperclip_fast.cli.arguments import add_model, read_labels
+from hyperclip_fast.cli.arguments import add_model, add_model_path, read_labels
 
 EXPORT_EPILOG = """specialized: images to the logits of one task. mixed: images, a table of tasks' rows and task ids to
 embeddings: one file for every task. text: tokens of class names to a task's row and class embeddings. Batch, tasks and
@@ -10,6 +10,7 @@ classes are dynamic."""
 
 
 def add_specialize(commands) -> None:
+    """Add the command to the others."""
     text = "bake one task into a plain timm model that needs no hypernetwork and no text tower"
     parser = commands.add_parser("specialize", help=text, description=text)
     parser.add_argument("--labels", required=True, metavar="A,B,C", help="the task's class names")
@@ -19,6 +20,7 @@ def add_specialize(commands) -> None:
 
 
 def add_export(commands) -> None:
+    """Add the command to the others."""
     text = "write a part of a model as one file for another runtime, checked against PyTorch"
     parser = commands.add_parser("export", help=text, description=text, epilog=EXPORT_EPILOG)
     parser.add_argument("what", choices=("specialized", "mixed", "text"), help="the part, see below")
@@ -27,7 +29,7 @@ def add_export(commands) -> None:
         "--format", choices=("onnx", "torch", "aoti", "executorch"), default="onnx", help="default: %(default)s"
     )
     parser.add_argument("--labels", metavar="A,B,C", help="the task's class names, for specialized")
-    parser.add_argument("--model", metavar="DIR", help="a trained model's folder or hub id; default: the demo model")
+    add_model_path(parser)
     parser.set_defaults(run=_export, device="cpu")
 
 

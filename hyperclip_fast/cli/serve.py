@@ -6,6 +6,8 @@ import signal
 import socket
 from pathlib import Path
 
+from hyperclip_fast.cli.arguments import add_model
+from hyperclip_fast.utils.class_names import MAX_CHARACTERS, MAX_CLASSES
 from hyperclip_fast.utils.extras import require
 
 
@@ -14,8 +16,7 @@ def add_serve(commands) -> None:
     text = "serve tasks over HTTP; requests for any tasks share batches, and tasks come and go meanwhile"
     parser = commands.add_parser("serve", help=text, description=text)
     parser.add_argument("--bank", required=True, metavar="FILE", help="the tasks, read at start and saved when changed")
-    parser.add_argument("--model", metavar="DIR", help="a trained model's folder or hub id; default: the demo model")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps, ...; default: %(default)s")
+    add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: %(default)s")
     parser.add_argument(
         "--allow-host",
@@ -32,7 +33,7 @@ def add_serve(commands) -> None:
         "--one-task-a-batch", action="store_true", help="do not mix tasks: a baseline to measure against"
     )
     _add(parser, "--decoders", int, 2, "threads that decode images")
-    _add(parser, "--places", int, 256, "requests under way at a time; one more gets 503")
+    _add(parser, "--max-concurrent-requests", int, 256, "requests under way at a time; one more gets 503")
     _add(parser, "--max-mib", float, 8.0, "of a request's body")
     _add(parser, "--max-seconds", float, 30.0, "until a request's body has arrived")
     _add(parser, "--max-megapixels", float, 32.0, "of an image")
@@ -97,7 +98,6 @@ def serve_options(args: argparse.Namespace):
     Raises:
         ValueError: for a number out of range, or a host that no request could name.
     """
-    from hyperclip_fast.hyperclip import MAX_CHARACTERS, MAX_CLASSES
     from hyperclip_fast.serving.app import ServeOptions
     from hyperclip_fast.serving.task_registry import TaskLimits
 
@@ -117,7 +117,7 @@ def serve_options(args: argparse.Namespace):
         max_wait=args.max_wait_ms / 1000,
         mix=not args.one_task_a_batch,
         decoders=args.decoders,
-        places=args.places,
+        max_concurrent_requests=args.max_concurrent_requests,
         max_bytes=round(args.max_mib * 2**20),
         max_seconds=args.max_seconds,
         max_pixels=round(args.max_megapixels * 1e6),

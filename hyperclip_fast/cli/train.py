@@ -3,12 +3,16 @@
 import argparse
 from pathlib import Path
 
+from hyperclip_fast.configs import shipped_configs
+
 
 def add_train(commands) -> None:
     """Add the command to the others."""
     text = "train a model; a run that was stopped goes on where it was; start it by torchrun for several processes"
     parser = commands.add_parser("train", help=text, description=text)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML with the sections model, train and data")
+    names = ", ".join(shipped_configs())
+    text = f"YAML with the sections model, train and data; or a shipped one: {names}"
+    parser.add_argument("--config", required=True, metavar="FILE", help=text)
     parser.add_argument("--out", required=True, metavar="DIR", help="the run's folder: log, checkpoint, model")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="in place of the config's, as train.lr=3e-4"

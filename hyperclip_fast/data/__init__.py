@@ -1,8 +1,13 @@
 """Pictures with names, and the mixed batches made of them."""
 
-from hyperclip_fast.data.augmentation import augment, resize, to_rgb
-from hyperclip_fast.data.pictures import DIGITS, Pictures, family_of, load_pictures
-from hyperclip_fast.data.task_sampler import TaskBatch, TaskSampler
+from typing import TYPE_CHECKING
+
+from hyperclip_fast.utils.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from hyperclip_fast.data.augmentation import augment, resize, to_rgb
+    from hyperclip_fast.data.pictures import DIGITS, Pictures, family_of, load_pictures
+    from hyperclip_fast.data.task_sampler import TaskBatch, TaskSampler
 
 __all__ = [
     "DIGITS",
@@ -15,3 +20,24 @@ __all__ = [
     "resize",
     "to_rgb",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "augmentation": (
+            "augment",
+            "resize",
+            "to_rgb",
+        ),
+        "pictures": (
+            "DIGITS",
+            "Pictures",
+            "family_of",
+            "load_pictures",
+        ),
+        "task_sampler": (
+            "TaskBatch",
+            "TaskSampler",
+        ),
+    },
+)

@@ -15,6 +15,7 @@ from typing import Any
 import timm
 from torch import Tensor
 
+from hyperclip_fast.data.preprocessing import Preprocessing
 from hyperclip_fast.utils.extras import require
 
 MAX_PIXELS = 64_000_000  # 256 MB as RGBA, while it is decoded
@@ -95,23 +96,19 @@ def open_image(source: str | Path | bytes, max_pixels: int | None = None, max_by
         raise ValueError(f"source must be a whole image file ({', '.join(FORMATS)}), got {name}: {error}") from error
 
 
-def load_image(source: str | Path | bytes, size: int) -> Tensor:
-    """A picture as (3, S, S) float32 in [-1, 1]: what `open_image` gives, through `image_transform`.
+def load_image(source: str | Path | bytes, preprocessing: Preprocessing) -> Tensor:
+    """A picture as (3, S, S) float32, normalised: what `open_image` gives, through `image_transform`.
 
     Raises:
         ValueError: as `open_image`.
     """
-    return image_transform(size)(open_image(source))
+    return image_transform(preprocessing)(open_image(source))
 
 
 @functools.cache
-def image_transform(size: int) -> Callable[[Any], Tensor]:
-    """Pillow image -> (3, S, S) in [-1, 1]: shorter side to S, bilinear and antialiased as in training, centre square.
-
-    An exported folder's config.json tells timm to do the same.
-    """
-    half = (0.5,) * 3
-    prepare = timm.data.create_transform((3, size, size), mean=half, std=half, interpolation="bilinear", crop_pct=1.0)
+def image_transform(preprocessing: Preprocessing) -> Callable[[Any], Tensor]:
+    """Pillow image -> (3, S, S): timm's transform for evaluation, of which an exported folder tells timm, too."""
+    prepare = timm.data.create_transform(**preprocessing.timm_config())
     return lambda image: prepare(_without_ends(image))
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from hyperclip_fast.utils.extras import missing, package_folder, require
 from hyperclip_fast.utils.files import load_safetensors, save_safetensors
@@ -145,10 +146,9 @@ def _render_openmoji(size: int, progress: bool) -> tuple[Tensor, Tensor, tuple[s
 
     Of names with the same colour picture, as flags that several countries share, only the shortest is kept.
     """
-    tqdm = require("tqdm", "train").tqdm
     coloured, drawn = {}, {}  # picture to (name, group); line drawing to names
     files = sorted(_openmoji_files(), key=lambda file: len(file[0]))
-    for name, group, path in tqdm(files, desc="rendering pictures", unit="name", disable=not progress):
+    for name, group, path in tqdm(files, desc="rendering pictures", unit="name", disable=None if progress else True):
         svg = path.read_text(encoding="utf-8")
         coloured.setdefault(_render(svg, size), (name, group))
         drawn.setdefault(_render(_lines_only(svg), size), []).append(name)

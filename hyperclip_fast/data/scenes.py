@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hyperclip_fast.data.augmentation import to_rgba
-from hyperclip_fast.data.held_out import EvalTask
+from hyperclip_fast.data.config import SCENES
+from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
 from hyperclip_fast.data.pictures import Pictures
 from hyperclip_fast.data.task_sampler import TaskBatch
 
@@ -336,3 +337,15 @@ def scene_tasks(
         for i, (ids, part, label) in enumerate(zip(members, images.chunk(sets), labels))
     ]
     return tasks + [EvalTask(a, class_names(a, (), wording), images, drawn[a]) for a in VALUES]
+
+
+def evaluation_tasks(pictures: Pictures, sets: Sequence[str]) -> list[EvalTask]:
+    """The held-out part of the built-in sets as tasks: of names, and of scenes' attributes.
+
+    Args:
+        pictures: as `create_source` gave them.
+        sets: of the data's configuration.
+    """
+    names = held_out_tasks(pictures) if set(sets) != {SCENES} else []
+    side = pictures.images.shape[-1]
+    return names + (scene_tasks(pictures, scenes=480, size=side) if SCENES in sets else [])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hyperclip_fast.data.image_files import load_image
+from hyperclip_fast.data.preprocessing import Preprocessing
 from hyperclip_fast.data.tar_items import Item
 from hyperclip_fast.embed.formats import FORMATS, Part
 from hyperclip_fast.task_bank import TaskBank
@@ -101,18 +102,18 @@ class Embedder:
         waiting: deque[tuple[Item, Future]] = deque()
         with ThreadPoolExecutor(self.threads) as pool:
             for item in items:
-                waiting.append((item, pool.submit(_decode, item, self.bank.model.image_size)))
+                waiting.append((item, pool.submit(_decode, item, self.bank.model.preprocessing)))
                 if len(waiting) > self.config.batch_size:
                     first, image = waiting.popleft()
                     yield first, image.result()
             yield from ((item, image.result()) for item, image in waiting)
 
 
-def _decode(item: Item, size: int) -> Tensor | str:
+def _decode(item: Item, preprocessing: Preprocessing) -> Tensor | str:
     """The picture, or what is wrong with it; a disk that fails stops the run, and no picture is blamed for it."""
     content = item.read()
     try:
-        return load_image(content, size)
+        return load_image(content, preprocessing)
     except ValueError as error:
         return str(error)
 

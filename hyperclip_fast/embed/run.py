@@ -12,14 +12,15 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from hyperclip_fast.data.tar_items import Item, find_items
 from hyperclip_fast.embed.embedder import EmbedConfig, Embedder, part_path
 from hyperclip_fast.embed.formats import FORMATS
 from hyperclip_fast.embed.on_ray import run_on_ray
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
-from hyperclip_fast.task_bank import Task, TaskBank, fingerprint
-from hyperclip_fast.utils.extras import require
+from hyperclip_fast.task_bank import TaskBank, fingerprint
+from hyperclip_fast.tasks import AdaptedTask
 from hyperclip_fast.utils.files import write_beside
 
 
@@ -69,14 +70,14 @@ def embed(
         done = run_on_ray((model, items, table, config, out, threads), missing, ray_workers)
     else:
         done = map(Embedder(bank, items, table, config, out, threads).write, missing)
-    for _ in require("tqdm", "embed").tqdm(done, "embed", len(missing), unit="part") if progress else done:
+    for _ in tqdm(done, "embed", len(missing), unit="part", disable=None if progress else True):
         pass
     return _close_run(out, parts, items, bank, config)
 
 
 def _class_names(tasks: Mapping[str, Sequence[str]] | TaskBank) -> dict[str, list[str]]:
     if isinstance(tasks, TaskBank):
-        return {task: list(tasks.classes(task)) for task in tasks.tasks}
+        return {task: list(tasks.classes(task)) for task in tasks}
     return {task: list(names) for task, names in tasks.items()}
 
 
@@ -84,7 +85,7 @@ def _bank(tasks: Mapping[str, Sequence[str]] | TaskBank, clip: HyperCLIP, path: 
     """The run's tasks, made at its first start only: made again, with other threads, rows may differ in a bit."""
     if path.exists():
         bank = TaskBank.load(path, clip)
-        if isinstance(tasks, TaskBank) and not all(_same(tasks.task(name), bank.task(name)) for name in tasks.tasks):
+        if isinstance(tasks, TaskBank) and not all(_same(tasks[name], bank[name]) for name in tasks):
             raise ValueError(f"tasks must be the bank that the run began with, {path} holds other rows or embeddings")
         return bank
     bank = tasks
@@ -95,7 +96,7 @@ def _bank(tasks: Mapping[str, Sequence[str]] | TaskBank, clip: HyperCLIP, path: 
     return bank
 
 
-def _same(one: Task, other: Task) -> bool:
+def _same(one: AdaptedTask, other: AdaptedTask) -> bool:
     """Whether two tasks of the same class names are the same."""
     return torch.equal(one.row, other.row) and torch.equal(one.embeddings, other.embeddings)
 

@@ -1,15 +1,20 @@
 """Evaluation: what the right class names are worth, zero-shot accuracy, robustness, patches."""
 
-from hyperclip_fast.data.held_out import EvalTask, group_of, held_out_tasks
-from hyperclip_fast.evaluation.swapping import (
-    ROWS,
-    accuracy,
-    class_scores,
-    mean_accuracy,
-    partition_table,
-    predict,
-    swap_test,
-)
+from typing import TYPE_CHECKING
+
+from hyperclip_fast.utils.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from hyperclip_fast.data.held_out import EvalTask, group_of, held_out_tasks
+    from hyperclip_fast.evaluation.swapping import (
+        ROWS,
+        accuracy,
+        class_scores,
+        mean_accuracy,
+        partition_table,
+        predict,
+        swap_test,
+    )
 
 __all__ = [
     "ROWS",
@@ -23,3 +28,19 @@ __all__ = [
     "predict",
     "swap_test",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        ".data.held_out": ("EvalTask", "group_of", "held_out_tasks"),
+        "swapping": (
+            "ROWS",
+            "accuracy",
+            "class_scores",
+            "mean_accuracy",
+            "partition_table",
+            "predict",
+            "swap_test",
+        ),
+    },
+)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from hyperclip_fast.data.augmentation import to_rgba
 from hyperclip_fast.data.file_source import read_folder
@@ -20,6 +21,7 @@ from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
 from hyperclip_fast.data.image_files import load_image
 from hyperclip_fast.data.openmoji import load_skin_tones
 from hyperclip_fast.data.pictures import load_pictures
+from hyperclip_fast.data.preprocessing import Preprocessing
 from hyperclip_fast.data.scenes import VALUES, scene_tasks
 from hyperclip_fast.utils.extras import require
 
@@ -81,8 +83,8 @@ def _one_a_question(tasks: list[EvalTask]) -> list[EvalTask]:
 def _read_folder(path: Path, size: int) -> EvalTask:
     found = read_folder(path)
     names = tuple(sorted(set(found.texts)))
-    files = require("tqdm", "train").tqdm(found.files, desc="images", unit="image")
-    images = torch.stack([to_rgba(load_image(file, size)) for file in files])
+    files = tqdm(found.files, desc="images", unit="image", disable=None)
+    images = torch.stack([to_rgba(load_image(file, Preprocessing(size))) for file in files])
     return EvalTask(path.name, names, images, torch.tensor([names.index(text) for text in found.texts]))
 
 
@@ -92,7 +94,7 @@ def _read_shards(path: Path, size: int) -> EvalTask:
     names = known.read_text(encoding="utf-8").splitlines() if known.is_file() else []
     images, texts = [], []
     for image, text in _samples(path):
-        images.append(to_rgba(load_image(image, size)))
+        images.append(to_rgba(load_image(image, Preprocessing(size))))
         texts.append(text)
     if not images:
         raise ValueError(f"data must be shards with samples of an image and a .cls, {path} has none")

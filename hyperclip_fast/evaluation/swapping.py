@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from hyperclip_fast.data.augmentation import resize, to_rgb
 from hyperclip_fast.data.held_out import EvalTask
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
-from hyperclip_fast.utils.extras import require
 
 ROWS = ("right", "base", "wrong", "shuffled", "generic")
 GENERIC = "an object"
@@ -57,7 +57,7 @@ def class_scores(
     images = torch.cat([task.images for task in tasks])
     scores = []
     starts = range(0, len(images), batch_size)
-    for start in require("tqdm", "train").tqdm(starts, desc=f"row: {row}", unit="batch") if progress else starts:
+    for start in tqdm(starts, desc=f"row: {row}", unit="batch", disable=None if progress else True):
         ids = task_ids[start : start + batch_size]
         batch = resize(to_rgb(images[start : start + batch_size]), model.image_size)
         batch = (batch if change is None else change(batch, start)).to(model.device)

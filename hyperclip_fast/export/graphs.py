@@ -187,8 +187,8 @@ def _about_images(model: HyperCLIP) -> dict[str, str]:
         "hyperclip_fast": __version__,
         "image_tower": model.config.image_tower,
         "image_size": str(model.image_size),
-        "mean": json.dumps([0.5] * 3),
-        "std": json.dumps([0.5] * 3),
+        "mean": json.dumps(model.config.mean),
+        "std": json.dumps(model.config.std),
     }
 
 

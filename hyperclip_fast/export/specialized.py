@@ -92,11 +92,7 @@ def _specialized(model: HyperCLIP, class_names: Sequence[str]) -> nn.Module:
     encoder = model.specialize(class_names)
     encoder.pretrained_cfg = {
         **encoder.pretrained_cfg,
-        "input_size": (3, model.image_size, model.image_size),
-        "mean": (0.5,) * 3,
-        "std": (0.5,) * 3,
-        "crop_pct": 1.0,
-        "interpolation": "bilinear",
+        **model.preprocessing.timm_config(),
         "num_classes": model.config.embed_dim,
     }
     return encoder

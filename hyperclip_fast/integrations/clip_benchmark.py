@@ -16,12 +16,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hyperclip_fast.hyperclip import HyperCLIP, load_model
+from hyperclip_fast.hyperclip import DEMO, HyperCLIP, load_model
 from hyperclip_fast.integrations.open_clip import to_open_clip
 from hyperclip_fast.utils.extras import require
 
 MODELS = ("hyperclip", "hyperclip-base")
-DEMO = "demo"
 
 
 class Unspecialized(nn.Module):
@@ -52,7 +51,7 @@ def load(model_name: str, pretrained: str, cache_dir: str | None = None, device:
     """
     if model_name not in MODELS:
         raise ValueError(f"--model must be one of {', '.join(MODELS)} for --model_type hyperclip, got {model_name!r}")
-    clip = load_model(None if pretrained == DEMO else pretrained, device)
+    clip = load_model(pretrained, device)
     adapter, transform, tokenizer = to_open_clip(clip, None)
     return (Unspecialized(clip) if model_name == MODELS[0] else adapter), transform, tokenizer
 

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyperclip_fast.hyperclip import HyperCLIP, check_tasks
+from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.text import TextTower, average_prompts
+from hyperclip_fast.utils.class_names import check_task
 from hyperclip_fast.utils.extras import require
 
 Template = str | Callable[[str], str]
@@ -135,15 +136,15 @@ def to_open_clip(
     if class_names is not None:
         params = model.rows(prompt_features(model, class_names, templates)[None])
     adapter = OpenCLIPModel(model, params).eval()
-    half = (0.5,) * 3
-    preprocess = transform.PreprocessCfg(model.image_size, mean=half, std=half, interpolation="bilinear")
+    ours = model.preprocessing
+    preprocess = transform.PreprocessCfg(ours.size, mean=ours.mean, std=ours.std, interpolation=ours.interpolation)
     require("open_clip.model", "clip").set_model_preprocess_cfg(adapter, asdict(preprocess))
     return adapter, transform.image_transform_v2(preprocess, is_train=False), PromptTokenizer(model.text_tower)
 
 
 def prompt_features(model: HyperCLIP, class_names: Sequence[str], templates: Templates | None) -> Tensor:
     """What the hypernetwork reads (K, E_text): each class's prompts, averaged as the text tower averages its own."""
-    check_tasks([class_names])
+    check_task(class_names)
     if templates is None:
         return model.text_features(class_names)
     prompts = [_prompts(name, templates) for name in class_names]

@@ -22,13 +22,14 @@ from starlette.datastructures import FormData, UploadFile
 from torch import Tensor
 
 from hyperclip_fast.data.image_files import MAX_PIXELS, image_transform, open_image
+from hyperclip_fast.data.preprocessing import Preprocessing
 from hyperclip_fast.serving.batching import Batcher, Classify, ModelThread, Ranked
 from hyperclip_fast.serving.errors import RequestError
 from hyperclip_fast.serving.http_errors import add_error_handlers
 from hyperclip_fast.serving.metrics import Metrics, Observed
 from hyperclip_fast.serving.middleware import KnownHosts, Limited
 from hyperclip_fast.serving.task_registry import TaskLimits, TaskRegistry, read_bank, write_bank
-from hyperclip_fast.task_bank import Task
+from hyperclip_fast.tasks import AdaptedTask
 
 PAGE = Path(__file__).with_name("static") / "index.html"
 PAGE_POLICY = (
@@ -47,9 +48,9 @@ class ServeOptions:
         max_batch: images in a forward pass, at most.
         max_wait: seconds that an image waits for company.
         mix: False keeps a batch to one task: a baseline for measurements.
-        at_once: batches under way at the same time.
+        max_concurrent_batches: batches under way at the same time.
         decoders: threads that decode images.
-        places: requests under way at a time; one more is answered 503.
+        max_concurrent_requests: requests under way at a time; one more is answered 503.
         max_bytes: of a request's body.
         max_seconds: until a body has arrived.
         max_pixels: of an image.
@@ -62,9 +63,9 @@ class ServeOptions:
     max_batch: int = 32
     max_wait: float = 0.002
     mix: bool = True
-    at_once: int = 1
+    max_concurrent_batches: int = 1
     decoders: int = 2
-    places: int = 256
+    max_concurrent_requests: int = 256
     max_bytes: int = 8 << 20
     max_seconds: float = 30.0
     max_pixels: int = MAX_PIXELS // 2
@@ -78,7 +79,7 @@ class Service:
     """What the routes work with.
 
     Args:
-        image_size: S, the side of the model's images.
+        preprocessing: the model's.
         make: makes a task of class names, see TaskRegistry.
         classify: runs a batch, see Batcher.
         save: writes the named tasks, see TaskRegistry.
@@ -87,10 +88,10 @@ class Service:
 
     def __init__(
         self,
-        image_size: int,
-        make: Callable[..., Awaitable[Task]],
+        preprocessing: Preprocessing,
+        make: Callable[..., Awaitable[AdaptedTask]],
         classify: Classify,
-        save: Callable[[Mapping[str, Task]], None] | None = None,
+        save: Callable[[Mapping[str, AdaptedTask]], None] | None = None,
         options: ServeOptions | None = None,
     ):
         self.options = options or ServeOptions()
@@ -101,10 +102,10 @@ class Service:
             self.options.max_batch,
             self.options.max_wait,
             self.options.mix,
-            self.options.at_once,
+            self.options.max_concurrent_batches,
             self.metrics.batch,
         )
-        self._transform = image_transform(image_size)
+        self._transform = image_transform(preprocessing)
         self._decoders = ThreadPoolExecutor(self.options.decoders, "decode")
         self.metrics.tasks.set_function(lambda: len(self.registry))
         self.metrics.waiting.set_function(lambda: self.batcher.waiting)
@@ -154,7 +155,7 @@ def bank_service(
     """
     model = runner.model
     save = functools.partial(write_bank, path, model)
-    service = Service(model.image_size, runner.make, classify or runner.classify, save, options)
+    service = Service(model.preprocessing, runner.make, classify or runner.classify, save, options)
     service.registry.fill(read_bank(path, model))
     runner.warm_up()
     return service
@@ -172,7 +173,7 @@ class Question:
     """What a request to classify asks: images' contents, each image's task with its name, and how many classes."""
 
     images: list[bytes]
-    tasks: list[tuple[str | None, Task]]
+    tasks: list[tuple[str | None, AdaptedTask]]
     topk: int
 
 
@@ -266,7 +267,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(
         Limited,
         metrics=service.metrics,
-        places=options.places,
+        max_concurrent_requests=options.max_concurrent_requests,
         max_bytes=options.max_bytes,
         max_seconds=options.max_seconds,
     )
@@ -307,7 +308,7 @@ async def _uploads(form: FormData) -> list[bytes]:
 
 async def _tasks(
     names: list[str], labels: list[str], images: int, registry: TaskRegistry
-) -> list[tuple[str | None, Task]]:
+) -> list[tuple[str | None, AdaptedTask]]:
     """Each image's task, as it is at this moment, with its name."""
     if bool(names) == bool(labels):
         came = "both" if names else "neither"

@@ -1,6 +1,6 @@
 """Dynamic micro-batches across tasks: requests that wait at the same time share one forward pass, whatever their tasks.
 
-A request brings its task along as a value (`task_bank.Task`: row, class embeddings, names), taken when the request was
+A request brings its task along as a value (`AdaptedTask`: row, class embeddings, names), taken when the request was
 accepted. So a task may be removed or replaced while requests for it wait, and each is answered by the task that it
 asked for; and whoever runs the model needs no table of tasks, which makes its copies interchangeable.
 """
@@ -18,35 +18,9 @@ from torch import Tensor
 
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.serving.errors import RequestError
-from hyperclip_fast.task_bank import Task, TaskBank
+from hyperclip_fast.tasks import AdaptedTask, Ranked, adapt_tasks, classify_tasks
 
-Ranked = list[tuple[str, float]]  # class names with their probabilities, best first
-Classify = Callable[[list[Tensor], list[Task], list[int]], Awaitable[list[Ranked]]]
-
-
-def make_task(model: HyperCLIP, classes: Sequence[str]) -> Task:
-    """Adapt a model to class names: one pass of text tower and hypernetwork."""
-    bank = TaskBank(model)
-    bank.add("task", classes)
-    return bank.task("task")
-
-
-def classify_mixed(
-    model: HyperCLIP, images: Sequence[Tensor], tasks: Sequence[Task], topk: Sequence[int]
-) -> list[Ranked]:
-    """One forward pass over images of any tasks.
-
-    Args:
-        model: the model that made the tasks.
-        images: B images (3, S, S).
-        tasks: each image's task.
-        topk: classes to report of each, at most.
-    """
-    names = {task: str(i) for i, task in enumerate(dict.fromkeys(tasks))}
-    bank = TaskBank.of(model, {name: task for task, name in names.items()})
-    batch = torch.stack(list(images)).to(model.device)
-    predictions = bank.classify(batch, [names[task] for task in tasks], max(topk))
-    return [list(zip(each.names, each.probabilities))[:k] for each, k in zip(predictions, topk)]
+Classify = Callable[[list[Tensor], list[AdaptedTask], list[int]], Awaitable[list[Ranked]]]
 
 
 class ModelThread:
@@ -62,20 +36,24 @@ class ModelThread:
         limit = {} if threads is None else {"initializer": torch.set_num_threads, "initargs": (threads,)}
         self._thread = ThreadPoolExecutor(1, "model", **limit)
 
-    async def make(self, classes: Sequence[str]) -> Task:
+    async def make(self, classes: Sequence[str]) -> AdaptedTask:
         """A task from class names."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, make_task, self.model, classes)
+        made = await asyncio.get_running_loop().run_in_executor(self._thread, adapt_tasks, self.model, [classes])
+        return made[0]
 
-    async def classify(self, images: list[Tensor], tasks: list[Task], topk: list[int]) -> list[Ranked]:
-        """Classes of a batch, see `classify_mixed`."""
+    async def classify(self, images: list[Tensor], tasks: list[AdaptedTask], topk: list[int]) -> list[Ranked]:
+        """Classes of a batch of images (3, S, S), see `classify_tasks`."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, classify_mixed, self.model, images, tasks, topk)
+        return await loop.run_in_executor(self._thread, self._classify, images, tasks, topk)
+
+    def _classify(self, images: list[Tensor], tasks: list[AdaptedTask], topk: list[int]) -> list[Ranked]:
+        return classify_tasks(self.model, torch.stack(images).to(self.model.device), tasks, topk)
 
     def warm_up(self) -> None:
         """Do each thing once, so that the first request does not wait for what is loaded at first use."""
         size = self.model.image_size
-        task = self._thread.submit(make_task, self.model, ["thing"]).result()
-        self._thread.submit(classify_mixed, self.model, [torch.zeros(3, size, size)], [task], [1]).result()
+        tasks = self._thread.submit(adapt_tasks, self.model, [["thing"]]).result()
+        self._thread.submit(self._classify, [torch.zeros(3, size, size)], tasks, [1]).result()
 
     def close(self) -> None:
         """End the thread once it has done what it was given."""
@@ -85,7 +63,7 @@ class ModelThread:
 @dataclass(eq=False)
 class _Waiting:
     image: Tensor
-    task: Task
+    task: AdaptedTask
     topk: int
     since: float
     answer: asyncio.Future
@@ -102,7 +80,7 @@ class Batcher:
         max_batch: images in a batch, at most.
         max_wait: seconds that an image waits for company.
         mix: False keeps a batch to the task of its oldest image: the baseline that mixing is measured against.
-        at_once: batches under way at the same time.
+        max_concurrent_batches: batches under way at the same time.
         observe: called with each batch's number of images and of tasks.
     """
 
@@ -112,11 +90,16 @@ class Batcher:
         max_batch: int = 32,
         max_wait: float = 0.002,
         mix: bool = True,
-        at_once: int = 1,
+        max_concurrent_batches: int = 1,
         observe: Callable[[int, int], None] | None = None,
     ):
         self._classify, self._observe = classify, observe
-        self._max_batch, self._max_wait, self._mix, self._at_once = max_batch, max_wait, mix, at_once
+        self._max_batch, self._max_wait, self._mix, self._max_concurrent_batches = (
+            max_batch,
+            max_wait,
+            mix,
+            max_concurrent_batches,
+        )
         self._waiting: deque[_Waiting] = deque()
         self._unanswered: set[asyncio.Future] = set()
         self._some, self._full, self._forming = asyncio.Event(), asyncio.Event(), asyncio.Lock()
@@ -130,7 +113,7 @@ class Batcher:
 
     def start(self) -> None:
         """Begin to run batches, in the running event loop."""
-        self._runners = [asyncio.create_task(self._run()) for _ in range(self._at_once)]
+        self._runners = [asyncio.create_task(self._run()) for _ in range(self._max_concurrent_batches)]
 
     async def close(self) -> None:
         """Answer all that was accepted, and take no more."""
@@ -141,7 +124,7 @@ class Batcher:
             runner.cancel()
         await asyncio.gather(*self._runners, return_exceptions=True)
 
-    async def classify(self, image: Tensor, task: Task, topk: int) -> Ranked:
+    async def classify(self, image: Tensor, task: AdaptedTask, topk: int) -> Ranked:
         """Classify one image (3, S, S) with whatever else is waiting.
 
         Raises:

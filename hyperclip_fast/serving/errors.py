@@ -1,11 +1,9 @@
-"""The error that a request is answered with."""
+"""The error that a request is answered with; http_errors.py makes it JSON."""
 
 from collections.abc import Mapping
 
-from starlette.exceptions import HTTPException
 
-
-class RequestError(HTTPException):
+class RequestError(Exception):
     """What is wrong with a request, or why it cannot be served now.
 
     Args:
@@ -16,5 +14,8 @@ class RequestError(HTTPException):
     """
 
     def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None):
-        super().__init__(status, message, headers=dict(headers or {}))
-        self.code = code
+        super().__init__(status, code, message)
+        self.status, self.code, self.message, self.headers = status, code, message, dict(headers or {})
+
+    def __str__(self) -> str:
+        return self.message

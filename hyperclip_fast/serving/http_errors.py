@@ -8,6 +8,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from hyperclip_fast.serving.errors import RequestError
+
+
+class BodyError(HTTPException):
+    """What is wrong with a request's body while it arrives: the framework lets no other exception through there."""
+
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None):
+        super().__init__(status, message, headers=dict(headers or {}))
+        self.code = code
+
 
 def error_response(status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """An error as JSON."""
@@ -17,15 +27,20 @@ def error_response(status: int, code: str, message: str, headers: Mapping[str, s
 
 def add_error_handlers(app: FastAPI) -> None:
     """Every error of an app becomes JSON."""
+    app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _internal)
 
 
+async def _request_error(request: Request, error: RequestError) -> JSONResponse:
+    return error_response(error.status, error.code, error.message, error.headers)
+
+
 async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     code = getattr(error, "code", None) or HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
     message = error.detail
-    if type(error) is HTTPException and error.status_code in (404, 405):
+    if error.status_code in (404, 405):
         message = f"{request.method} {request.url.path}: {error.detail}"
     return error_response(error.status_code, code, message, error.headers)
 

@@ -12,8 +12,7 @@ from contextlib import suppress
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hyperclip_fast.serving.errors import RequestError
-from hyperclip_fast.serving.http_errors import error_response
+from hyperclip_fast.serving.http_errors import BodyError, error_response
 from hyperclip_fast.serving.metrics import Metrics
 
 BODY_METHODS = ("POST", "PUT", "PATCH")
@@ -46,22 +45,26 @@ class Limited:
     Args:
         app: what comes behind.
         metrics: where the places taken are shown.
-        places: requests with a body that may be under way at a time.
+        max_concurrent_requests: requests with a body that may be under way at a time.
         max_bytes: of a body.
         max_seconds: until a body has arrived.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, places: int, max_bytes: int, max_seconds: float):
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, max_concurrent_requests: int, max_bytes: int, max_seconds: float
+    ):
         self.app, self.metrics = app, metrics
-        self.places, self.max_bytes, self.max_seconds = places, max_bytes, max_seconds
+        self.max_concurrent_requests = max_concurrent_requests
+        self.max_bytes, self.max_seconds = max_bytes, max_seconds
         self.taken = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in BODY_METHODS:
             await self.app(scope, receive, send)
             return
-        if self.taken >= self.places:
-            message = f"{self.places} requests are under way, which is all that are taken at a time: try again"
+        if self.taken >= self.max_concurrent_requests:
+            most = self.max_concurrent_requests
+            message = f"{most} requests are under way, which is all that are taken at a time: try again"
             await error_response(503, "busy", message, {"Retry-After": "1"})(scope, receive, send)
             return
         self.taken += 1
@@ -74,7 +77,7 @@ class Limited:
 
 
 class _Body:
-    """A request's `receive` that raises RequestError, 413 or 408, once the body is over a limit."""
+    """A request's `receive` that raises BodyError, 413 or 408, once the body is over a limit."""
 
     def __init__(self, scope: Scope, receive: Receive, max_bytes: int, max_seconds: float):
         self.receive, self.max_bytes, self.seconds = receive, max_bytes, max_seconds
@@ -93,13 +96,13 @@ class _Body:
             message = await asyncio.wait_for(self.receive(), left)
         except asyncio.TimeoutError as error:
             text = f"the body must arrive within {self.seconds:g} seconds, {self.read} bytes had come"
-            raise RequestError(408, "too_slow", text, {"Connection": "close"}) from error
+            raise BodyError(408, "too_slow", text, {"Connection": "close"}) from error
         self.read += len(message.get("body", b""))
         if self.read > self.max_bytes:
             raise self._too_large()
         self.whole = not message.get("more_body", False)
         return message
 
-    def _too_large(self) -> RequestError:
+    def _too_large(self) -> BodyError:
         came = f"at least {max(self.read, self.announced)}"
-        return RequestError(413, "too_large", f"the body must be of at most {self.max_bytes} bytes, it has {came}")
+        return BodyError(413, "too_large", f"the body must be of at most {self.max_bytes} bytes, it has {came}")

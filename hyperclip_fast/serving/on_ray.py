@@ -18,7 +18,7 @@ from torch import Tensor
 from hyperclip_fast.hyperclip import load_model
 from hyperclip_fast.serving.app import ServeOptions, bank_service, create_app
 from hyperclip_fast.serving.batching import ModelThread, Ranked
-from hyperclip_fast.task_bank import Task
+from hyperclip_fast.tasks import AdaptedTask
 
 
 class RayOptions(BaseModel):
@@ -33,7 +33,7 @@ class RayOptions(BaseModel):
         gpus: of each model replica, or a part of one.
         max_batch: images in a forward pass, at most.
         max_wait_ms: that an image waits for company.
-        places: requests under way at a time; one more is answered 503.
+        max_concurrent_requests: requests under way at a time; one more is answered 503.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -45,7 +45,7 @@ class RayOptions(BaseModel):
     gpus: float = Field(0, ge=0)
     max_batch: int = Field(32, ge=1)
     max_wait_ms: float = Field(2.0, ge=0)
-    places: int = Field(256, ge=1)
+    max_concurrent_requests: int = Field(256, ge=1)
 
     @field_validator("bank")
     @classmethod
@@ -67,7 +67,7 @@ class ModelReplica:
     def __init__(self, model: str | None, device: str):
         self.thread = ModelThread(load_model(model, device))
 
-    async def classify(self, images: list[Tensor], tasks: list[Task], topk: list[int]) -> list[Ranked]:
+    async def classify(self, images: list[Tensor], tasks: list[AdaptedTask], topk: list[int]) -> list[Ranked]:
         """Classes of a batch."""
         return await self.thread.classify(images, tasks, topk)
 
@@ -83,14 +83,14 @@ class Ingress:
     """
 
     def __init__(self, replicas: DeploymentHandle, options: RayOptions):
-        async def classify(images: list[Tensor], tasks: list[Task], topk: list[int]) -> list[Ranked]:
+        async def classify(images: list[Tensor], tasks: list[AdaptedTask], topk: list[int]) -> list[Ranked]:
             return await replicas.classify.remote(images, tasks, topk)
 
         serve_options = ServeOptions(
             max_batch=options.max_batch,
             max_wait=options.max_wait_ms / 1000,
-            at_once=options.replicas,
-            places=options.places,
+            max_concurrent_batches=options.replicas,
+            max_concurrent_requests=options.max_concurrent_requests,
         )
         runner = ModelThread(load_model(options.model))
         self.service = bank_service(options.bank, runner, serve_options, classify)
@@ -103,5 +103,6 @@ def build_app(args: RayOptions) -> Application:
     """The application for `serve run`, `serve build` or `ray.serve.run`."""
     resources = {"num_cpus": args.cpus, "num_gpus": args.gpus}
     replicas = ModelReplica.options(num_replicas=args.replicas, ray_actor_options=resources)
-    ingress = Ingress.options(max_ongoing_requests=2 * args.places)  # more than places: health is always answered
+    most = 2 * args.max_concurrent_requests  # more than the server takes: its health is always answered
+    ingress = Ingress.options(max_ongoing_requests=most)
     return ingress.bind(replicas.bind(args.model, args.device), args)

@@ -7,15 +7,16 @@ request was given stays its own, and a copy of the dictionary is a consistent st
 import asyncio
 import contextlib
 import logging
-import unicodedata
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.serving.errors import RequestError
-from hyperclip_fast.task_bank import Task, TaskBank
+from hyperclip_fast.task_bank import TaskBank
+from hyperclip_fast.tasks import AdaptedTask
+from hyperclip_fast.utils.class_names import check_name, check_task
 
 log = logging.getLogger(__name__)
 
@@ -51,16 +52,16 @@ class TaskRegistry:
 
     def __init__(
         self,
-        make: Callable[[Sequence[str]], Awaitable[Task]],
+        make: Callable[[Sequence[str]], Awaitable[AdaptedTask]],
         limits: TaskLimits | None = None,
-        save: Callable[[Mapping[str, Task]], None] | None = None,
+        save: Callable[[Mapping[str, AdaptedTask]], None] | None = None,
         delay: float = 0.5,
     ):
         self.limits = limits or TaskLimits()
         self.failed_saves = 0
         self._make, self._save, self._delay = make, save, delay
-        self._named: dict[str, Task] = {}
-        self._ad_hoc: OrderedDict[tuple[str, ...], Task] = OrderedDict()
+        self._named: dict[str, AdaptedTask] = {}
+        self._ad_hoc: OrderedDict[tuple[str, ...], AdaptedTask] = OrderedDict()
         self._making = asyncio.Lock()  # one new task at a time, so that batches get their turn between them
         self._changed, self._closing = False, asyncio.Event()
         self._saving: asyncio.Task | None = None
@@ -76,11 +77,11 @@ class TaskRegistry:
         """Whether a change is not in the file."""
         return self._save is not None and self._changed
 
-    def fill(self, tasks: Mapping[str, Task]) -> None:
+    def fill(self, tasks: Mapping[str, AdaptedTask]) -> None:
         """Take over tasks that are saved already."""
         self._named.update(tasks)
 
-    def get(self, name: str) -> Task:
+    def get(self, name: str) -> AdaptedTask:
         """A named task.
 
         Raises:
@@ -96,8 +97,9 @@ class TaskRegistry:
         Raises:
             RequestError: 422 for a bad name or bad classes, 409 where there is no room for another task.
         """
-        check_name(name, "task", self.limits.length)
-        classes = check_classes(classes, self.limits)
+        with _refused("bad_name"):
+            check_name(name, most_characters=self.limits.length)
+        classes = self._checked(classes)
         async with self._making:
             if name not in self._named and len(self) >= self.limits.tasks:
                 raise RequestError(409, "too_many_tasks", f"at most {self.limits.tasks} tasks are kept: remove one")
@@ -117,13 +119,13 @@ class TaskRegistry:
         del self._named[name]
         self._keep()
 
-    async def ad_hoc(self, classes: Sequence[str]) -> Task:
+    async def ad_hoc(self, classes: Sequence[str]) -> AdaptedTask:
         """A task without a name, made once and remembered for a while.
 
         Raises:
             RequestError: 422, for bad classes.
         """
-        classes = check_classes(classes, self.limits)
+        classes = self._checked(classes)
         if classes not in self._ad_hoc:
             async with self._making:
                 if classes not in self._ad_hoc:  # another request may have made it meanwhile
@@ -133,6 +135,11 @@ class TaskRegistry:
         if len(self._ad_hoc) > self.limits.ad_hoc:
             self._ad_hoc.popitem(last=False)
         return task
+
+    def _checked(self, classes: Sequence[str]) -> tuple[str, ...]:
+        with _refused("bad_classes"):
+            check_task(classes, self.limits.classes, self.limits.length)
+        return tuple(classes)
 
     async def close(self) -> None:
         """Save what is not saved yet.
@@ -166,7 +173,7 @@ class TaskRegistry:
                 log.exception("The tasks could not be saved; the next try is in %g s", pause)
 
 
-def read_bank(path: Path, model: HyperCLIP) -> dict[str, Task]:
+def read_bank(path: Path, model: HyperCLIP) -> dict[str, AdaptedTask]:
     """Tasks of a bank file; none where there is no file yet.
 
     Raises:
@@ -177,10 +184,10 @@ def read_bank(path: Path, model: HyperCLIP) -> dict[str, Task]:
     if not path.exists():
         return {}
     bank = TaskBank.load(path, model)
-    return {name: bank.task(name) for name in bank.tasks}
+    return {name: bank[name] for name in bank}
 
 
-def write_bank(path: Path, model: HyperCLIP, tasks: Mapping[str, Task]) -> None:
+def write_bank(path: Path, model: HyperCLIP, tasks: Mapping[str, AdaptedTask]) -> None:
     """Write a bank file (beside, then renamed); without tasks there is none."""
     if tasks:
         TaskBank.of(model, tasks).save(path)
@@ -188,25 +195,10 @@ def write_bank(path: Path, model: HyperCLIP, tasks: Mapping[str, Task]) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_classes(classes: Sequence[str], limits: TaskLimits) -> tuple[str, ...]:
-    """Class names that a task can be made of.
-
-    Raises:
-        RequestError: 422, for none, too many, one twice, or one that is no name.
-    """
-    if not 1 <= len(classes) <= limits.classes:
-        raise RequestError(422, "bad_classes", f"classes must be 1 to {limits.classes} names, got {len(classes)}")
-    for name in classes:
-        check_name(name, "a class", limits.length)
-    if len(set(classes)) != len(classes):
-        twice = next(name for i, name in enumerate(classes) if name in classes[:i])
-        raise RequestError(422, "bad_classes", f"classes must be distinct, got {twice!r} twice")
-    return tuple(classes)
-
-
-def check_name(name: str, what: str, length: int) -> None:
-    """Raise a RequestError, 422, unless a name is short, not blank, and text."""
-    if not name.strip() or len(name) > length:
-        raise RequestError(422, "bad_name", f"{what} must be a name of 1 to {length} characters, got {name[:50]!r}")
-    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):  # control characters, halves of a pair
-        raise RequestError(422, "bad_name", f"{what} must be a name without control characters, got {name[:50]!r}")
+@contextlib.contextmanager
+def _refused(code: str) -> Iterator[None]:
+    """What is wrong with a name becomes an answer, 422."""
+    try:
+        yield
+    except ValueError as error:
+        raise RequestError(422, code, str(error)) from error

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from hyperclip_fast.configs import shipped_configs
 from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.hyperclip import HyperCLIPConfig, config_from_dict
 from hyperclip_fast.utils.typed_config import check_choice, check_types, from_dict
@@ -132,7 +133,7 @@ def load_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
     """Read {"model": {...}, "train": {...}, "data": {...}} from a YAML or JSON file.
 
     Args:
-        path: the file; sections and keys that it leaves out keep their defaults.
+        path: the file, or the name of a shipped one, see `shipped_configs`; what it leaves out keeps its default.
         changes: each "section.key=value", with the value in YAML, in place of the file's.
 
     Raises:
@@ -140,8 +141,9 @@ def load_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
     """
     import yaml
 
+    path = _find_config(path)
     try:
-        sections = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(sections, dict) or not set(sections) <= set(RunConfig._fields):
             got = sections if sections else "nothing"
             raise ValueError(f"config must have the sections model and train, or data, too, got {got}")
@@ -155,6 +157,14 @@ def load_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
         from_dict(TrainConfig, sections.get("train") or {}, "train"),
         from_dict(DataConfig, sections.get("data") or {}, "data"),
     )
+
+
+def _find_config(path: str | Path) -> Path:
+    shipped = shipped_configs()
+    found = Path(path) if Path(path).is_file() else shipped.get(str(path), Path(path))
+    if not found.is_file():
+        raise ValueError(f"config must be a file, or a name among {', '.join(shipped)}, got {path}")
+    return found
 
 
 def _parse_change(change: str) -> tuple[str, str, str]:

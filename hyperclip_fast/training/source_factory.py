@@ -1,6 +1,5 @@
 """The source that a configuration asks for."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +8,10 @@ import torch
 from hyperclip_fast.data.batch import Share, Source
 from hyperclip_fast.data.config import SCENES, DataConfig
 from hyperclip_fast.data.file_source import ImageSetSource, read_folder, read_table
-from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
 from hyperclip_fast.data.picture_source import JoinedSource, TaskSource, picture_source
 from hyperclip_fast.data.pictures import Pictures, load_pictures
-from hyperclip_fast.data.scenes import MOST_VALUES, SceneSampler, scene_tasks
+from hyperclip_fast.data.preprocessing import Preprocessing
+from hyperclip_fast.data.scenes import MOST_VALUES, SceneSampler
 from hyperclip_fast.data.shard_source import ShardSource
 from hyperclip_fast.data.transforms import create_reader
 from hyperclip_fast.training.config import RunConfig, TrainConfig
@@ -42,7 +41,8 @@ def create_source(
         return _with_scenes(pictures, bool(named), run.train, image_size, share), pictures
     if not data.path:
         raise ValueError(f"data.path must say where the {data.kind} is, as --set data.path=..., got nothing")
-    reader = create_reader(data, image_size)
+    preprocessing = Preprocessing(image_size, run.model.mean, run.model.std)
+    reader = create_reader(data, preprocessing)
     if data.kind == "shards":
         return ShardSource(run.train, data, reader, share, pin), None
     names = _class_names(data)
@@ -51,18 +51,6 @@ def create_source(
     else:
         images = read_table(data.path, data.image_column, data.text_column, names)
     return ImageSetSource(images, run.train, data, reader, share, pin), None
-
-
-def evaluation_tasks(pictures: Pictures, sets: Sequence[str]) -> list[EvalTask]:
-    """The held-out part of the built-in sets as tasks: of names, and of scenes' attributes.
-
-    Args:
-        pictures: as `create_source` gave them.
-        sets: of the data's configuration.
-    """
-    names = held_out_tasks(pictures) if set(sets) != {SCENES} else []
-    side = pictures.images.shape[-1]
-    return names + (scene_tasks(pictures, scenes=480, size=side) if SCENES in sets else [])
 
 
 def _with_scenes(pictures: Pictures, is_named: bool, config: TrainConfig, image_size: int, share: Share) -> Source:

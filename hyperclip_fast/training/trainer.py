@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor
+from tqdm import tqdm
 
 from hyperclip_fast.data.batch import Batch, Source
 from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.data.held_out import EvalTask
 from hyperclip_fast.data.picture_source import Sampler, TaskSource
 from hyperclip_fast.data.pictures import Pictures
+from hyperclip_fast.data.scenes import evaluation_tasks
 from hyperclip_fast.evaluation.swapping import mean_accuracy, swap_test
 from hyperclip_fast.hyperclip import HyperCLIP, HyperCLIPConfig
 from hyperclip_fast.training import distributed
@@ -40,8 +42,7 @@ from hyperclip_fast.training.optimizer import (
     train_mode,
 )
 from hyperclip_fast.training.run_folder import RunFolder
-from hyperclip_fast.training.source_factory import create_source, evaluation_tasks
-from hyperclip_fast.utils.extras import require
+from hyperclip_fast.training.source_factory import create_source
 from hyperclip_fast.utils.seeds import hash_seed, step_seed
 
 STOP_EVERY = 10  # steps after which several processes ask each other whether one was told to stop
@@ -278,8 +279,13 @@ class Trainer:
 
     def _train(self, tasks: list[EvalTask], noted: list[int]) -> None:
         config, first = self.config, self.share.rank == 0
-        bar = require("tqdm", "train").tqdm(
-            initial=self.step, total=config.steps, desc="train", unit="step", dynamic_ncols=True, disable=not first
+        bar = tqdm(
+            initial=self.step,
+            total=config.steps,
+            desc="train",
+            unit="step",
+            dynamic_ncols=True,
+            disable=None if first else True,
         )
         images, start = 0, time.perf_counter()
         while self.step < config.steps and self.stopped is None:

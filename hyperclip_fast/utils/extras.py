@@ -32,4 +32,4 @@ def package_folder(package: str, extra: str) -> Path:
 
 def missing(package: str, extra: str) -> ImportError:
     """The error for a package that is not there."""
-    return ImportError(f"{package} is needed here: pip install hyperclip_fast[{extra}]")
+    return ImportError(f"{package} is needed here: in a checkout of hyperclip_fast, pip install '.[{extra}]'")

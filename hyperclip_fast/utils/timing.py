@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-
-from hyperclip_fast.utils.extras import require
+from tqdm import trange
 
 MIN_ROUNDS = 5
 
@@ -76,7 +75,7 @@ def interleaved(
         for function in candidates.values():
             function()
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    rounds = require("tqdm", "train").trange(repeats, desc="timing", unit="round") if progress else range(repeats)
+    rounds = trange(repeats, desc="timing", unit="round", disable=None if progress else True)
     begin = time.perf_counter()
     for i in rounds:
         if i >= MIN_ROUNDS and time.perf_counter() - begin > seconds:

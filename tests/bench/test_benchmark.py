@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from hyperclip_fast.bench import gpu_report
+from hyperclip_fast.bench import choices, gpu_report
 from hyperclip_fast.bench.cases import kernels as kernel_cases
 from hyperclip_fast.bench.cases import models as model_cases
 from hyperclip_fast.bench.cases import operations
-from hyperclip_fast.bench.cases.engines import captured
+from hyperclip_fast.bench.cases.engines import ENGINES, captured
 from hyperclip_fast.bench.cases.operations import OPERATIONS
 from hyperclip_fast.bench.harness import plots, report, runner
 from hyperclip_fast.bench.harness.machine import describe, peak_bytes
@@ -413,3 +413,12 @@ def test_plans_name_what_exists(is_gpu):
         assert set(entry["engines"]) <= set(model_cases.TOWERS) and set(entry["mixes"]) <= set(MIXES)
     if is_gpu:
         assert {B for entry in gpu_report.model_plan(True) for B in entry["batches"]} == {1, 8, 64, 256}
+
+
+def test_the_arguments_name_what_there_is():
+    assert tuple(operations.OPERATIONS) == choices.OPERATIONS and tuple(MIXES) == choices.MIXES
+    assert choices.ENGINES == tuple(ENGINES) == tuple(model_cases.TOWERS)
+    assert choices.KERNEL_ENGINES == kernel_cases.ENGINES
+    kernel_providers = {name for operation in operations.OPERATIONS.values() for name in operation.providers}
+    assert set(choices.KERNEL_PROVIDERS) == kernel_providers
+    assert set(choices.MODEL_PROVIDERS) == {name for names in model_cases.TOWERS.values() for name in names}

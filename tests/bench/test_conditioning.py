@@ -102,7 +102,7 @@ def test_queue(tmp_path):
 
 
 def test_the_queue_in_the_repository_is_whole():
-    runs = load_runs("configs/conditioning.yaml")
+    runs = load_runs("bench/conditioning/queue.yaml")
     assert len({run.name for run in runs}) == len(runs)
     plain = {paired(run) for run in runs if run.arm in ("baseline", "wide")}
     groups = {run.group for run in runs}

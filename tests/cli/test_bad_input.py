@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-import hyperclip_fast.hyperclip
 from hyperclip_fast import TaskBank
 from hyperclip_fast.cli.arguments import read_tasks
 from hyperclip_fast.data.image_files import FORMATS, load_image, open_image
+from hyperclip_fast.data.preprocessing import Preprocessing
 from hyperclip_fast.data.tar_items import find_items, members
 from hyperclip_fast.hyperclip import load_model
 from hyperclip_fast.text import create_text_tower, minilm_folder
+from hyperclip_fast.utils.class_names import MAX_CLASSES, check_task
 from hyperclip_fast.utils.files import load_safetensors, save_safetensors
 from tests.towers import patch_text_tower, tiny_model
 from tests.training.test_training import trainer
@@ -126,7 +127,7 @@ def test_a_strip_is_its_middle_and_takes_no_memory(length):
         strip = Image.new("RGB", (length, 2), "black")
         strip.paste("white", (length // 2 - 1, 0, length // 2 + 1 + length % 2, 2))
         strip = strip.transpose(turn) if turn is not None else strip
-        pixels = load_image(encoded(strip, "PNG"), 8)
+        pixels = load_image(encoded(strip, "PNG"), Preprocessing(8))
         assert pixels.shape == (3, 8, 8) and pixels[:, 2:6, 2:6].min() > 0.9
 
 
@@ -185,7 +186,7 @@ def test_transparency_is_white(kind):
         content = encoded(Image.new("RGB", (8, 8), (9, 8, 7)), "PNG", transparency=(9, 8, 7))
     else:
         content = encoded(Image.new("RGBA", (8, 8), (200, 0, 0, 0)).convert(kind), "PNG")
-    assert torch.equal(load_image(content, 8), torch.ones(3, 8, 8))
+    assert torch.equal(load_image(content, Preprocessing(8)), torch.ones(3, 8, 8))
 
 
 def test_half_transparent_is_half_white():
@@ -232,15 +233,15 @@ def test_absurd_labels_are_refused_before_they_are_embedded(bank, monkeypatch):
 
 def test_without_pillow_the_error_names_an_extra_that_has_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    with pytest.raises(ImportError, match=r"hyperclip_fast\[clip\]"):
+    with pytest.raises(ImportError, match=r"pip install '.\[clip\]'"):
         open_image(b"")
 
 
-def test_the_limit_on_labels_is_not_below_it(bank, monkeypatch):
-    monkeypatch.setattr(hyperclip_fast.hyperclip, "MAX_CLASSES", 5)
-    bank.add("five", list("abcde"))
-    with pytest.raises(ValueError, match="at most 5 class names, got 6"):
-        bank.add("six", list("abcdef"))
+def test_the_limit_on_labels_is_not_below_it(bank):
+    names = [f"name {i}" for i in range(MAX_CLASSES + 1)]
+    check_task(names[:-1])
+    with pytest.raises(ValueError, match=f"at most {MAX_CLASSES} class names, got {len(names)}"):
+        bank.add("too many", names)
 
 
 def test_a_task_file_of_nested_lists_is_refused(tmp_path):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from hyperclip_fast.cli.arguments import read_tasks
 from hyperclip_fast.cli.main import main
 from hyperclip_fast.data.image_files import load_image
+from hyperclip_fast.data.preprocessing import Preprocessing
 from hyperclip_fast.task_bank import TaskBank
 from tests.towers import patch_text_tower, tiny_model
 
@@ -44,7 +45,7 @@ def test_classify_scores_every_image_in_every_task(model, photos, tmp_path, caps
     bank = TaskBank(tiny_model())
     bank.add_many(tasks)
     for line in lines:
-        expected = bank.classify(load_image(line["image"], 32)[None], [line["task"]], 3)[0]
+        expected = bank.classify(load_image(line["image"], Preprocessing(32))[None], [line["task"]], 3)[0]
         assert list(line["predictions"]) == list(expected.names)
         assert list(line["predictions"].values()) == pytest.approx(expected.probabilities, abs=1e-3)
     assert main(arguments) == 0

@@ -15,6 +15,7 @@ from PIL import Image
 from hyperclip_fast import data
 from hyperclip_fast.data import augmentation, image_files, openmoji
 from hyperclip_fast.data import pictures as pictures_module
+from hyperclip_fast.data.preprocessing import Preprocessing
 from hyperclip_fast.utils.seeds import stable_hash
 
 SIZE = 32
@@ -190,7 +191,7 @@ def test_load_pictures_refuses(kwargs):
 
 def test_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"sklearn.*pip install hyperclip_fast\[train\]"):
+    with pytest.raises(ImportError, match=r"sklearn.*pip install '.\[train\]'"):
         data.load_pictures(["digits"])
 
 
@@ -329,7 +330,7 @@ def save(image, path, **options):
 def test_load_image_fits_and_crops(tmp_path):
     image = Image.new("RGB", (60, 20), "red")
     image.paste("blue", (20, 0, 40, 20))  # the centre square
-    got = image_files.load_image(save(image, tmp_path / "a.png"), 10)
+    got = image_files.load_image(save(image, tmp_path / "a.png"), Preprocessing(10))
     assert got.shape == (3, 10, 10) and got.dtype == torch.float32
     expected = torch.tensor([-1.0, -1.0, 1.0])[:, None, None].expand(3, 10, 10)
     torch.testing.assert_close(got[:, :, 1:-1], expected[:, :, 1:-1])
@@ -340,10 +341,10 @@ def test_load_image_honours_orientation_and_alpha(tmp_path):
     image.paste("black", (0, 0, 16, 8))  # black above
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
-    got = image_files.load_image(save(image, tmp_path / "a.jpg", exif=exif, quality=95), 16)
+    got = image_files.load_image(save(image, tmp_path / "a.jpg", exif=exif, quality=95), Preprocessing(16))
     assert got[:, :7].min() > 0.9 and got[:, 9:].max() < -0.9
     clear = save(Image.new("RGBA", (8, 8), (255, 0, 0, 0)), tmp_path / "b.png")
-    assert torch.equal(image_files.load_image(clear, 8), torch.ones(3, 8, 8))
+    assert torch.equal(image_files.load_image(clear, Preprocessing(8)), torch.ones(3, 8, 8))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK", "I;16", "RGB", "RGBA"])
@@ -355,7 +356,7 @@ def test_load_image_reads_any_mode(tmp_path, mode):
         image = grey = grey.point(lambda value: 255 * (value > 99)).convert("1")
     else:
         image = grey.convert("RGB").convert(mode) if mode in ("CMYK", "P") else grey.convert(mode)
-    got = image_files.load_image(save(image, tmp_path / "a.tif"), 32)
+    got = image_files.load_image(save(image, tmp_path / "a.tif"), Preprocessing(32))
     expected = torch.from_numpy(np.array(grey.convert("L"))).float() / 127.5 - 1
     error = (got.mean(0).mean(1) - expected.mean(1)).abs().max()  # of rows, where the palette's dithering averages out
     assert error < (0.12 if mode == "P" else 0.02)
@@ -369,14 +370,14 @@ def test_load_image_refuses(tmp_path, monkeypatch):
     (tmp_path / "empty.jpg").write_bytes(b"")
     for name in ("cut.png", "text.png", "empty.jpg", "missing.png"):
         with pytest.raises(ValueError, match=f"source must be a whole image file .* got .*{name}"):
-            image_files.load_image(tmp_path / name, 8)
+            image_files.load_image(tmp_path / name, Preprocessing(8))
     whole = save(Image.new("L", (64, 64)), tmp_path / "whole.png")
     monkeypatch.setattr(image_files, "MAX_PIXELS", 4000)
     with pytest.raises(ValueError, match="at most 4000 pixels"):
-        image_files.load_image(whole, 8)
+        image_files.load_image(whole, Preprocessing(8))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own limit answers first
     with pytest.raises(ValueError, match="at most 4000 pixels"):
-        image_files.load_image(whole, 8)
+        image_files.load_image(whole, Preprocessing(8))
 
 
 def test_find_images(tmp_path):

@@ -13,10 +13,10 @@ from hyperclip_fast.data.batch import Share
 from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.data.file_source import read_folder
 from hyperclip_fast.data.picture_source import TaskSource, picture_source
-from hyperclip_fast.data.scenes import VALUES, class_names
+from hyperclip_fast.data.scenes import VALUES, class_names, evaluation_tasks
 from hyperclip_fast.data.task_sampler import TaskBatch
 from hyperclip_fast.training.config import RunConfig, TrainConfig
-from hyperclip_fast.training.source_factory import create_source, evaluation_tasks
+from hyperclip_fast.training.source_factory import create_source
 from tests.data.test_scenes import blocks
 from tests.image_data import SIDE, which, write_folder, write_shards, write_table
 from tests.towers import tiny_config

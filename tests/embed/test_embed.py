@@ -21,6 +21,7 @@ from safetensors import safe_open
 from hyperclip_fast import TaskBank
 from hyperclip_fast.cli.main import main
 from hyperclip_fast.data.image_files import load_image
+from hyperclip_fast.data.preprocessing import Preprocessing
 from hyperclip_fast.embed import formats as embed_formats
 from hyperclip_fast.embed.embedder import EmbedConfig
 from hyperclip_fast.embed.run import embed
@@ -86,10 +87,10 @@ def files(folder):
 
 def pixels(source, name):
     if ".tar/" not in name:
-        return load_image(name, 32)
+        return load_image(name, Preprocessing(32))
     shard, _, member = name.rpartition("/")
     with tarfile.open(shard) as archive:
-        return load_image(archive.extractfile(member).read(), 32)
+        return load_image(archive.extractfile(member).read(), Preprocessing(32))
 
 
 @pytest.mark.parametrize("format", ["safetensors", "npy", "parquet"])

@@ -132,7 +132,7 @@ def test_minilm_and_a_picture(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(adapter.encode_text(text, normalize=True)[:3], model.encode_text(NAMES))
         torch.testing.assert_close(adapter.encode_text(text[:1]), adapter.encode_text(text)[:1])
-    assert torch.equal(transform(image), load_image(tmp_path / "a.png", model.image_size))
+    assert torch.equal(transform(image), load_image(tmp_path / "a.png", model.preprocessing))
     assert adapter.visual.image_size == (48, 48) and adapter.visual.preprocess_cfg["interpolation"] == "bilinear"
 
 

@@ -1,13 +1,14 @@
 """HyperCLIP: rows from names, the identity of a new model, specialised stock models, files."""
 
 import json
+import re
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from hyperclip_fast.hyperclip import HyperCLIP, config_from_dict
+from hyperclip_fast.hyperclip import HyperCLIP, config_from_dict, load_model
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.training.losses import siglip_loss
 from tests.helpers import assert_close
@@ -192,3 +193,18 @@ def test_a_tower_first_used_in_inference_mode_trains_and_moves_later():
 def test_refused_types(field, value):
     with pytest.raises(ValueError, match=f"{field} must be"):
         tiny_config(**{field: value})
+
+
+@pytest.mark.parametrize("place", ["runs/none/model", "./none", "/none", "~/none", "none", "folder/none"])
+def test_a_folder_that_is_not_there_is_never_asked_of_the_hub(place, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    for load in (HyperCLIP.from_pretrained, load_model):
+        with pytest.raises(ValueError, match=f"got {re.escape(place)}, which is no folder"):
+            load(place)
+
+
+def test_demo_names_the_shipped_model_and_loads_without_a_word(capfd):
+    model = HyperCLIP.from_pretrained("demo")
+    assert model.image_size == 48 and capfd.readouterr() == ("", "")

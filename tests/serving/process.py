@@ -22,8 +22,8 @@ import hyperclip_fast.serving.batching as batching
 from tests.towers import patch_text_tower
 from hyperclip_fast.cli.main import main
 
-real, slow = batching.classify_mixed, float(sys.argv[2])
-batching.classify_mixed = lambda *args: time.sleep(slow) or real(*args)
+real, slow = batching.classify_tasks, float(sys.argv[2])
+batching.classify_tasks = lambda *args: time.sleep(slow) or real(*args)
 patch_text_tower(pytest.MonkeyPatch())
 sys.exit(main(sys.argv[3:]))
 """

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperclip_fast.serving.batching import Batcher, ModelThread, classify_mixed, make_task
+from hyperclip_fast.serving.batching import Batcher, ModelThread
 from hyperclip_fast.serving.errors import RequestError
 from hyperclip_fast.serving.task_registry import TaskRegistry
-from hyperclip_fast.task_bank import Task, TaskBank
+from hyperclip_fast.task_bank import TaskBank
+from hyperclip_fast.tasks import AdaptedTask, adapt_tasks, classify_tasks
 from tests.towers import patch_text_tower, tiny_model
 
 TASKS = {"pets": ["cat", "dog", "parrot"], "food": ["pizza", "sushi"], "one": ["thing"], "many": list("abcdefg")}
@@ -19,7 +20,7 @@ NONE = torch.empty(0)
 
 
 def fake_task(*classes):
-    return Task(classes, NONE, NONE)
+    return AdaptedTask(classes, NONE, NONE)
 
 
 class Recorder:
@@ -56,8 +57,8 @@ def test_a_mixed_batch_answers_as_the_bank_does(monkeypatch):
     bank.add_many(TASKS)
     names = ["many", "one", "food", "many", "pets", "pets", "food", "one"]
     topk = [1, 2, 3, 4, 5, 6, 7, 8]
-    made = {name: make_task(model, classes) for name, classes in TASKS.items()}
-    ranked = classify_mixed(model, list(IMAGES), [made[name] for name in names], topk)
+    made = dict(zip(TASKS, adapt_tasks(model, list(TASKS.values()))))
+    ranked = classify_tasks(model, IMAGES, [made[name] for name in names], topk)
     for ours, expected, k in zip(ranked, bank.classify(IMAGES, names, 8), topk):
         assert [name for name, _ in ours] == list(expected.names[:k])
         torch.testing.assert_close(
@@ -203,8 +204,8 @@ OPERATIONS = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
-@given(operations=OPERATIONS, max_batch=st.integers(1, 4), mix=st.booleans(), at_once=st.integers(1, 3))
-def test_each_is_answered_by_the_task_that_it_asked_for(operations, max_batch, mix, at_once):
+@given(operations=OPERATIONS, max_batch=st.integers(1, 4), mix=st.booleans(), batches=st.integers(1, 3))
+def test_each_is_answered_by_the_task_that_it_asked_for(operations, max_batch, mix, batches):
     """Tasks are replaced and removed while requests wait; the answer is the task as it was when the request came."""
 
     async def run():
@@ -213,7 +214,7 @@ def test_each_is_answered_by_the_task_that_it_asked_for(operations, max_batch, m
 
         recorder = Recorder()
         registry = TaskRegistry(make)
-        batcher = await started(recorder, max_batch=max_batch, max_wait=0, mix=mix, at_once=at_once)
+        batcher = await started(recorder, max_batch=max_batch, max_wait=0, mix=mix, max_concurrent_batches=batches)
         asked, current = [], {}
         for i, (what, which) in enumerate(operations):
             name = f"task {which}"

@@ -74,7 +74,7 @@ def test_the_same_answers_from_model_replicas(address, tmp_path):
     model = load_model()
     bank = TaskBank(model)
     bank.add_many(TASKS)
-    images = torch.stack([load_image(png(colour), model.image_size) for colour, _ in questions])
+    images = torch.stack([load_image(png(colour), model.preprocessing) for colour, _ in questions])
     for prediction, answer in zip(bank.classify(images, [task for _, task in questions], 5), answers):
         assert answer.status_code == 200, answer.text
         (result,) = answer.json()["results"]

@@ -21,7 +21,9 @@ from tests.towers import patch_text_tower, tiny_model
 
 TASKS = {"pets": ["cat", "dog", "parrot"], "food": ["pizza", "sushi"]}
 LIMITS = TaskLimits(tasks=4, ad_hoc=2, classes=8, length=20)
-OPTIONS = ServeOptions(places=6, max_bytes=100_000, max_pixels=10_000, max_images=3, limits=LIMITS, save_delay=0.01)
+OPTIONS = ServeOptions(
+    max_concurrent_requests=6, max_bytes=100_000, max_pixels=10_000, max_images=3, limits=LIMITS, save_delay=0.01
+)
 
 
 def png(colour="red", size=(40, 30)):
@@ -67,7 +69,7 @@ def expected(model, contents, tasks, topk):
     """What a bank says, as the server writes it."""
     bank = TaskBank(model)
     bank.add_many(TASKS)
-    images = torch.stack([load_image(content, model.image_size) for content in contents])
+    images = torch.stack([load_image(content, model.preprocessing) for content in contents])
     predictions = bank.classify(images, tasks, topk)
     return [
         {
@@ -147,12 +149,12 @@ BAD = {
     "topk huge": ({"data": {"task": "pets", "topk": "9" * 5000}}, 422, "bad_topk"),
     "unknown field": ({"data": {"task": "pets", "top": "3"}}, 422, "bad_field"),
     "file as field": ({"files": {"image": png(), "task": b"pets"}}, 422, "bad_field"),
-    "blank label": ({"data": {"label": ["cat", " "]}}, 422, "bad_name"),
+    "blank label": ({"data": {"label": ["cat", " "]}}, 422, "bad_classes"),
     "same label": ({"data": {"label": ["cat", "cat"]}}, 422, "bad_classes"),
     "many labels": ({"data": {"label": list("abcdefghi")}}, 422, "bad_classes"),
     "absurdly many labels": ({"data": {"label": [str(i) for i in range(500)]}}, 400, "bad_request"),
-    "long label": ({"data": {"label": ["c" * 21]}}, 422, "bad_name"),
-    "control character": ({"data": {"label": ["a\x00b"]}}, 422, "bad_name"),
+    "long label": ({"data": {"label": ["c" * 21]}}, 422, "bad_classes"),
+    "control character": ({"data": {"label": ["a\x00b"]}}, 422, "bad_classes"),
     "no image": ({"files": {"file": png()}, "data": {"task": "pets"}}, 422, "bad_image"),
     "many images": ({"files": [("image", png())] * 4, "data": {"task": "pets"}}, 400, "bad_request"),
     "text for an image": ({"files": {"image": b"hello"}, "data": {"task": "pets"}}, 422, "bad_image"),
@@ -185,7 +187,7 @@ def test_bad_requests_to_classify(client, name):
         ("new", "{}", 422, "invalid"),
         ("new", "{", 422, "invalid"),
         ("new", "[" * 50_000, 400, "bad_request"),
-        ("new", '{"classes": ["\\ud800"]}', 422, "bad_name"),
+        ("new", '{"classes": ["\\ud800"]}', 422, "bad_classes"),
         ("new", json.dumps({"classes": ["a", "a"]}), 422, "bad_classes"),
         ("new", json.dumps({"classes": [str(i) for i in range(9)]}), 422, "bad_classes"),
         ("%20", '{"classes": ["a"]}', 422, "bad_name"),

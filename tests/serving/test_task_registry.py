@@ -8,7 +8,8 @@ import torch
 
 from hyperclip_fast.serving.errors import RequestError
 from hyperclip_fast.serving.task_registry import TaskLimits, TaskRegistry, read_bank, write_bank
-from hyperclip_fast.task_bank import Task, TaskBank
+from hyperclip_fast.task_bank import TaskBank
+from hyperclip_fast.tasks import AdaptedTask
 from tests.towers import patch_text_tower, tiny_model
 
 NONE = torch.empty(0)
@@ -23,7 +24,7 @@ class Maker:
     async def __call__(self, classes):
         self.made.append(tuple(classes))
         await asyncio.sleep(0)
-        return Task(tuple(classes), NONE, NONE)
+        return AdaptedTask(tuple(classes), NONE, NONE)
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_room_counts_tasks_that_are_being_made():
         return results
 
     results = asyncio.run(run())
-    assert results[:2] == [True, True] and all(error.status_code == 409 for error in results[2:])
+    assert results[:2] == [True, True] and all(error.status == 409 for error in results[2:])
 
 
 def test_many_changes_are_few_saves_and_the_last_is_saved():
@@ -147,13 +148,13 @@ def test_files_that_are_refused(model, tmp_path):
 @pytest.mark.parametrize(
     "classes, message",
     [
-        ([], "1 to 3 names, got 0"),
-        (list("abcd"), "1 to 3 names, got 4"),
+        ([], "non-empty list of class names"),
+        (list("abcd"), "at most 3 class names, got 4"),
         (["a", "b", "a"], "got 'a' twice"),
-        (["a", "\t"], "1 to 9 characters"),
-        (["a" * 10], "1 to 9 characters"),
-        (["a\nb"], "without control characters"),
-        ([json.loads('"\\ud83d"')], "without control characters"),
+        (["a", "\t"], "not blank"),
+        (["a" * 10], "at most 9 characters, got 10"),
+        (["a\nb"], "no control characters"),
+        ([json.loads('"\\ud83d"')], "no control characters"),
     ],
 )
 def test_classes_that_are_refused(classes, message):
@@ -163,7 +164,7 @@ def test_classes_that_are_refused(classes, message):
         for refused in (registry.put("task", classes), registry.ad_hoc(classes)):
             with pytest.raises(RequestError, match=message) as error:
                 await refused
-            assert error.value.status_code == 422
+            assert error.value.status == 422
         assert make.made == [] and len(registry) == 0
 
     asyncio.run(run())

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from hyperclip_fast.cli.main import main
+from hyperclip_fast.configs import shipped_configs
 from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.training.config import TrainConfig, load_config
@@ -24,7 +24,7 @@ from tests.image_data import write_folder, write_shards
 from tests.towers import patch_text_tower, tiny_config
 from tests.training.test_training import CONFIG, pictures, trainer
 
-CONFIGS = [path for path in sorted(Path("configs").glob("*.yaml")) if path.stem != "conditioning"]  # a queue of runs
+CONFIGS = list(shipped_configs().values())
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(towers, tmp_path
 
 def test_sigterm_from_outside(tmp_path):
     """The command as it is run: workers end with it, its status tells the signal, and it goes on."""
-    command = [sys.executable, "-m", "hyperclip_fast.cli", "train", "--config", "configs/folder.yaml", "--smoke"]
+    command = [sys.executable, "-m", "hyperclip_fast.cli", "train", "--config", "folder", "--smoke"]
     command += ["--out", str(tmp_path), "--steps", "100000"]
     log = tmp_path / "log.jsonl"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:

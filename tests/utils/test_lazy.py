@@ -1,0 +1,38 @@
+"""Names that are imported when they are first used, and models that timm knows as soon as both are imported."""
+
+import subprocess
+import sys
+
+import pytest
+
+import hyperclip_fast
+from hyperclip_fast import data, embed, evaluation, export, training
+from hyperclip_fast.utils.lazy import lazy_names
+
+ORDERS = {
+    "ours first": "import hyperclip_fast, sys; assert 'torch' not in sys.modules; import timm",
+    "timm first": "import timm, hyperclip_fast",
+    "a name first": "from hyperclip_fast import HyperViT; import timm",
+    "a part of timm first": "from timm.models import vision_transformer; import hyperclip_fast; import timm",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_timm_knows_our_models_in_any_order(order):
+    check = "assert len(timm.list_models('hyper_vit_tiny_*')) > 1; timm.create_model('hyper_vit_tiny_patch16_224')"
+    subprocess.run([sys.executable, "-c", f"{ORDERS[order]}; {check}"], check=True)
+
+
+@pytest.mark.parametrize("package", [hyperclip_fast, data, embed, evaluation, export, training])
+def test_every_public_name_is_there(package):
+    for name in package.__all__:
+        assert getattr(package, name) is not None and name in dir(package)
+    with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'nothing'"):
+        _ = package.nothing
+
+
+def test_a_name_is_looked_up_once(monkeypatch):
+    find, names = lazy_names("hyperclip_fast.utils", {"seeds": ("step_seed",)})
+    assert find("step_seed")(2, 3) == 2_000_009 and "step_seed" in names()
+    assert sys.modules["hyperclip_fast.utils"].step_seed is find("step_seed")
+    monkeypatch.delattr("hyperclip_fast.utils.step_seed")
