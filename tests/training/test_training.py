@@ -11,7 +11,7 @@ from hyperclip_fast.data.pictures import Pictures
 from hyperclip_fast.evaluation.swapping import ELSEWHERE, ROWS, accuracy, predict, row_names, swap_test
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
-from hyperclip_fast.training.config import TrainConfig, load_config
+from hyperclip_fast.training.config import RunConfig, TrainConfig, load_config
 from hyperclip_fast.training.optimizer import learning_rate
 from hyperclip_fast.training.trainer import Trainer
 from tests.towers import patch_text_tower, tiny_config, tiny_model
@@ -40,7 +40,11 @@ def pictures(names_per_group=12, per_name=3):
 
 
 def trainer(out, **changes):
-    return Trainer(tiny_config(drop_path_rate=0.2, init_logit_bias=-1.0), replace(CONFIG, **changes), out, pictures())
+    return Trainer(
+        RunConfig(tiny_config(drop_path_rate=0.2, init_logit_bias=-1.0), replace(CONFIG, **changes)),
+        out,
+        pictures=pictures(),
+    )
 
 
 def test_training_learns(tmp_path):
@@ -119,7 +123,7 @@ def test_seeds_differ_and_repeat(tmp_path):
 
 
 def test_a_trainable_text_tower_trains(tmp_path):
-    run = Trainer(tiny_config(train_text=True), CONFIG, tmp_path, pictures())
+    run = Trainer(RunConfig(tiny_config(train_text=True), CONFIG), tmp_path, pictures=pictures())
     before = run.model.text.matrix.detach().clone()
     run.train_step()
     assert not torch.equal(before, run.model.text.matrix)
