@@ -34,7 +34,7 @@ from hyperclip_fast.model_card import ModelFacts, model_card
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.text import TextTower, create_text_tower
 from hyperclip_fast.timm_models import model_options
-from hyperclip_fast.utils.class_names import check_tasks
+from hyperclip_fast.utils.class_names import check_class_lists, check_task
 from hyperclip_fast.utils.files import save_safetensors
 from hyperclip_fast.utils.typed_config import check_types, from_dict
 
@@ -277,9 +277,9 @@ class HyperCLIP(
         """Class names of T tasks to text features (T, K, E_text) and mask (T, K); every text is encoded once.
 
         Raises:
-            ValueError: if there is no task, a task has no class, or is a string rather than a list of them.
+            ValueError: if there is no task, or class names that `check_class_lists` refuses; one may come twice.
         """
-        check_tasks(tasks)
+        check_class_lists(tasks)
         unique = {text: i for i, text in enumerate(dict.fromkeys(chain.from_iterable(tasks)))}
         features = self.text_features(list(unique))
         return pad_classes([features[[unique[text] for text in task]] for task in tasks])
@@ -311,8 +311,9 @@ class HyperCLIP(
             images: (B, 3, S, S) unlabelled images of the task whose statistics its BatchNorms shall use.
 
         Raises:
-            ValueError: for no class names, or images for an encoder without BatchNorm.
+            ValueError: for class names that `check_task` refuses, or images for an encoder without BatchNorm.
         """
+        check_task(class_names)
         params = self.adapt([class_names])
         if images is not None:
             params = self._encoder_with_statistics().reestimate(images, params)

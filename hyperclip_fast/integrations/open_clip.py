@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.text import TextTower, average_prompts
-from hyperclip_fast.utils.class_names import check_task
+from hyperclip_fast.utils.class_names import check_class_names
 from hyperclip_fast.utils.extras import require
 
 Template = str | Callable[[str], str]
@@ -123,7 +123,7 @@ def to_open_clip(
 
     Args:
         model: in eval mode.
-        class_names: the task; None: the base row, adapted to nothing.
+        class_names: the task; a name may come twice, as in ImageNet's; None: the base row, adapted to nothing.
         templates: prompts: strings with one "{}" or "{c}" or functions of a name, or a mapping of each name to its
             prompts; None: the model's own.
 
@@ -144,7 +144,7 @@ def to_open_clip(
 
 def prompt_features(model: HyperCLIP, class_names: Sequence[str], templates: Templates | None) -> Tensor:
     """What the hypernetwork reads (K, E_text): each class's prompts, averaged as the text tower averages its own."""
-    check_task(class_names)
+    check_class_names(class_names)
     if templates is None:
         return model.text_features(class_names)
     prompts = [_prompts(name, templates) for name in class_names]

@@ -134,6 +134,14 @@ def test_refused_tasks(tasks):
         tiny_model().adapt(tasks)
 
 
+@pytest.mark.parametrize(
+    "names, match", [(["cat", "dog", "cat"], "got 'cat' twice"), ("cat", "non-empty list"), ([], "non-")]
+)
+def test_a_stock_model_is_made_for_distinct_names(names, match):
+    with pytest.raises(ValueError, match=match):
+        tiny_model().specialize(names)
+
+
 def test_refused_config():
     with pytest.raises(ValueError, match="unknown keys \\['colour'\\]"):
         config_from_dict({"colour": "red"})
