@@ -37,7 +37,7 @@ from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.text import TextTower, create_text_tower
 from hyperclip_fast.timm_models import model_options
 from hyperclip_fast.utils.class_names import check_class_lists, check_task
-from hyperclip_fast.utils.files import save_safetensors, write_beside
+from hyperclip_fast.utils.files import save_safetensors, write_file
 from hyperclip_fast.utils.typed_config import check_types, from_dict
 
 DEMO = "demo"  # the name of the checkpoint that this package ships
@@ -190,7 +190,7 @@ class HyperCLIP(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_safetensors(self.state_dict(), save_directory / "model.safetensors", {"format": "pt"})
-        write_beside(self.config.to_json().encode(), save_directory / "config.json")
+        write_file(save_directory / "config.json", self.config.to_json())
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "HyperCLIP":
