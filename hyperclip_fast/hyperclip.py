@@ -114,6 +114,7 @@ class HyperCLIPConfig:
 
     def __post_init__(self):
         check_types(self)
+        self.preprocessing(1)  # refuses numbers out of range
 
     def to_json(self) -> str:
         """What config.json holds: every field, but of those in OPTIONAL only what differs from its default."""
@@ -122,6 +123,10 @@ class HyperCLIPConfig:
             if field.name in OPTIONAL and values[field.name] == field.default:
                 del values[field.name]
         return json.dumps(values, sort_keys=True, indent=2)
+
+    def preprocessing(self, size: int) -> Preprocessing:
+        """How pictures become the images, of side `size`, that the image tower takes."""
+        return Preprocessing(size, self.mean, self.std, self.interpolation, self.crop_pct)
 
     def timm_kwargs(self) -> dict[str, int | float | str]:
         """Arguments of timm.create_model that differ from the named tower's own; its head is the projection to E."""
@@ -261,8 +266,7 @@ class HyperCLIP(
     @property
     def preprocessing(self) -> Preprocessing:
         """How pictures become the images that it takes."""
-        config = self.config
-        return Preprocessing(self.image_size, config.mean, config.std, config.interpolation, config.crop_pct)
+        return self.config.preprocessing(self.image_size)
 
     @property
     def text_tower(self) -> TextTower:

@@ -128,7 +128,8 @@ def to_open_clip(
             prompts; None: the model's own.
 
     Raises:
-        ValueError: for no class names, a template without a place for the name, or a name without prompts.
+        ValueError: for no class names, a template without a place for the name, a name without prompts, or a model
+            whose preprocessing open_clip does not have.
         ImportError: where open_clip is missing.
     """
     transform = require("open_clip.transform", "clip")
@@ -137,6 +138,8 @@ def to_open_clip(
         params = model.rows(prompt_features(model, class_names, templates)[None])
     adapter = OpenCLIPModel(model, params).eval()
     ours = model.preprocessing
+    if ours.crop_pct != 1:
+        raise ValueError(f"model.config.crop_pct must be 1, as open_clip crops no other share, got {ours.crop_pct}")
     preprocess = transform.PreprocessCfg(ours.size, mean=ours.mean, std=ours.std, interpolation=ours.interpolation)
     require("open_clip.model", "clip").set_model_preprocess_cfg(adapter, asdict(preprocess))
     return adapter, transform.image_transform_v2(preprocess, is_train=False), PromptTokenizer(model.text_tower)

@@ -184,3 +184,8 @@ def test_no_class_names_is_the_base_row():
 def test_refused_input(names, templates, match):
     with pytest.raises(ValueError, match=match):
         to_open_clip(tiny_model(text_tower=TEXT), names, templates)
+
+
+def test_a_crop_that_open_clip_has_not_is_refused():
+    with pytest.raises(ValueError, match=r"crop_pct must be 1.* got 0\.9"):
+        to_open_clip(tiny_model(text_tower=TEXT, crop_pct=0.9), NAMES)

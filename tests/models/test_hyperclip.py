@@ -217,6 +217,14 @@ def test_refused_types(field, value):
 
 
 @pytest.mark.parametrize(
+    "wrong", [{"mean": (0.5, 0.5)}, {"std": (1, 1, 0)}, {"interpolation": "nearest"}, {"crop_pct": 0.0}], ids=str
+)
+def test_refused_preprocessing(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must"):
+        tiny_config(**wrong)
+
+
+@pytest.mark.parametrize(
     "place", ["runs/none/model", "./none", "/none", "~/none", "none", "folder/none", "none/model.safetensors", ""]
 )
 def test_a_folder_that_is_not_there_is_never_asked_of_the_hub(place, tmp_path, monkeypatch):
