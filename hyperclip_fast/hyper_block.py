@@ -19,7 +19,7 @@ from timm.layers import Attention, DropPath, LayerNorm, LayerNormFp32, LayerScal
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from hyperclip_fast.kernels.dispatch import use_triton
+from hyperclip_fast.kernels.dispatch import is_traced, use_triton
 from hyperclip_fast.kernels.layer_norm import add_layer_norm, layer_norm
 from hyperclip_fast.kernels.linear.functional import linear_add, linear_gelu, prefers_triton
 from hyperclip_fast.kernels.norm_linear import norm_linear, norm_linear_gelu
@@ -109,12 +109,7 @@ def _is_plain_mlp(mlp: nn.Module) -> bool:
 
 def may_overwrite() -> bool:
     """Whether nothing but the next step will read a result: no autograd, no tracing."""
-    return not (torch.is_grad_enabled() or _is_traced())
-
-
-def _is_traced() -> bool:
-    """Whether torch.compile, torch.export or torch.func looks on."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return not (torch.is_grad_enabled() or is_traced())
 
 
 def _is_plain_attention(attn: nn.Module, h: Tensor) -> bool:
@@ -313,7 +308,7 @@ class HyperBlock(Block):
     ) -> tuple[Tensor, Tensor | None]:
         """norm2 and MLP: x and delta, both (B, N, D), to their sum and the MLP's delta, or all and None."""
         mlp, norm, dtype = self.mlp, self.norm2, _product_dtype(x)
-        is_plain = (use_triton(x) or not _is_traced()) and _is_plain_mlp(mlp)
+        is_plain = (use_triton(x) or not is_traced()) and _is_plain_mlp(mlp)
         if is_plain and _has_prologue("norm_linear_gelu", norm, x, delta, row, mlp.fc1):
             rows = _rows(norm, row, task_ids)
             h = norm_linear_gelu(x, *rows, norm.eps, mlp.fc1.weight, mlp.fc1.bias, dtype)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperclip_fast.hyper_vit import HyperViT
-from hyperclip_fast.kernels.dispatch import is_eager, use_triton
+from hyperclip_fast.kernels.dispatch import is_traced, use_triton
 from hyperclip_fast.modulated_norms import (
     ROW_NORMS,
     Rows,
@@ -114,7 +114,7 @@ class HyperEncoder(nn.Module):
         fused = use_triton(x)
         if task_ids is not None and table.shape[0] > 1 and not fused:
             table, task_ids = table.index_select(0, task_ids), None
-        is_plain = table.device.type == "cpu" and not fused and is_eager() and not torch.is_grad_enabled()
+        is_plain = table.device.type == "cpu" and not fused and not is_traced() and not torch.is_grad_enabled()
         pieces = iter(table[0].split(spec.sizes) if table.shape[0] == 1 else table.split(spec.sizes, dim=1))
         rows = [Rows(next(pieces), next(pieces) if bias else None, task_ids, x.shape[0]) for bias in spec.biases]
         binding = _Binding(rows, is_plain)
