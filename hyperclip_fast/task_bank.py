@@ -70,9 +70,10 @@ class TaskBank:
         Raises:
             KeyError: for an unknown name.
         """
-        if task not in self._index:
-            raise KeyError(task)
-        return self.task(task)
+        try:
+            return self.task(task)
+        except ValueError as error:
+            raise KeyError(str(error)) from error
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{task!r}: {len(self.classes(task))} classes" for task in islice(self, 4))
