@@ -25,6 +25,7 @@ from hyperclip_fast.bench.harness.machine import device_name
 from hyperclip_fast.data.batch import Share
 from hyperclip_fast.data.picture_source import TaskSource, picture_source
 from hyperclip_fast.data.pictures import load_pictures
+from hyperclip_fast.data.preprocessing import Preprocessing
 from hyperclip_fast.data.scenes import ATTRIBUTES, SceneSampler, scene_tasks
 from hyperclip_fast.evaluation.eval_sets import load_eval_set
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
@@ -75,7 +76,8 @@ class Experiment:
     @cached_property
     def names(self) -> NameData:
         """Named pictures and digits, for runs on names."""
-        return NameData.make(load_pictures(SETS, size=PICTURE_SIZE), load_eval_set("skin-tones", PICTURE_SIZE))
+        tones = load_eval_set("skin-tones", Preprocessing(PICTURE_SIZE))
+        return NameData.make(load_pictures(SETS, size=PICTURE_SIZE), tones)
 
     def scores(self, run: Run, model: HyperCLIP) -> dict[str, Any]:
         """Every figure of a run's model, on the run's kind of data."""

@@ -8,7 +8,7 @@ import torch
 
 from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
 from hyperclip_fast.data.pictures import Pictures
-from hyperclip_fast.evaluation.swapping import ELSEWHERE, ROWS, accuracy, predict, row_names, swap_test
+from hyperclip_fast.evaluation.swapping import ELSEWHERE, ROW_SOURCES, accuracy, predict, row_names, swap_test
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.training.config import RunConfig, TrainConfig, load_config
@@ -203,7 +203,7 @@ def test_held_out_tasks_cover_the_held_out_names_once():
     assert held_out_tasks(data, classes=3, min_classes=50) == []
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", ROW_SOURCES)
 def test_predictions_equal_one_image_at_a_time(row):
     model, tasks = tiny_model(), held_out_tasks(pictures(), min_classes=2)
     assert len(tasks) >= 2
@@ -239,7 +239,7 @@ def test_accuracy_and_swap_test():
     model, tasks = tiny_model(), held_out_tasks(pictures(), min_classes=2)
     result = swap_test(model.train(), tasks)
     assert model.training
-    assert tuple(result) == ROWS
+    assert tuple(result) == ROW_SOURCES
     assert swap_test(model, tasks, rows=("wrong", "right")) == {row: result[row] for row in ("wrong", "right")}
     for by_task in result.values():
         assert set(by_task) == {task.name for task in tasks}
