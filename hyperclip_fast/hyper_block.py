@@ -19,9 +19,9 @@ from timm.layers import Attention, DropPath, LayerNorm, LayerNormFp32, LayerScal
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from hyperclip_fast.kernels.dispatch import is_traced, use_triton
+from hyperclip_fast.kernels.dispatch import is_traced, prefers_triton, use_triton
 from hyperclip_fast.kernels.layer_norm import add_layer_norm, layer_norm
-from hyperclip_fast.kernels.linear.functional import linear_add, linear_gelu, prefers_triton
+from hyperclip_fast.kernels.linear import linear_add, linear_gelu
 from hyperclip_fast.kernels.norm_linear import norm_linear, norm_linear_gelu
 
 MODULATED_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..common.checks import check_rows
+from ..common.private_api import gelu_
 from ..dispatch import has_triton, is_traced, use_triton
 from .mixed import mixed, statistics
 
@@ -23,7 +24,7 @@ ACTS = {
     "relu6": F.relu6,
     "silu": F.silu,
     "hard_swish": F.hardswish,
-    "gelu": lambda x, inplace: torch.ops.aten.gelu_(x) if inplace else F.gelu(x),
+    "gelu": lambda x, inplace: gelu_(x) if inplace else F.gelu(x),
 }
 
 

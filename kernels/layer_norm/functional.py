@@ -6,10 +6,14 @@
 Shapes: x, delta, out, total (B, N, D); weight, bias (T, D) with any row stride; task_ids (B,) or None (T is 1 or B).
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
+from ..common.autograd import traced_gradients
 from ..common.checks import check_rows
+from ..common.private_api import native_layer_norm, native_layer_norm_backward
 from ..dispatch import has_triton, is_traced, use_triton
 
 if has_triton():
@@ -47,7 +51,7 @@ def layer_norm_reference(
 def _normalize(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x - mean) * rstd, mean, rstd."""
     D = x.shape[-1]
-    return torch.native_layer_norm(x, (D,), x.new_ones(D), x.new_zeros(D), eps)  # given None, the CPU kernel is scalar
+    return native_layer_norm(x, (D,), x.new_ones(D), x.new_zeros(D), eps)  # given None, the CPU kernel is scalar
 
 
 def _mixed_layer_norm(x, weight, bias, eps) -> torch.Tensor:
@@ -75,7 +79,8 @@ class _MixedLayerNorm(torch.autograd.Function):
     def backward(ctx, grad):
         x, mean, rstd, weight, bias = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody wants the gradient's own gradient: autograd writes that graph
-            return *_grad_of_plain(ctx, x, weight, bias, grad), None
+            plain = functools.partial(_mixed_layer_norm, eps=ctx.eps)
+            return *traced_gradients(plain, (x, weight, bias), grad, ctx.needs_input_grad), None
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         grad_x, grad_weight, scratch = None, None, None
         if need_weight:
@@ -84,15 +89,8 @@ class _MixedLayerNorm(torch.autograd.Function):
         if need_x:
             scaled = torch.mul(grad, weight.unsqueeze(1), out=scratch)
             one, statistics = x.new_ones(x.shape[-1]), (x, x.shape[-1:], mean, rstd)
-            grad_x = torch.ops.aten.native_layer_norm_backward(scaled, *statistics, one, None, [True, False, False])[0]
+            grad_x = native_layer_norm_backward(scaled, *statistics, one, None, [True, False, False])[0]
         return grad_x, grad_weight, grad.sum(1) if need_bias else None, None
-
-
-def _grad_of_plain(ctx, x, weight, bias, grad) -> list[torch.Tensor | None]:
-    needed = [t for t, need in zip((x, weight, bias), ctx.needs_input_grad) if need]
-    out = _mixed_layer_norm(x, weight, bias, ctx.eps)
-    grads = iter(torch.autograd.grad(out, needed, grad, create_graph=True))
-    return [next(grads) if need else None for need in ctx.needs_input_grad[:3]]
 
 
 def add_layer_norm_reference(

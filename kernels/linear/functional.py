@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..common.checks import check_shape
-from ..dispatch import get_backend, has_triton, use_triton
-from ..tables import is_chosen
+from ..dispatch import has_triton, prefers_triton
 
 if has_triton():
     from .operator import fused_linear_add, fused_linear_gelu
@@ -54,18 +53,6 @@ def check_arguments(x, weight, bias) -> None:
             f"weight must be (F, K) with F at least 1 and K = {x.shape[2]}, got shape {tuple(weight.shape)}"
         )
     check_shape("bias", bias, (weight.shape[0],))
-
-
-def prefers_triton(operation: str, x: torch.Tensor, width: int, dtype: torch.dtype | None = None) -> bool:
-    """Whether Triton computes an operation: because it was asked for, or because the table expects it to be faster.
-
-    Args:
-        operation: a key of tables.WIDEST.
-        x: (B, N, K), the operation's input.
-        width: D, the narrower side of the product.
-        dtype: what the product computes in, x's by default.
-    """
-    return use_triton(x) and (get_backend() == "triton" or is_chosen(operation, x, width, dtype))
 
 
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

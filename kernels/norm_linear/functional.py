@@ -14,11 +14,11 @@ nothing is saved but memory, and the norm and the product run one after the othe
 
 import torch
 
-from ..common.operator import needs_grad
-from ..dispatch import has_triton
+from ..common.autograd import needs_grad
+from ..dispatch import has_triton, prefers_triton
 from ..layer_norm.functional import check_arguments as check_norm_arguments
 from ..layer_norm.functional import layer_norm, layer_norm_reference
-from ..linear.functional import check_arguments, linear, linear_gelu, linear_gelu_reference, prefers_triton
+from ..linear.functional import check_arguments, linear, linear_gelu, linear_gelu_reference
 from ..tables import choose_norm_tiles
 
 if has_triton():

@@ -7,7 +7,7 @@ Eager calls go straight to the launch; what traces (torch.compile, export, fake 
 import torch
 
 from ..common.launch import Rows
-from ..common.operator import contiguous, dense_columns, is_plain
+from ..common.operator import contiguous, dense_columns, register
 from ..layer_norm.operator import check_fused as check_norm_fused
 from ..linear.operator import check_fused
 from .launch import launch_norm_linear
@@ -19,18 +19,17 @@ def _forward(x, norm_weight, norm_bias, task_ids, eps, weight, bias, gelu):
         return launch_norm_linear(x.contiguous(), rows, eps, weight.contiguous(), contiguous(bias), gelu)
 
 
-torch.library.define(
-    "hyperclip_fast::norm_linear",
-    "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor? task_ids, float eps, Tensor weight, Tensor? bias, "
-    "bool gelu) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.impl("hyperclip_fast::norm_linear", "default")(_forward)
-
-
-@torch.library.register_fake("hyperclip_fast::norm_linear")
 def _forward_fake(x, norm_weight, norm_bias, task_ids, eps, weight, bias, gelu):
     return weight.new_empty(*x.shape[:2], weight.shape[0])
+
+
+_norm_linear = register(
+    "norm_linear",
+    "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor? task_ids, float eps, Tensor weight, Tensor? bias, "
+    "bool gelu) -> Tensor",
+    _forward,
+    _forward_fake,
+)
 
 
 def fused_norm_linear(
@@ -55,5 +54,4 @@ def fused_norm_linear(
     check_fused(x, weight=weight, bias=bias)
     if norm_weight.shape[0] == 1:
         task_ids = None
-    forward = _forward if is_plain(x) else torch.ops.hyperclip_fast.norm_linear
-    return forward(x, norm_weight, norm_bias, task_ids, eps, weight.to(out_dtype), bias, gelu)
+    return _norm_linear(x, norm_weight, norm_bias, task_ids, eps, weight.to(out_dtype), bias, gelu)

@@ -33,8 +33,17 @@ COMMON = {
             ("o_n < F", "o_n <= F"),
         ),
     },
-    "common/operator": {
+    "common/autograd": {
         "needs_grad": (("torch.is_grad_enabled() and any", "any"),),
+        "traced_gradients": (
+            ("create_graph=True", "create_graph=False"),
+            ("next(grads) if need else None", "next(grads, None)"),
+        ),
+    },
+    "common/operator": {
+        "register": (("run(first, *rest) if is_plain(first) else ", ""),),
+        "register_differentiable": (("eager.apply(first, *rest) if needs_grad else run", "run"),),
+        "_filled": (("first.new_empty(0) if result is None else result", "result"),),
     },
     "common/launch": {
         "row_stride": (("0 if table.shape[0] == 1 else table.stride(0)", "table.stride(0)"),),
