@@ -62,7 +62,12 @@ def prefers_triton(operation: str, x: torch.Tensor, width: int, dtype: torch.dty
         width: D, the narrower side of the product.
         dtype: what the product computes in, x's by default.
     """
-    return use_triton(x) and (get_backend() == "triton" or is_chosen(operation, x, width, dtype))
+    return use_triton(x) and is_preferred(operation, x, width, dtype)
+
+
+def is_preferred(operation: str, x: torch.Tensor, width: int, dtype: torch.dtype | None = None) -> bool:
+    """The rest of `prefers_triton`'s question, for a caller that knows what `use_triton` says of x."""
+    return get_backend() == "triton" or is_chosen(operation, x, width, dtype)
 
 
 def is_traced() -> bool:

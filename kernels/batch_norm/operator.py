@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from ..common.autograd import needs_grad
 from ..common.checks import check_devices, check_dtype, check_row_dtype
-from ..common.launch import Rows
-from ..common.operator import contiguous, dense_columns, register, register_differentiable
+from ..common.operator import register, register_differentiable
+from ..common.rows import dense_rows
 from .launch import Needs, Norm, launch_backward, launch_forward, launch_statistics
 
 
@@ -29,7 +29,7 @@ def _dense(x: torch.Tensor, *others: torch.Tensor | None) -> list[torch.Tensor |
 
 def _norm(weight, bias, task_ids, mean, var, eps, act) -> Norm:
     mean, var = mean.float().contiguous(), var.float().contiguous()
-    return Norm(Rows(dense_columns(weight), dense_columns(bias), contiguous(task_ids)), mean, var, eps, act)
+    return Norm(dense_rows(weight, bias, task_ids), mean, var, eps, act)
 
 
 def _forward(x, weight, bias, task_ids, mean, var, eps, act, residual, residual_after_act, is_batch):

@@ -18,11 +18,6 @@ def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def dense_columns(table: torch.Tensor) -> torch.Tensor:
-    """A table (T, D) whose rows may be strided, but not their columns."""
-    return table if table.stride(1) == 1 else table.contiguous()
-
-
 def is_plain(x: torch.Tensor) -> bool:
     """Whether a call with this tensor goes straight to the launches: nothing traces it, and it is no subclass."""
     return type(x) is torch.Tensor and not torch.compiler.is_compiling()

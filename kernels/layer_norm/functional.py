@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from ..common.autograd import traced_gradients
 from ..common.checks import check_rows
 from ..common.private_api import native_layer_norm, native_layer_norm_backward
+from ..common.rows import Rows
 from ..dispatch import has_triton, is_traced, use_triton
 
 if has_triton():
@@ -107,13 +108,40 @@ def add_layer_norm_reference(
     return layer_norm_reference(total, weight, bias, task_ids, eps, out_dtype), total
 
 
-def check_arguments(x, weight, bias, task_ids, delta=None, prefix="") -> None:
+def check_arguments(x: torch.Tensor, delta: torch.Tensor | None, rows: Rows, prefix: str = "") -> None:
     """Raise ValueError for shapes that `add_layer_norm` does not take; `prefix`: of the rows' names."""
     if x.dim() != 3:
         raise ValueError(f"x must be (B, N, D), got shape {tuple(x.shape)}")
     if delta is not None and delta.shape != x.shape:
         raise ValueError(f"delta must have x's shape {tuple(x.shape)}, got {tuple(delta.shape)}")
-    check_rows(weight, bias, task_ids, x.shape[0], x.shape[2], prefix=prefix)
+    check_rows(rows, x.shape[0], x.shape[2], prefix=prefix)
+
+
+def run_layer_norm(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    rows: Rows,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+    fused: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`add_layer_norm`, or `layer_norm` and x itself where delta is None, for a caller that may know who computes it.
+
+    Args:
+        x: (B, N, D), as all others of `add_layer_norm`.
+        delta: (B, N, D), or None.
+        rows: weight and bias (T, D), and task_ids (B,) or None.
+        eps: added to the variance.
+        out_dtype: dtype of the normalised output, x's by default.
+        fused: what `use_triton` said of x; None: ask it.
+    """
+    check_arguments(x, delta, rows)
+    if use_triton(x) if fused is None else fused:
+        out, total = fused_layer_norm(x, delta, rows, eps, out_dtype or x.dtype)
+        return out, x if total is None else total
+    if delta is None:
+        return layer_norm_reference(x, *rows, eps, out_dtype), x
+    return add_layer_norm_reference(x, delta, *rows, eps, out_dtype)
 
 
 def layer_norm(
@@ -140,10 +168,7 @@ def layer_norm(
     Raises:
         ValueError: for shapes and dtypes other than these.
     """
-    check_arguments(x, weight, bias, task_ids)
-    if use_triton(x):
-        return fused_layer_norm(x, None, weight, bias, task_ids, eps, out_dtype or x.dtype)[0]
-    return layer_norm_reference(x, weight, bias, task_ids, eps, out_dtype)
+    return run_layer_norm(x, None, Rows(weight, bias, task_ids), eps, out_dtype)[0]
 
 
 def add_layer_norm(
@@ -172,7 +197,4 @@ def add_layer_norm(
     Raises:
         ValueError: for shapes and dtypes other than these.
     """
-    check_arguments(x, weight, bias, task_ids, delta)
-    if use_triton(x):
-        return fused_layer_norm(x, delta, weight, bias, task_ids, eps, out_dtype or x.dtype)
-    return add_layer_norm_reference(x, delta, weight, bias, task_ids, eps, out_dtype)
+    return run_layer_norm(x, delta, Rows(weight, bias, task_ids), eps, out_dtype)

@@ -10,13 +10,13 @@ from torch.autograd.function import once_differentiable
 
 from ..common.autograd import needs_grad
 from ..common.checks import check_devices, check_dtype, check_row_dtype
-from ..common.launch import Rows
-from ..common.operator import contiguous, dense_columns, register, register_differentiable
+from ..common.operator import contiguous, register, register_differentiable
+from ..common.rows import Rows, dense_columns, dense_rows
 from .launch import MAX_WIDTH, Kept, Needs, launch_backward, launch_forward
 
 
 def _forward(x, delta, weight, bias, task_ids, eps, out_dtype, keep):
-    rows = Rows(dense_columns(weight), dense_columns(bias), contiguous(task_ids))
+    rows = dense_rows(weight, bias, task_ids)
     with torch.cuda.device_of(x):
         return launch_forward(x.contiguous(), contiguous(delta), rows, eps, out_dtype, keep)
 
@@ -98,25 +98,22 @@ _layer_norm = register_differentiable(
 )
 
 
-def check_fused(x, delta, weight, bias, task_ids, out_dtype, prefix="") -> None:
+def check_fused(
+    x: torch.Tensor, delta: torch.Tensor | None, rows: Rows, out_dtype: torch.dtype, prefix: str = ""
+) -> None:
     """Raise ValueError for dtypes, widths and devices that the kernels do not take; `prefix`: of the rows' names."""
     check_dtype("x", x.dtype)
     check_dtype("delta", x.dtype if delta is None else delta.dtype)
     check_dtype("out_dtype", out_dtype)
     if not 1 <= x.shape[2] <= MAX_WIDTH:
         raise ValueError(f"x must be (B, N, D) with D in 1..{MAX_WIDTH} for the Triton kernel, got D = {x.shape[2]}")
+    weight, bias, task_ids = rows
     check_row_dtype(f"{prefix}weight", weight, x)
     check_devices(x, **{"delta": delta, f"{prefix}weight": weight, f"{prefix}bias": bias, "task_ids": task_ids})
 
 
 def fused_layer_norm(
-    x: torch.Tensor,
-    delta: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    task_ids: torch.Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype,
+    x: torch.Tensor, delta: torch.Tensor | None, rows: Rows, eps: float, out_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`add_layer_norm`, or `layer_norm` where delta is None, by the Triton kernels; the caller has checked the shapes.
 
@@ -125,7 +122,8 @@ def fused_layer_norm(
     Raises:
         ValueError: for dtypes, widths and devices that the kernels do not take.
     """
-    check_fused(x, delta, weight, bias, task_ids, out_dtype)
+    check_fused(x, delta, rows, out_dtype)
+    weight, bias, task_ids = rows
     if weight.shape[0] == 1:
         task_ids = None
     keep = needs_grad(x, delta, weight, bias)

@@ -55,6 +55,38 @@ def check_arguments(x, weight, bias) -> None:
     check_shape("bias", bias, (weight.shape[0],))
 
 
+def run_linear_gelu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, fused: bool | None = None
+) -> torch.Tensor:
+    """`linear_gelu`; `fused`: what `prefers_triton` said, for a caller that has asked it."""
+    check_arguments(x, weight, bias)
+    if prefers_triton("linear_gelu", x, min(weight.shape)) if fused is None else fused:
+        return fused_linear_gelu(x, weight.to(x.dtype), bias)
+    return linear_gelu_reference(x, weight, bias)
+
+
+def run_linear_add(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    scale: torch.Tensor | None,
+    keep: torch.Tensor | None,
+    fused: bool | None = None,
+) -> torch.Tensor:
+    """`linear_add`; `fused`: what `prefers_triton` said, for a caller that has asked it."""
+    check_arguments(x, weight, bias)
+    check_shape("residual", residual, (*x.shape[:2], weight.shape[0]))
+    check_shape("scale", scale, (weight.shape[0],))
+    check_shape("keep", keep, (x.shape[0],))
+    if keep is not None and (keep.dtype != torch.float32 or keep.requires_grad):
+        kind = f"{keep.dtype} with requires_grad={keep.requires_grad}"
+        raise ValueError(f"keep must be torch.float32 without a gradient, got {kind}")
+    if prefers_triton("linear_add", x, min(weight.shape)) if fused is None else fused:
+        return fused_linear_add(x, weight.to(x.dtype), bias, residual, scale, keep)
+    return linear_add_reference(x, weight, bias, residual, scale, keep)
+
+
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """A linear layer and the exact GELU in one pass: the pre-activation never leaves the product, or once for backward.
 
@@ -69,10 +101,7 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     Raises:
         ValueError: for shapes and dtypes other than these.
     """
-    check_arguments(x, weight, bias)
-    if prefers_triton("linear_gelu", x, min(weight.shape)):
-        return fused_linear_gelu(x, weight.to(x.dtype), bias)
-    return linear_gelu_reference(x, weight, bias)
+    return run_linear_gelu(x, weight, bias)
 
 
 def linear_add(
@@ -99,13 +128,4 @@ def linear_add(
     Raises:
         ValueError: for shapes and dtypes other than these.
     """
-    check_arguments(x, weight, bias)
-    check_shape("residual", residual, (*x.shape[:2], weight.shape[0]))
-    check_shape("scale", scale, (weight.shape[0],))
-    check_shape("keep", keep, (x.shape[0],))
-    if keep is not None and (keep.dtype != torch.float32 or keep.requires_grad):
-        kind = f"{keep.dtype} with requires_grad={keep.requires_grad}"
-        raise ValueError(f"keep must be torch.float32 without a gradient, got {kind}")
-    if prefers_triton("linear_add", x, min(weight.shape)):
-        return fused_linear_add(x, weight.to(x.dtype), bias, residual, scale, keep)
-    return linear_add_reference(x, weight, bias, residual, scale, keep)
+    return run_linear_add(x, weight, bias, residual, scale, keep)

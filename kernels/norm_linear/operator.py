@@ -6,15 +6,15 @@ Eager calls go straight to the launch; what traces (torch.compile, export, fake 
 
 import torch
 
-from ..common.launch import Rows
-from ..common.operator import contiguous, dense_columns, register
+from ..common.operator import contiguous, register
+from ..common.rows import Rows, dense_rows
 from ..layer_norm.operator import check_fused as check_norm_fused
 from ..linear.operator import check_fused
 from .launch import launch_norm_linear
 
 
 def _forward(x, norm_weight, norm_bias, task_ids, eps, weight, bias, gelu):
-    rows = Rows(dense_columns(norm_weight), dense_columns(norm_bias), contiguous(task_ids))
+    rows = dense_rows(norm_weight, norm_bias, task_ids)
     with torch.cuda.device_of(x):
         return launch_norm_linear(x.contiguous(), rows, eps, weight.contiguous(), contiguous(bias), gelu)
 
@@ -34,9 +34,7 @@ _norm_linear = register(
 
 def fused_norm_linear(
     x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    task_ids: torch.Tensor | None,
+    rows: Rows,
     eps: float,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -50,8 +48,9 @@ def fused_norm_linear(
     Raises:
         ValueError: for dtypes and devices that the kernel does not take.
     """
-    check_norm_fused(x, None, norm_weight, norm_bias, task_ids, out_dtype, prefix="norm_")
+    check_norm_fused(x, None, rows, out_dtype, prefix="norm_")
     check_fused(x, weight=weight, bias=bias)
+    norm_weight, norm_bias, task_ids = rows
     if norm_weight.shape[0] == 1:
         task_ids = None
     return _norm_linear(x, norm_weight, norm_bias, task_ids, eps, weight.to(out_dtype), bias, gelu)

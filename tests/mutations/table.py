@@ -13,6 +13,7 @@ TESTS = {
     "common/launch": NORM_TESTS,
     "common/autograd": NORM_TESTS,
     "common/operator": NORM_TESTS,
+    "common/rows": NORM_TESTS,
     "layer_norm/triton_kernels": NORM_TESTS,
     "layer_norm/launch": NORM_TESTS,
     "layer_norm/operator": NORM_TESTS,
@@ -105,7 +106,6 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
         "_forward": (
             ("x.contiguous(), ", "x, "),
             ("contiguous(delta)", "delta"),
-            ("dense_columns(bias)", "bias"),
         ),
         "_backward": (
             ("grad_out.contiguous(), ", "grad_out, "),
