@@ -2,8 +2,8 @@
 
     python docs/pictures/draw.py
 
-The picture brings its own background, and darker colours where the reader's system asks for them, so that it can be read
-on any page. Coordinates are pixels of a canvas of WIDTH x HEIGHT, y downwards.
+The picture brings its own background, and darker colours where the reader's system asks for them, so that it can be
+read on any page. Coordinates are pixels of a canvas of WIDTH x HEIGHT, y downwards.
 """
 
 import random
@@ -32,7 +32,9 @@ def style(colours: dict[str, str]) -> str:
 
 def text(x: float, y: float, words: str, kind: str = "ink", size: int = 15, anchor: str = "start", bold=False) -> str:
     weight = ' font-weight="600"' if bold else ""
-    return f'<text x="{x}" y="{y}" class="{kind}" font-size="{size}" text-anchor="{anchor}"{weight}>{escape(words)}</text>'
+    return (
+        f'<text x="{x}" y="{y}" class="{kind}" font-size="{size}" text-anchor="{anchor}"{weight}>{escape(words)}</text>'
+    )
 
 
 def box(x: float, y: float, width: float, height: float, kind: str, radius: float = 8, opacity: float = 1) -> str:
@@ -83,7 +85,8 @@ def batch() -> list[str]:
         parts.append(text(middle, bottom + 13, "own row", "soft", 12, "middle"))
     for lane, (shown, task) in enumerate(LANES):
         parts += lane_of(TOP + STEP * lane, shown, task)
-    parts += [text(58, bottom - 4, "image", anchor="middle", size=14), text(118, bottom - 4, "row", anchor="middle", size=14)]
+    parts.append(text(58, bottom - 4, "image", anchor="middle", size=14))
+    parts.append(text(118, bottom - 4, "row", anchor="middle", size=14))
     return parts
 
 
@@ -95,7 +98,10 @@ def lane_of(middle: float, shown: str, task: int) -> list[str]:
         parts.append(row(part - NORM_WIDTH / 2 + 6, middle - 6, task, 5, 12.8))
     for part in PRODUCTS:  # the slab again, over the line, so that the way disappears in the common product
         parts.append(box(part - PRODUCT_WIDTH / 2, middle - 4, PRODUCT_WIDTH, 8, "slab", 0))
-    parts += [box(107, middle - 11, 22, 22, f"task{task}", 11), text(118, middle + 5, str(task), "page", 14, "middle", True)]
+    parts += [
+        box(107, middle - 11, 22, 22, f"task{task}", 11),
+        text(118, middle + 5, str(task), "page", 14, "middle", True),
+    ]
     parts += [box(40, middle - 18, 36, 36, "card", 6), PICTURES[shown](58, middle, f"task{task}")]
     parts.append(text(732, middle + 5, shown, f"task{task}", bold=True))
     parts.append(text(798, middle + 5, f"among {TASKS[task][0]}", "soft", 14))
