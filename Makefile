@@ -7,7 +7,7 @@ KERNEL_TESTS = PYTHONPATH=$(TOOLS) OMP_NUM_THREADS=1
 KERNEL_FILES = $(addprefix tests/kernels/test_,$(addsuffix .py,layer_norm linear norm_linear batch_norm))
 BYTE_FILES = $(KERNEL_FILES:.py=_bytes.py)
 
-.PHONY: demo test test-kernels mutate gpu-report lint clean
+.PHONY: demo test test-kernels mutate gpu-report docs lint clean
 
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/hyperclip demo
@@ -32,6 +32,10 @@ gpu-report: VENV_OPTIONS = --system-site-packages
 gpu-report: $(VENV)/report.stamp
 	$(RUN) -m hyperclip_fast.bench.gpu_report --minutes $(MINUTES) --tests $(KERNEL_FILES)
 
+# The documentation as a site, in site/; a broken link or reference fails.
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+
 lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -45,4 +49,4 @@ $(VENV)/%.stamp: setup.py pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

@@ -36,6 +36,7 @@ SERVE = [
     "python-multipart>=0.0.18",
 ]
 RAY = [*SERVE, *EMBED, "ray[serve,data]>=2.60"]  # the server and the bulk on a cluster
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]  # make docs
 TEST = [*EVIDENCE, *BENCH, *EXECUTORCH, *CLIP_BENCHMARK, *RAY, "kernels>=0.15", "httpx>=0.27", "selenium>=4.20"]
 TEST += ["pytest>=8", "pytest-xdist", "hypothesis>=6.80", "ruff>=0.6"]
 
@@ -81,6 +82,7 @@ setup(
         "serve": SERVE,
         "ray": RAY,
         "report": REPORT,
+        "docs": DOCS,
         "test": TEST,
     },
     entry_points={"console_scripts": ["hyperclip = hyperclip_fast.cli.main:main"]},
