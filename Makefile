@@ -7,13 +7,17 @@ KERNEL_TESTS = PYTHONPATH=$(TOOLS) OMP_NUM_THREADS=1
 KERNEL_FILES = $(addprefix tests/kernels/test_,$(addsuffix .py,layer_norm linear norm_linear batch_norm))
 BYTE_FILES = $(KERNEL_FILES:.py=_bytes.py)
 
-.PHONY: demo test test-kernels mutate gpu-report docs lint clean
+.PHONY: demo test quick test-kernels mutate gpu-report docs lint clean
 
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/hyperclip demo
 
 test: $(VENV)/test.stamp lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
+
+# For work in progress: one case of every test that is not slow, with fewer examples of hypothesis.
+quick: $(VENV)/test.stamp
+	OMP_NUM_THREADS=1 HYPERCLIP_HYPOTHESIS=quick $(RUN) -m pytest -n 2 --dist worksteal -m quick --durations 5
 
 # The compiled kernels, executed on the CPU, and the guarded interpreter: TOOLS is a folder with ptxsim and interp_guard.
 test-kernels: $(VENV)/test.stamp
