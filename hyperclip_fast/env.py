@@ -8,11 +8,11 @@ import os
 import platform
 
 import torch
-from torch.nn.attention import SDPBackend
 
 from hyperclip_fast.kernels.dispatch import get_backend, has_triton, use_triton
 from hyperclip_fast.kernels.linear.functional import prefers_triton
 from hyperclip_fast.kernels.tables import WIDEST, device_kind
+from hyperclip_fast.utils.private_api import chosen_attention
 from hyperclip_fast.version import __version__
 
 WIDTHS = {"Ti": 192, "S": 384, "B": 768, "L": 1024}
@@ -33,7 +33,7 @@ def implementation(operation: str, device: torch.device, dtype: torch.dtype, wid
     if operation == "attention":
         packed = torch.empty(1, TOKENS, 3, width // HEAD_WIDTH, HEAD_WIDTH, device=device, dtype=dtype)
         q, k, v = (heads.transpose(1, 2) for heads in packed.unbind(2))
-        return SDPBackend(torch._fused_sdp_choice(q, k, v)).name.lower().removesuffix("_attention")
+        return chosen_attention(q, k, v).name.lower().removesuffix("_attention")
     x = torch.empty(0, device=device, dtype=dtype)
     chosen = prefers_triton(operation, x, width) if operation in WIDEST else use_triton(x)
     return "triton" if chosen else "pytorch"

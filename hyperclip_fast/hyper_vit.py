@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from einops import rearrange
 from timm.models import VisionTransformer, checkpoint, list_models, model_entrypoint, register_model
-from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import default_cfgs as timm_cfgs
 from torch import Tensor, nn
 
-from hyperclip_fast.hyper_block import MODULATED_NORMS, OWN_ROW, HyperBlock, Row, add_norm, has_hooks
+from hyperclip_fast.hyper_block import MODULATED_NORMS, OWN_ROW, HyperBlock, Row, add_norm
 from hyperclip_fast.kernels.dispatch import use_triton
 from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams, NormSpec, check_params
 from hyperclip_fast.timm_models import create_timm_model
+from hyperclip_fast.utils.private_api import FeatureGetterNet, feature_take_indices, has_hooks
 
 
 class HyperViT(VisionTransformer):
@@ -291,8 +291,12 @@ def _pack(taken, prefix, final, output_dict):
     return taken if final is None else (final, taken)
 
 
-def to_hyper_vit(model: nn.Module, modulate: Iterable[str]) -> nn.Module:
-    """Change the classes of a timm VisionTransformer's parts, in place: modules, names and weights stay."""
+def to_hyper_vit(model: nn.Module, modulate: Iterable[str]) -> Any:
+    """Change the classes of a timm VisionTransformer's parts, in place: modules, names and weights stay.
+
+    Returns:
+        The model, now a HyperViT, or HyperFeatures where it is timm's wrapper for `features_only`.
+    """
     if isinstance(model, FeatureGetterNet) and isinstance(model.model, VisionTransformer):
         to_hyper_vit(model.model, modulate)._is_pruned = True  # timm has pruned it: rows of the whole encoder fit
         model.__class__ = HyperFeatures

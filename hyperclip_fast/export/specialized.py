@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
@@ -37,7 +38,7 @@ def save_specialized(model: HyperCLIP, class_names: Sequence[str], out: str | Pa
     encoder = _specialized(model, class_names)
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        save_for_hf(encoder, beside, model_args=_model_args(model), safe_serialization=True)
+        save_for_hf(encoder, str(beside), model_args=_model_args(model), safe_serialization=True)
         (beside / "model.safetensors").chmod(0o644)  # safetensors' own writer lets only us read it
         _save_classes(model, class_names, beside)
         if out.exists():
@@ -89,7 +90,7 @@ def push_specialized(
 
 
 def _specialized(model: HyperCLIP, class_names: Sequence[str]) -> nn.Module:
-    encoder = model.specialize(class_names)
+    encoder: Any = model.specialize(class_names)  # timm's attributes are not nn.Module's
     encoder.pretrained_cfg = {
         **encoder.pretrained_cfg,
         **model.preprocessing.timm_config(),

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.fsdp import fully_shard
 
 from hyperclip_fast.data.batch import Share
+from hyperclip_fast.utils.private_api import copy_each
 
 
 @contextlib.contextmanager
@@ -78,7 +79,7 @@ def average_gradients(parameters: Sequence[nn.Parameter], world: int) -> None:
         distributed.all_reduce(flat)
         flat /= world
         pieces = flat.split([grad.numel() for grad in grads])
-        torch._foreach_copy_(grads, [piece.view_as(grad) for piece, grad in zip(pieces, grads)])
+        copy_each(grads, [piece.view_as(grad) for piece, grad in zip(pieces, grads)])
 
 
 def mean(values: dict[str, Tensor], world: int) -> dict[str, float]:

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.training.objective import Inputs, Objective
+from hyperclip_fast.utils.private_api import BatchNorm
 from hyperclip_fast.utils.seeds import hash_seed
 
 
@@ -80,7 +80,7 @@ def _without_graph(parts: list[Callable[[], Tensor]]) -> Tensor:
 @contextmanager
 def _statistics_kept(tower: nn.Module) -> Iterator[None]:
     """BatchNorms in training mode use the batch's statistics, and their running ones stay as they are."""
-    norms = [part for part in tower.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+    norms = [part for part in tower.modules() if isinstance(part, BatchNorm) and part.track_running_stats]
     norms = [norm for norm in norms if norm.training]
     for norm in norms:
         norm.track_running_stats = False
