@@ -33,7 +33,7 @@ def implementation(operation: str, device: torch.device, dtype: torch.dtype, wid
     if operation == "attention":
         packed = torch.empty(1, TOKENS, 3, width // HEAD_WIDTH, HEAD_WIDTH, device=device, dtype=dtype)
         q, k, v = (heads.transpose(1, 2) for heads in packed.unbind(2))
-        return chosen_attention(q, k, v).name.lower().removesuffix("_attention")
+        return chosen_attention(q, k, v)
     x = torch.empty(0, device=device, dtype=dtype)
     chosen = prefers_triton(operation, x, width) if operation in WIDEST else use_triton(x)
     return "triton" if chosen else "pytorch"

@@ -19,10 +19,11 @@ from timm.layers import Attention, DropPath, LayerNorm, LayerNormFp32, LayerScal
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from hyperclip_fast.kernels.dispatch import use_triton
+from hyperclip_fast.kernels.dispatch import is_traced, use_triton
 from hyperclip_fast.kernels.layer_norm import add_layer_norm, layer_norm
 from hyperclip_fast.kernels.linear.functional import linear_add, linear_gelu, prefers_triton
 from hyperclip_fast.kernels.norm_linear import norm_linear, norm_linear_gelu
+from hyperclip_fast.utils.private_api import has_forward_hooks, has_hooks, is_fast_norm, own_children
 
 MODULATED_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
 Row = tuple[Tensor | None, Tensor | None]  # weight (T, D), bias (T, D); (None, None): the module's own
@@ -70,7 +71,7 @@ def _is_fusable(norm: nn.Module, x: Tensor) -> bool:
     """Whether a norm with its own weights may skip its forward: on Triton's path, a plain LayerNorm without hooks."""
     if not use_triton(x) or type(norm) not in MODULATED_NORMS or norm.weight is None or norm.bias is None:
         return False
-    return not (norm._forward_hooks or norm._forward_pre_hooks)
+    return not has_forward_hooks(norm)
 
 
 def norm_dtype(norm: nn.Module, x: Tensor) -> torch.dtype:
@@ -78,7 +79,7 @@ def norm_dtype(norm: nn.Module, x: Tensor) -> torch.dtype:
     kind = x.device.type
     if type(norm) is LayerNormFp32 or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return x.dtype
-    if getattr(norm, "_fast_norm", False):
+    if is_fast_norm(norm):
         return torch.get_autocast_dtype(kind)
     return x.dtype if kind == "cpu" else torch.float32
 
@@ -90,17 +91,9 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
-def has_hooks(*modules: nn.Module) -> bool:
-    """Whether a hook, or a forward of its own, makes calling one of the modules more than running its class's code."""
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
-        for m in modules
-    )
-
-
 def _is_plain_mlp(mlp: nn.Module) -> bool:
     """Whether `mlp` is timm's Linear, exact GELU, Linear with nothing in between, and nobody listens inside."""
-    parts = tuple(mlp._modules.values())[:4]  # read without nn.Module's __getattr__: this runs once a block
+    parts = tuple(own_children(mlp).values())[:4]  # read without nn.Module's __getattr__: this runs once a block
     if type(mlp) is not Mlp or tuple(map(type, parts)) != PLAIN_MLP:
         return False
     _, act, drop, _ = parts
@@ -109,12 +102,7 @@ def _is_plain_mlp(mlp: nn.Module) -> bool:
 
 def may_overwrite() -> bool:
     """Whether nothing but the next step will read a result: no autograd, no tracing."""
-    return not (torch.is_grad_enabled() or _is_traced())
-
-
-def _is_traced() -> bool:
-    """Whether torch.compile, torch.export or torch.func looks on."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return not (torch.is_grad_enabled() or is_traced())
 
 
 def _is_plain_attention(attn: nn.Module, h: Tensor) -> bool:
@@ -313,7 +301,7 @@ class HyperBlock(Block):
     ) -> tuple[Tensor, Tensor | None]:
         """norm2 and MLP: x and delta, both (B, N, D), to their sum and the MLP's delta, or all and None."""
         mlp, norm, dtype = self.mlp, self.norm2, _product_dtype(x)
-        is_plain = (use_triton(x) or not _is_traced()) and _is_plain_mlp(mlp)
+        is_plain = (use_triton(x) or not is_traced()) and _is_plain_mlp(mlp)
         if is_plain and _has_prologue("norm_linear_gelu", norm, x, delta, row, mlp.fc1):
             rows = _rows(norm, row, task_ids)
             h = norm_linear_gelu(x, *rows, norm.eps, mlp.fc1.weight, mlp.fc1.bias, dtype)

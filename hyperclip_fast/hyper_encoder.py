@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperclip_fast.hyper_vit import HyperViT
-from hyperclip_fast.kernels.dispatch import is_eager, use_triton
+from hyperclip_fast.kernels.dispatch import is_traced, use_triton
 from hyperclip_fast.modulated_norms import (
     ROW_NORMS,
     Rows,
@@ -123,7 +123,7 @@ class HyperEncoder(nn.Module):
         fused = use_triton(x)
         if task_ids is not None and table.shape[0] > 1 and not fused:
             table, task_ids = table.index_select(0, task_ids), None
-        is_plain = table.device.type == "cpu" and not fused and is_eager() and not torch.is_grad_enabled()
+        is_plain = table.device.type == "cpu" and not fused and not is_traced() and not torch.is_grad_enabled()
         pieces = iter(table[0].split(spec.sizes) if table.shape[0] == 1 else table.split(spec.sizes, dim=1))
         rows = [Rows(next(pieces), next(pieces) if bias else None, task_ids, x.shape[0]) for bias in spec.biases]
         binding = _Binding(rows, is_plain)
@@ -265,9 +265,10 @@ def reestimated(encoder: HyperEncoder, batches: Iterable[Tensor], params: NormPa
         raise ValueError("images must hold at least one batch, got none")
     row = params.state_dict(0)
     for name, norm in norms.items():
-        mean, var = (model.get_buffer(f"{name}.{each}").double() for each in ("running_mean", "running_var"))
-        shared_mean, shared_var = (
-            encoder.get_buffer(f"{name}.{each}").double() for each in ("running_mean", "running_var")
+        mean, var, shared_mean, shared_var = (
+            each.get_buffer(f"{name}.{statistic}").double()
+            for each in (model, encoder)
+            for statistic in ("running_mean", "running_var")
         )
         scale = norm.weight.double() / (var + norm.eps).sqrt()
         shift = norm.bias.double() - mean * scale

@@ -20,7 +20,7 @@ from hyperclip_fast.hyper_block import MODULATED_NORMS, OWN_ROW, HyperBlock, Row
 from hyperclip_fast.kernels.dispatch import use_triton
 from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams, NormSpec, check_params
 from hyperclip_fast.timm_models import create_timm_model
-from hyperclip_fast.utils.private_api import FeatureGetterNet, feature_take_indices, has_hooks
+from hyperclip_fast.utils.private_api import FeatureGetterNet, add_positions, feature_take_indices, has_hooks
 
 
 class HyperViT(VisionTransformer):
@@ -101,7 +101,7 @@ class HyperViT(VisionTransformer):
         return self._is_pruned and set(zip(self._spec.names, self._spec.widths)) <= set(zip(spec.names, spec.widths))
 
     def _embed(self, x: Tensor, rows: dict[str, Row], task_ids: Tensor | None) -> Tensor:
-        x = self.patch_drop(self._pos_embed(self.patch_embed(x)))
+        x = self.patch_drop(add_positions(self, self.patch_embed(x)))
         return add_norm(self.norm_pre, x, None, rows.get("norm_pre", OWN_ROW), task_ids)[0]
 
     def _run_block(

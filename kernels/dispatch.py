@@ -51,5 +51,10 @@ def use_triton(x: torch.Tensor) -> bool:
     return _backend == "triton" or (_backend == "auto" and x.is_cuda and _has_triton and x.dtype in TRITON_DTYPES)
 
 
-def is_eager() -> bool:
-    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+def is_traced() -> bool:
+    """Whether torch.compile, torch.export or a transform of torch.func (grad, vmap, jvp) sees what runs now.
+
+    Then the plain formula runs, which all of them can differentiate, batch and fuse. PyTorch has no public question
+    for its transforms: `torch._C._are_functorch_transforms_active` is what torch.autograd itself asks since 2.0.
+    """
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hyperclip_fast.bench.cases.operations import OPERATIONS, Inputs, Operation, Shape
 from hyperclip_fast.bench.harness.runner import Case, Provider, Run, relative_error
+from hyperclip_fast.utils.private_api import mark_maybe_dynamic
 from hyperclip_fast.utils.timing import ColdClock, wall_seconds
 
 TOKENS = 197  # of a 224-pixel image in patches of 16, and the class token
@@ -94,7 +95,7 @@ def _step(function: Callable, inputs: Inputs, training: bool, dtype: torch.dtype
     }
     if "task_ids" in inputs and inputs["weight"].shape[0] > 1:
         for name in ("weight", "bias"):
-            torch._dynamo.maybe_mark_dynamic(inputs[name], 0)  # one compilation for every T
+            mark_maybe_dynamic(inputs[name], 0)  # one compilation for every T
     if not training:
 
         def forward():

@@ -6,7 +6,6 @@ where it was, one that has its log is not run again. `report` makes the tables a
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from hyperclip_fast.bench.conditioning.plots import draw
 from hyperclip_fast.bench.conditioning.report import report
 from hyperclip_fast.bench.conditioning.scores import mean
 from hyperclip_fast.bench.conditioning.width import width_table, widths
+from hyperclip_fast.utils.files import write_file
 
 CONFIG = Path(__file__).with_name("queue.yaml")
 OVERHEADS, CONCLUSION = "overheads.json", "conclusion.md"  # beside the logs; the report quotes both
@@ -72,11 +72,9 @@ def _report(args: argparse.Namespace) -> int:
     words = folder / CONCLUSION
     conclusion = words.read_text(encoding="utf-8") if words.exists() else ""
     path = folder.with_suffix(".md")
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     sections = [names_section(group, arms, folder) for group, arms in named.items()]
     text = report(folder, groups, plots, scale, overheads, conclusion, gains)
-    beside.write_text("\n".join([text, *sections]), encoding="utf-8")
-    os.replace(beside, path)
+    write_file(path, "\n".join([text, *sections]))
     print(path)
     return 0
 

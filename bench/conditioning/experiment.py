@@ -1,7 +1,6 @@
 """One run of the experiment: what it is asked, and the log that it leaves."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -28,6 +27,7 @@ from hyperclip_fast.data.scenes import ATTRIBUTES, SceneSampler, scene_tasks
 from hyperclip_fast.evaluation.eval_sets import load_eval_set
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
 from hyperclip_fast.training.trainer import Trainer
+from hyperclip_fast.utils.files import write_file
 
 RESULTS = "bench/results/conditioning"
 LOOKS = 5  # times that held-out scenes are scored in a run, the end included
@@ -158,8 +158,6 @@ def _rounded(value: Any) -> Any:
 
 
 def write_log(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Write JSON lines beside, then rename."""
+    """Write JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(beside, path)
+    write_file(path, "".join(json.dumps(line) + "\n" for line in lines))

@@ -5,12 +5,12 @@ The JSON: {"machine": what bench.machine.describe returns, "rows": what bench.ru
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hyperclip_fast.bench.harness.runner import BASELINE
+from hyperclip_fast.utils.files import write_file
 
 Row = dict[str, Any]
 LABELS = ("operation", "model", "step", "width", "batch", "tokens", "tasks", "mix")
@@ -40,12 +40,10 @@ class Report:
         self.write()
 
     def write(self) -> None:
-        """Write the JSON beside its place, then rename: a run that is stopped leaves what it measured."""
+        """Write the JSON: a run that is stopped leaves what it measured."""
         if self.path is None:
             return
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        beside.write_text(json.dumps(self.record(), indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, self.path)
+        write_file(self.path, json.dumps(self.record(), indent=1) + "\n")
 
     def record(self) -> dict[str, Any]:
         """What the JSON file holds."""

@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import os
-from pathlib import Path
 
 from hyperclip_fast.cli.arguments import add_model
 
@@ -50,6 +48,7 @@ def add_evaluate(commands) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from hyperclip_fast.hyperclip import load_model
+    from hyperclip_fast.utils.files import write_file
 
     _settle(args)
     model = load_model(args.model, args.device)
@@ -57,10 +56,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         model.text_tower.set_templates(args.templates)
     result, text = _result(args, model)
     if args.out:
-        path = Path(args.out)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        beside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        write_file(args.out, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2) if args.json else text)
 
 

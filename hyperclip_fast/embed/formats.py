@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hyperclip_fast.utils.extras import require
-from hyperclip_fast.utils.files import save_safetensors, write_beside
+from hyperclip_fast.utils.files import save_safetensors, write_file
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def _safetensors_broken(path: Path) -> dict[str, str]:
 def _write_npy(part: Part, path: Path) -> None:
     buffer = io.BytesIO()
     require("numpy", "embed").save(buffer, part.embeddings.numpy(), allow_pickle=False)
-    write_beside(buffer.getvalue(), path.with_suffix(".npy"))
-    write_beside(part.about().encode(), path)
+    write_file(path.with_suffix(".npy"), buffer.getvalue())
+    write_file(path, part.about().encode())
 
 
 def _npy_broken(path: Path) -> dict[str, str]:
@@ -77,7 +77,7 @@ def _write_parquet(part: Part, path: Path) -> None:
     table = arrow.table(columns).replace_schema_metadata({"broken": json.dumps(part.broken, ensure_ascii=False)})
     buffer = io.BytesIO()
     parquet.write_table(table, buffer)
-    write_beside(buffer.getvalue(), path)
+    write_file(path, buffer.getvalue())
 
 
 def _parquet_broken(path: Path) -> dict[str, str]:

@@ -21,7 +21,7 @@ from hyperclip_fast.embed.on_ray import run_on_ray
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
 from hyperclip_fast.task_bank import TaskBank, fingerprint
 from hyperclip_fast.tasks import AdaptedTask
-from hyperclip_fast.utils.files import write_beside
+from hyperclip_fast.utils.files import UNFINISHED, remove_unfinished, write_file
 
 
 def embed(
@@ -140,13 +140,12 @@ def _open_run(
     if (
         out.exists()
         and not path.exists()
-        and (not out.is_dir() or any(file.suffix != ".tmp" for file in out.iterdir()))
+        and (not out.is_dir() or any(not file.name.startswith(UNFINISHED) for file in out.iterdir()))
     ):
         raise ValueError(f"out must be a new or an empty folder, or hold a run, got {out}")
     out.mkdir(parents=True, exist_ok=True)
-    for left in out.glob(".*.tmp"):
-        left.unlink()
-    write_beside(content, path)
+    remove_unfinished(out)
+    write_file(path, content)
 
 
 def _close_run(out: Path, parts: int, items: Sequence[Item], bank: TaskBank, config: EmbedConfig) -> dict:
@@ -160,5 +159,5 @@ def _close_run(out: Path, parts: int, items: Sequence[Item], bank: TaskBank, con
         "parts": parts,
         "broken": broken,
     }
-    write_beside(json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n", out / "index.json")
+    write_file(out / "index.json", json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n")
     return index

@@ -8,7 +8,6 @@ import contextlib
 import io
 import json
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from hyperclip_fast.export.graphs import Graph
 from hyperclip_fast.utils.extras import require
+from hyperclip_fast.utils.files import written_file
 from hyperclip_fast.utils.private_api import compile_and_package, load_package
 
 TOLERANCE = 1e-4  # of the largest value of an output
@@ -59,17 +59,13 @@ def export(graph: Graph, path: str | Path, format: str = "onnx") -> float:
     if path.suffix != chosen.suffix:
         raise ValueError(f"path must end in {chosen.suffix} for the format {format}, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
+    with written_file(path) as beside:
         with quiet():
             chosen.write(graph, beside)
             error = _error(graph, chosen.load(beside))
         if not error <= TOLERANCE:
             raise ValueError(f"{format} must compute what PyTorch does within {TOLERANCE}, got {error:.1e}")
-        beside.chmod(0o644)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+        beside.chmod(0o644)  # some writers let only us read it
     return error
 
 

@@ -11,13 +11,12 @@ hyperclip_fast and beside other versions of itself.
 import argparse
 import hashlib
 import json
-import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from hyperclip_fast.kernels import dispatch
+from hyperclip_fast.utils.files import written_folder
 from hyperclip_fast.version import __version__
 
 NAME = "hyperclip-fast"
@@ -65,16 +64,13 @@ def write_hub_kernel(out: str | Path) -> Path:
         ValueError: for a folder with files in it.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out must be a new or an empty folder, got {out}")
     sources = {
         path.relative_to(_folder()).as_posix(): path.read_text(encoding="utf-8")
         for path in sorted(_folder().rglob("*.py"))
     }
     namespace = f"_hyperclip_fast_{hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:7]}"
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    variant = beside / "build" / "torch-universal"
-    try:
+    with written_folder(out) as beside:
+        variant = beside / "build" / "torch-universal"
         variant.mkdir(parents=True)
         for name, text in sources.items():
             text = text.replace("hyperclip_fast::", f"{namespace}::").replace(
@@ -86,12 +82,6 @@ def write_hub_kernel(out: str | Path) -> Path:
         (variant / "metadata.json").write_text(json.dumps(_metadata(namespace), indent=2), encoding="utf-8")
         card = CARD.format(version=__version__, name=NAME, interface=VERSION)
         (beside / "README.md").write_text(card, encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        out.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(beside, out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return out
 
 

@@ -1,8 +1,6 @@
 """One task, baked into files that need nothing but timm and safetensors."""
 
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +12,7 @@ from timm.models import push_to_hf_hub, save_for_hf
 from torch import nn
 
 from hyperclip_fast.hyperclip import HyperCLIP
-from hyperclip_fast.utils.files import save_safetensors
+from hyperclip_fast.utils.files import save_safetensors, written_folder
 
 
 def save_specialized(model: HyperCLIP, class_names: Sequence[str], out: str | Path) -> Path:
@@ -33,20 +31,11 @@ def save_specialized(model: HyperCLIP, class_names: Sequence[str], out: str | Pa
         ValueError: for no class names, or a folder with files in it.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out must be a new or an empty folder, got {out}")
-    encoder = _specialized(model, class_names)
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with written_folder(out) as beside:
+        encoder = _specialized(model, class_names)
         save_for_hf(encoder, str(beside), model_args=_model_args(model), safe_serialization=True)
         (beside / "model.safetensors").chmod(0o644)  # safetensors' own writer lets only us read it
         _save_classes(model, class_names, beside)
-        if out.exists():
-            out.rmdir()
-        out.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(beside, out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return out
 
 

@@ -5,9 +5,7 @@ adapter_model.bin.
 """
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import torch
 from hyperclip_fast.integrations.transformers_names import timm_name
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.utils.extras import require
-from hyperclip_fast.utils.files import load_safetensors, save_safetensors
+from hyperclip_fast.utils.files import load_safetensors, save_safetensors, written_folder
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KEY = re.compile(r"base_model\.model\.(.+)\.ln_tuning_layers\.(weight|bias)")
@@ -71,20 +69,12 @@ def save_ln_adapter(params: NormParams, folder: str | Path, task: int = 0, base_
         ImportError: where peft is missing.
     """
     peft, folder = require("peft", "peft"), Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"folder must be a new or an empty folder, got {folder}")
     config = peft.LNTuningConfig(target_modules=_pattern(params.spec.names), base_model_name_or_path=base_model)
     config.inference_mode = True
     tensors = {_key(name): tensor.cpu() for name, tensor in params.state_dict(task).items()}
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
+    with written_folder(folder, "folder") as beside:
         config.save_pretrained(beside)
         save_safetensors(tensors, beside / WEIGHTS, {"format": "pt"})
-        if folder.exists():
-            folder.rmdir()
-        os.replace(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return folder
 
 

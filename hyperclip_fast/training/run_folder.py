@@ -4,9 +4,7 @@ Only the first process writes. Files are written beside and renamed.
 """
 
 import json
-import os
 import pickle
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.utils.extras import require
+from hyperclip_fast.utils.files import remove_unfinished, write_file, written_file, written_folder
 
 
 class RunFolder:
@@ -37,7 +36,8 @@ class RunFolder:
         self.tensorboard = tensorboard and writes
         if writes:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._write(file, (json.dumps(settings, indent=2) + "\n").encode())
+            remove_unfinished(self.path)
+            write_file(file, json.dumps(settings, indent=2) + "\n")
 
     def resume(self) -> dict[str, Any] | None:
         """The last checkpoint, where there is one; log lines of later steps are dropped: they will come again.
@@ -58,19 +58,15 @@ class RunFolder:
     def save(self, state: dict[str, Any]) -> None:
         """Write the checkpoint."""
         if self.writes:
-            beside = self.path / f".checkpoint.{os.getpid()}.tmp"
-            torch.save(state, beside)
-            os.replace(beside, self.path / "checkpoint.pt")
+            with written_file(self.path / "checkpoint.pt") as beside:
+                torch.save(state, beside)
             if self.events:
                 self.events.flush()
 
     def save_model(self, model: HyperCLIP) -> None:
         """Write the model, in place of one that is there."""
-        beside, place = self.path / ".model.tmp", self.path / "model"
-        shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed here
-        model.save_pretrained(beside)
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(beside, place)
+        with written_folder(self.path / "model", replace=True) as beside:
+            model.save_pretrained(beside)
 
     def log(self, step: int, entry: dict[str, Any]) -> None:
         """Append one JSON line, and numbers to TensorBoard."""
@@ -88,12 +84,7 @@ class RunFolder:
         file = self.path / "log.jsonl"
         if file.exists():
             lines = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
-            self._write(file, "".join(line + "\n" for line in lines).encode())
-
-    def _write(self, file: Path, content: bytes) -> None:
-        beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        beside.write_bytes(content)
-        os.replace(beside, file)
+            write_file(file, "".join(line + "\n" for line in lines))
 
 
 def _load_checkpoint(path: Path) -> dict[str, Any]:

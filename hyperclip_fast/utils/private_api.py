@@ -1,7 +1,7 @@
 """The private interfaces of PyTorch and timm that the package uses: each with its reason, and none anywhere else.
 
 A private interface may change without notice, so this is the first file to read when a new release breaks something.
-All of them exist from the oldest releases that setup.py allows up to the newest, and CI tests both. kernels/ stands
+All of them exist in the oldest releases that setup.py allows and in the newest ones: CI tests both. kernels/ stands
 alone and has a list of its own.
 """
 
@@ -26,6 +26,7 @@ from torch.utils._pytree import register_pytree_node as register_pytree_node
 from torch.utils._pytree import tree_leaves as tree_leaves
 
 if TYPE_CHECKING:
+    from timm.models import VisionTransformer
     from timm.models._features import FeatureGetterNet as FeatureGetterNet
     from timm.models._features import feature_take_indices as feature_take_indices
 
@@ -47,21 +48,20 @@ def has_hooks(*modules: nn.Module) -> bool:
 
     nn.Module has no public way to ask for its hooks.
     """
-    for m in modules:  # a loop, not any(...): PyTorch 2.8 to 2.10 cannot trace a generator here
-        if (
-            m._forward_hooks
-            or m._forward_pre_hooks
-            or m._backward_hooks
-            or m._backward_pre_hooks
-            or "forward" in vars(m)
-        ):
-            return True
-    return False
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
+        for m in modules
+    )
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
     """Whether somebody listens to a module's forward pass."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def is_fast_norm(norm: nn.Module) -> bool:
+    """Whether timm computes a norm in autocast's dtype. timm keeps it in the layer, and has no public way to ask."""
+    return getattr(norm, "_fast_norm", False)
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
@@ -122,9 +122,14 @@ def copy_each(targets: list[Tensor], sources: list[Tensor]) -> None:
     torch._foreach_copy_(targets, sources)
 
 
-def chosen_attention(q: Tensor, k: Tensor, v: Tensor) -> SDPBackend:
-    """Which implementation scaled_dot_product_attention takes for these inputs. Replaced by: nothing."""
-    return SDPBackend(torch._fused_sdp_choice(q, k, v))
+def chosen_attention(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Which kernel scaled_dot_product_attention takes for these inputs, such as "math". Replaced by: nothing."""
+    return SDPBackend(torch._fused_sdp_choice(q, k, v)).name.lower().removesuffix("_attention")
+
+
+def add_positions(vit: "VisionTransformer", x: Tensor) -> Tensor:
+    """timm's patches to tokens: prefix tokens and position embeddings. Part of its forward_features, without a name."""
+    return vit._pos_embed(x)
 
 
 def mark_maybe_dynamic(tensor: Tensor, dim: int) -> None:

@@ -10,7 +10,8 @@ Shapes: x, residual, out (B, C, H, W), contiguous or channels-last; weight, bias
 import torch
 import torch.nn.functional as F
 
-from ..dispatch import has_triton, is_eager, use_triton
+from ..common.checks import check_rows
+from ..dispatch import has_triton, is_traced, use_triton
 from .mixed import mixed, statistics
 
 if has_triton():
@@ -96,7 +97,7 @@ def _rows_of_samples(x, task_ids, *tables) -> list[torch.Tensor]:
 
 def _finish(normed, act, residual, residual_after_act) -> torch.Tensor:
     """Activation and residual add, written over `normed` where nobody needs it any more."""
-    inplace = is_eager() and not normed.requires_grad
+    inplace = not is_traced() and not normed.requires_grad
     if residual is not None and not residual_after_act:
         normed = _add(normed, residual)
     normed = ACTS[act](normed, inplace=inplace and not normed.requires_grad)
@@ -104,27 +105,14 @@ def _finish(normed, act, residual, residual_after_act) -> torch.Tensor:
 
 
 def _add(normed, residual) -> torch.Tensor:
-    inplace = is_eager() and not normed.requires_grad and not residual.requires_grad
+    inplace = not is_traced() and not normed.requires_grad and not residual.requires_grad
     return normed.add_(residual) if inplace else normed + residual
 
 
 def _check(x, weight, bias, task_ids, act, residual) -> None:
     if x.dim() != 4 or x.shape[1] == 0:
         raise ValueError(f"x must be (B, C, H, W) with C at least 1, got shape {tuple(x.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
-        raise ValueError(f"weight must be (T, C) with C = {x.shape[1]}, got shape {tuple(weight.shape)}")
-    if bias.shape != weight.shape or bias.dtype != weight.dtype:
-        raise ValueError(
-            f"bias must have weight's shape and dtype {tuple(weight.shape)}, {weight.dtype}, "
-            f"got {tuple(bias.shape)}, {bias.dtype}"
-        )
-    if task_ids is None:
-        if weight.shape[0] != 1 and weight.shape[0] != x.shape[0]:
-            raise ValueError(f"task_ids must be given unless T is 1 or B: T = {weight.shape[0]}, B = {x.shape[0]}")
-    elif task_ids.dim() != 1 or task_ids.shape[0] != x.shape[0]:
-        raise ValueError(f"task_ids must be (B,) with B = {x.shape[0]}, got shape {tuple(task_ids.shape)}")
-    elif task_ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"task_ids must be int64 or int32, got {task_ids.dtype}")
+    check_rows(weight, bias, task_ids, x.shape[0], x.shape[1], "C")
     if act not in ACTS:
         raise ValueError(f"act must be one of {tuple(ACTS)}, got {act!r}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):

@@ -1,8 +1,10 @@
 """Launches of the batch norm's kernels: what is allocated, which grid."""
 
+from typing import Any, NamedTuple
+
 import torch
 
-from ..common.launch import cdiv, reduce_partials, row_stride
+from ..common.launch import Rows, cdiv, reduce_partials, row_stride
 from ..tables import COMBINE_CONFIG, batch_norm_tiles
 from .triton_kernels import _bwd_kernel, _fwd_kernel
 from .triton_sums import _combine_kernel, _stats_kernel, _sums_kernel
@@ -65,30 +67,35 @@ def launch_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, var
 
 
-def _norm_arguments(weight, bias, task_ids, mean, var, eps) -> dict:
-    rows = {"weight": weight, "bias": bias, "task_ids": task_ids, "mean": mean, "var": var, "T": weight.shape[0]}
-    strides = {"weight_stride": row_stride(weight), "bias_stride": row_stride(bias)}
-    stats_stride = 0 if mean.dim() == 1 else row_stride(mean)
-    return {**rows, **strides, "stats_stride": stats_stride, "eps": eps}
+class Norm(NamedTuple):
+    """What a batch is normalised by."""
+
+    rows: Rows
+    mean: torch.Tensor  # (C,) or (T, C) float32, columns dense
+    var: torch.Tensor  # likewise
+    eps: float
+    act: str
+
+    def arguments(self) -> dict[str, Any]:
+        """What every kernel that normalises takes of it."""
+        stride = 0 if self.mean.dim() == 1 else row_stride(self.mean)
+        statistics = {"mean": self.mean, "var": self.var, "stats_stride": stride, "eps": self.eps}
+        return {**self.rows.arguments(), **statistics}
+
+
+class Needs(NamedTuple):
+    """Which gradients backward is asked for."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    residual: bool
 
 
 def launch_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    task_ids: torch.Tensor | None,
-    mean: torch.Tensor,
-    var: torch.Tensor,
-    eps: float,
-    act: str,
-    residual: torch.Tensor | None,
-    residual_after_act: bool,
+    x: torch.Tensor, norm: Norm, residual: torch.Tensor | None, residual_after_act: bool
 ) -> torch.Tensor:
-    """out (B, C, H, W), of x's dtype and format.
-
-    x is dense, residual as x; columns of weight, bias, mean and var are contiguous; T is 1 or B where task_ids is None;
-    mean and var are (C,) or (T, C) float32.
-    """
+    """out (B, C, H, W), of x's dtype and format; x is dense, residual as x."""
     out = _empty_like(x)
     layout = _layout(x)
     if x.numel():
@@ -97,9 +104,9 @@ def launch_forward(
             x=x,
             residual=residual,
             out=out,
-            ACT=act,
+            ACT=norm.act,
             RESIDUAL_AFTER=residual_after_act,
-            **_norm_arguments(weight, bias, task_ids, mean, var, eps),
+            **norm.arguments(),
             **layout,
         )
     return out
@@ -108,83 +115,95 @@ def launch_forward(
 def launch_backward(
     grad_out: torch.Tensor,
     x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    task_ids: torch.Tensor | None,
-    mean: torch.Tensor,
-    var: torch.Tensor,
-    eps: float,
-    act: str,
+    norm: Norm,
     residual: torch.Tensor | None,
     is_batch: bool,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-    need_residual: bool,
+    needs: Needs,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """grad_x and grad_residual (B, C, H, W), the rows' gradients (R, T, C): None if not asked.
 
-    R counts the needed ones of weight and bias, in this order. `is_batch`: mean and var are those of x itself.
+    R counts the needed ones of weight and bias, in this order. `is_batch`: mean and var are those of x itself: then
+    grad_x takes two passes, of which the first adds up what the second subtracts.
     grad_out and residual are dense as x is; `residual`: only where the activation sees it.
     """
     B, C = x.shape[:2]
     layout = _layout(x)
-    _, chunk, slices, programs = _slices(x, layout) if x.numel() else (1, 1, 0, 1)  # of no slices the sum is 0
-    two_passes = is_batch and need_x
-    sum_weight, sum_bias = need_weight or two_passes, need_bias or two_passes
+    slices = _slices(x, layout)[2] if x.numel() else 0  # of no slices the sum is 0
+    two_passes = is_batch and needs.x
+    sum_weight, sum_bias = needs.weight or two_passes, needs.bias or two_passes
     kinds = sum_weight + sum_bias
     partials = torch.empty(kinds, B, slices, C, dtype=torch.float32, device=x.device) if kinds else None
-    grad_x = _empty_like(x) if need_x else None
-    grad_residual = _empty_like(x) if need_residual else None
-    arguments = _norm_arguments(weight, bias, task_ids, mean, var, eps) | layout | {"chunk": chunk, "slices": slices}
+    grad_x = _empty_like(x) if needs.x else None
+    grad_residual = _empty_like(x) if needs.residual else None
     if x.numel():
-        _bwd_kernel[(B * slices * programs,)](
-            grad_out=grad_out,
-            x=x,
-            residual=residual,
-            sums=None,
+        _launch_pass(
+            grad_out,
+            x,
+            norm,
+            residual,
             grad_x=None if two_passes else grad_x,
             grad_residual=grad_residual,
             partial_weight=partials[0] if sum_weight else None,
             partial_bias=partials[-1] if sum_bias else None,
-            ACT=act,
-            **arguments,
         )
         if two_passes:
-            has_g = grad_residual is not None  # g is written already: the second pass reads it
-            _bwd_kernel[(B * slices * programs,)](
-                grad_out=grad_residual if has_g else grad_out,
-                x=x,
-                residual=None if has_g else residual,
-                sums=_channel_means(partials, weight, task_ids, x.numel() // C),
-                grad_x=grad_x,
-                grad_residual=None,
-                partial_weight=None,
-                partial_bias=None,
-                ACT="none" if has_g else act,
-                **arguments,
-            )
-    if not need_weight and not need_bias:
+            sums = _channel_means(partials, norm.rows, x.numel() // C)
+            if grad_residual is None:
+                _launch_pass(grad_out, x, norm, residual, sums=sums, grad_x=grad_x)
+            else:  # what passed the activation is written already
+                _launch_pass(grad_residual, x, norm._replace(act="none"), None, sums=sums, grad_x=grad_x)
+    if not needs.weight and not needs.bias:
         return grad_x, grad_residual, None
     if two_passes:
-        partials = partials[0 if need_weight else 1 : 2 if need_bias else 1]
-    return grad_x, grad_residual, reduce_partials(partials, weight, task_ids)
+        partials = partials[0 if needs.weight else 1 : 2 if needs.bias else 1]
+    return grad_x, grad_residual, reduce_partials(partials, norm.rows.weight, norm.rows.task_ids)
 
 
-def _channel_means(partials, weight, task_ids, count: int) -> torch.Tensor:
+def _launch_pass(
+    grad_out: torch.Tensor,
+    x: torch.Tensor,
+    norm: Norm,
+    residual: torch.Tensor | None,
+    sums: torch.Tensor | None = None,
+    grad_x: torch.Tensor | None = None,
+    grad_residual: torch.Tensor | None = None,
+    partial_weight: torch.Tensor | None = None,
+    partial_bias: torch.Tensor | None = None,
+) -> None:
+    """One pass of backward, which writes the outputs that it is given."""
+    layout = _layout(x)
+    _, chunk, slices, programs = _slices(x, layout)
+    _bwd_kernel[(x.shape[0] * slices * programs,)](
+        grad_out=grad_out,
+        x=x,
+        residual=residual,
+        sums=sums,
+        grad_x=grad_x,
+        grad_residual=grad_residual,
+        partial_weight=partial_weight,
+        partial_bias=partial_bias,
+        chunk=chunk,
+        slices=slices,
+        ACT=norm.act,
+        **norm.arguments(),
+        **layout,
+    )
+
+
+def _channel_means(partials: torch.Tensor, rows: Rows, count: int) -> torch.Tensor:
     """(2, C) float32: means over the batch of weight[t_b] * g, and of weight[t_b] * g * xhat."""
     _, B, slices, C = partials.shape
-    sums = torch.empty(2, C, dtype=torch.float32, device=weight.device)
+    sums = torch.empty(2, C, dtype=torch.float32, device=partials.device)
     block_p, block_c, warps = COMBINE_CONFIG
     _sums_kernel[(cdiv(C, block_c), 2)](
         partials=partials,
-        weight=weight,
-        task_ids=task_ids,
+        weight=rows.weight,
+        task_ids=rows.task_ids,
         sums=sums,
         P=B * slices,
-        T=weight.shape[0],
+        T=rows.weight.shape[0],
         slices=slices,
-        weight_stride=row_stride(weight),
+        weight_stride=row_stride(rows.weight),
         count=float(count),
         C=C,
         BLOCK_P=block_p,

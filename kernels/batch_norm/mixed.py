@@ -9,12 +9,12 @@ that is scalar where channels are outermost, F.batch_norm of x seen as (1, B * C
 import torch
 import torch.nn.functional as F
 
-from ..dispatch import is_eager
+from ..dispatch import is_traced
 
 
 def mixed(x, weight, bias, mean, var, eps, is_batch) -> torch.Tensor:
     """Row b of weight and bias (B, C) for sample b; mean, var (C,) or (B, C); `is_batch`: they are functions of x."""
-    if not is_eager():
+    if is_traced():
         return _mixed_plain(x, weight, bias, mean, var, eps)
     x = x if _is_dense(x) else x.contiguous()
     arguments = (x, weight, bias, mean.detach(), var.detach(), eps)
@@ -65,7 +65,7 @@ def _is_dense(x: torch.Tensor) -> bool:
 
 def statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance (C,) of each channel; under a tracer with their gradients."""
-    if not is_eager():
+    if is_traced():
         mean = x.mean((0, 2, 3))
         return mean, (x - _spread(mean)).square().mean((0, 2, 3))
     with torch.no_grad():

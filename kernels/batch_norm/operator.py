@@ -8,8 +8,10 @@ the first's. Kept for backward: x, residual where the activation sees it, mean a
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import TRITON_DTYPES
-from .launch import launch_backward, launch_forward, launch_statistics
+from ..common.checks import check_devices, check_dtype, check_row_dtype
+from ..common.launch import Rows
+from ..common.operator import contiguous, dense_columns, filled, is_plain, needs_grad
+from .launch import Needs, Norm, launch_backward, launch_forward, launch_statistics
 
 
 def _format(x: torch.Tensor) -> torch.memory_format:
@@ -24,28 +26,23 @@ def _dense(x: torch.Tensor, *others: torch.Tensor | None) -> list[torch.Tensor |
     return [None if t is None else t.contiguous(memory_format=layout) for t in (x, *others)]
 
 
-def _dense_columns(table: torch.Tensor) -> torch.Tensor:
-    return table if table.stride(-1) == 1 else table.contiguous()
-
-
-def _rows(weight, bias, task_ids, mean, var) -> tuple[torch.Tensor | None, ...]:
+def _norm(weight, bias, task_ids, mean, var, eps, act) -> Norm:
     mean, var = mean.float().contiguous(), var.float().contiguous()
-    ids = None if task_ids is None else task_ids.contiguous()
-    return _dense_columns(weight), _dense_columns(bias), ids, mean, var
+    return Norm(Rows(dense_columns(weight), dense_columns(bias), contiguous(task_ids)), mean, var, eps, act)
 
 
 def _forward(x, weight, bias, task_ids, mean, var, eps, act, residual, residual_after_act, is_batch):
     x, residual = _dense(x, residual)
-    rows = _rows(weight, bias, task_ids, mean, var)
+    norm = _norm(weight, bias, task_ids, mean, var, eps, act)
     with torch.cuda.device_of(x):
-        return launch_forward(x, *rows, eps, act, residual, residual_after_act)
+        return launch_forward(x, norm, residual, residual_after_act)
 
 
 def _backward(grad_out, x, weight, bias, task_ids, mean, var, eps, act, residual, is_batch, *needed):
     x, grad_out, residual = _dense(x, grad_out, residual)
-    rows = _rows(weight, bias, task_ids, mean, var)
+    norm = _norm(weight, bias, task_ids, mean, var, eps, act)
     with torch.cuda.device_of(x):
-        return launch_backward(grad_out, x, *rows, eps, act, residual, is_batch, *needed)
+        return launch_backward(grad_out, x, norm, residual, is_batch, Needs(*needed))
 
 
 def _statistics(x):
@@ -72,11 +69,6 @@ torch.library.define(
 )
 
 
-def _filled(tensors, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """An operator returns tensors only: an empty one stands for None."""
-    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
-
-
 @torch.library.impl("hyperclip_fast::batch_norm_act", "default")
 def _forward_op(x, *rest):
     return _forward(x, *rest)
@@ -84,7 +76,7 @@ def _forward_op(x, *rest):
 
 @torch.library.impl("hyperclip_fast::batch_norm_act_backward", "default")
 def _backward_op(grad_out, *rest):
-    return _filled(_backward(grad_out, *rest), grad_out)
+    return filled(_backward(grad_out, *rest), grad_out)
 
 
 @torch.library.impl("hyperclip_fast::batch_norm_statistics", "default")
@@ -119,7 +111,7 @@ def _backward_fake(
         torch.empty_like(x, memory_format=_format(x)) if need else None for need in (need_x, need_residual)
     )
     kinds = need_weight + need_bias
-    return _filled((grad_x, grad_residual, weight.new_empty(kinds, *weight.shape) if kinds else None), grad_out)
+    return filled((grad_x, grad_residual, weight.new_empty(kinds, *weight.shape) if kinds else None), grad_out)
 
 
 @torch.library.register_fake("hyperclip_fast::batch_norm_statistics")
@@ -145,7 +137,7 @@ def _gradients(ctx, grad_out):
     need_residual = ctx.needs_input_grad[8]
     grads = (None, None, None)
     if need_x or need_weight or need_bias or ctx.is_seen:
-        backward = _backward if _is_eager(grad_out) else torch.ops.hyperclip_fast.batch_norm_act_backward
+        backward = _backward if is_plain(grad_out) else torch.ops.hyperclip_fast.batch_norm_act_backward
         needed = need_x, need_weight, need_bias, need_residual and ctx.is_seen
         grads = backward(grad_out, *tensors, eps, act, residual, is_batch, *needed)
     grad_x, grad_residual, grad_rows = grads
@@ -174,20 +166,6 @@ class _BatchNormAct(torch.autograd.Function):
     backward = staticmethod(_gradients)
 
 
-def _is_eager(x: torch.Tensor) -> bool:
-    return type(x) is torch.Tensor and not torch.compiler.is_compiling()
-
-
-def _check_fused(x, weight, **others) -> None:
-    if x.dtype not in TRITON_DTYPES:
-        raise ValueError(f"x must be one of {TRITON_DTYPES} for the Triton kernel, got {x.dtype}")
-    if weight.dtype not in (x.dtype, torch.float32):
-        raise ValueError(f"weight must be torch.float32 or x's {x.dtype}, got {weight.dtype}")
-    for name, tensor in {"weight": weight, **others}.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
-
-
 def fused_batch_norm_act(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -207,16 +185,17 @@ def fused_batch_norm_act(
     Raises:
         ValueError: for dtypes and devices that the kernels do not take.
     """
-    _check_fused(x, weight, bias=bias, task_ids=task_ids, mean=mean, var=var, residual=residual)
+    check_dtype("x", x.dtype)
+    check_row_dtype("weight", weight, x)
+    check_devices(x, weight=weight, bias=bias, task_ids=task_ids, mean=mean, var=var, residual=residual)
     if weight.shape[0] == 1:
         task_ids = None
     is_batch = mean is None
     if is_batch:
-        statistics = _statistics if _is_eager(x) else torch.ops.hyperclip_fast.batch_norm_statistics
+        statistics = _statistics if is_plain(x) else torch.ops.hyperclip_fast.batch_norm_statistics
         mean, var = statistics(x.detach())
     arguments = (x, weight, bias, task_ids, mean, var, eps, act, residual, residual_after_act, is_batch)
-    if not _is_eager(x):
+    if not is_plain(x):
         return torch.ops.hyperclip_fast.batch_norm_act(*arguments), mean, var
-    differentiable = (t for t in (x, weight, bias, residual) if t is not None)
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
-    return (_BatchNormAct.apply(*arguments) if needs_grad else _forward(*arguments)), mean, var
+    differentiable = needs_grad(x, weight, bias, residual)
+    return (_BatchNormAct.apply(*arguments) if differentiable else _forward(*arguments)), mean, var

@@ -55,6 +55,38 @@ def _rstd(var, row, stride, eps, o_c, C):
     return tl.rsqrt(load_row(var, row, stride, o_c, C) + tl.cast(eps, tl.float32))
 
 
+@triton.jit
+def _grad_at(
+    grad_out,
+    x,
+    residual,
+    start,
+    o_tile,
+    m_tile,
+    b_mean,
+    b_scale,
+    b_bias,
+    ACT: tl.constexpr,
+):
+    """A tile's gradient in front of the activation, 0 outside, and x - mean."""
+    b_grad = tl.load(grad_out + start + o_tile, mask=m_tile, other=0.0).to(tl.float32)  # 0 outside: hides x there
+    b_centred = tl.load(x + start + o_tile, mask=m_tile, other=0.0).to(tl.float32) - b_mean
+    if ACT != "none":
+        b_pre = b_centred * b_scale + b_bias
+        if residual is not None:
+            b_pre += tl.load(residual + start + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+        b_grad *= activation_slope(b_pre, ACT)
+    return b_grad, b_centred
+
+
+@triton.jit
+def _place(chunk, slices, C, BLOCK_C: tl.constexpr):
+    """A program's slice of a sample: its line of partials, in int64, its first channel and its first tile."""
+    tiles = tl.cdiv(C, BLOCK_C)
+    line = tl.program_id(0) // tiles
+    return line.to(tl.int64), (tl.program_id(0) % tiles) * BLOCK_C, line % slices * chunk
+
+
 @triton.jit(do_not_specialize=["OUTER", "T"])
 def _fwd_kernel(
     x,  # (B, OUTER, INNER)
@@ -134,10 +166,8 @@ def _bwd_kernel(
     BLOCK_C: tl.constexpr = BLOCK_I if CHANNELS_LAST else BLOCK_O
     BLOCK_S: tl.constexpr = BLOCK_O if CHANNELS_LAST else BLOCK_I
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
-    tiles = tl.cdiv(C, BLOCK_C)
-    c, part = (tl.program_id(0) % tiles) * BLOCK_C, (tl.program_id(0) // tiles).to(tl.int64)
-    b, first = part // slices, (tl.program_id(0) // tiles % slices) * chunk
-    o_c = c + tl.arange(0, BLOCK_C)
+    part, c, first = _place(chunk, slices, C, BLOCK_C)
+    b, o_c = part // slices, c + tl.arange(0, BLOCK_C)
     row = row_of_sample(task_ids, b, T)
     b_mean = _spread(load_row(mean, row, stats_stride, o_c, C), CHANNELS_LAST)
     b_rstd = _spread(_rstd(var, row, stats_stride, eps, o_c, C), CHANNELS_LAST)
@@ -151,13 +181,7 @@ def _bwd_kernel(
     for tile in range(first, tl.minimum(first + chunk, tl.cdiv(S, BLOCK_S))):
         s = tile * BLOCK_S
         start, o_tile, m_tile = _tile(b, c, s, OUTER, INNER, CHANNELS_LAST, BLOCK_O, BLOCK_I)
-        b_grad = tl.load(grad_out + start + o_tile, mask=m_tile, other=0.0).to(tl.float32)  # 0 outside: hides x there
-        b_centred = tl.load(x + start + o_tile, mask=m_tile, other=0.0).to(tl.float32) - b_mean
-        if ACT != "none":
-            b_pre = b_centred * b_scale + b_bias
-            if residual is not None:
-                b_pre += tl.load(residual + start + o_tile, mask=m_tile, other=0.0).to(tl.float32)
-            b_grad *= activation_slope(b_pre, ACT)
+        b_grad, b_centred = _grad_at(grad_out, x, residual, start, o_tile, m_tile, b_mean, b_scale, b_bias, ACT)
         if grad_residual is not None:
             tl.store(grad_residual + start + o_tile, b_grad.to(grad_residual.dtype.element_ty), mask=m_tile)
         if partial_weight is not None:

@@ -10,7 +10,7 @@ The statistics read x once. Everything is added in a fixed order, in float32: tw
 import triton
 import triton.language as tl
 
-from .triton_kernels import _spread, _tile
+from .triton_kernels import _place, _spread, _tile
 
 
 @triton.jit(do_not_specialize=["OUTER", "chunk", "slices"])
@@ -31,9 +31,8 @@ def _stats_kernel(
     BLOCK_C: tl.constexpr = BLOCK_I if CHANNELS_LAST else BLOCK_O
     BLOCK_S: tl.constexpr = BLOCK_O if CHANNELS_LAST else BLOCK_I
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
-    tiles = tl.cdiv(C, BLOCK_C)
-    c, part = (tl.program_id(0) % tiles) * BLOCK_C, (tl.program_id(0) // tiles).to(tl.int64)
-    b, first = part // slices, (tl.program_id(0) // tiles % slices) * chunk
+    part, c, first = _place(chunk, slices, C, BLOCK_C)
+    b = part // slices
     b_mean, b_m2 = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     count = 0.0
     for tile in range(first, tl.minimum(first + chunk, tl.cdiv(S, BLOCK_S))):

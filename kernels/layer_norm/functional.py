@@ -9,7 +9,8 @@ Shapes: x, delta, out, total (B, N, D); weight, bias (T, D) with any row stride;
 import torch
 import torch.nn.functional as F
 
-from ..dispatch import has_triton, use_triton
+from ..common.checks import check_rows
+from ..dispatch import has_triton, is_traced, use_triton
 
 if has_triton():
     from .operator import fused_layer_norm
@@ -36,7 +37,7 @@ def layer_norm_reference(
     compute = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     x = x.to(compute)
     weight, bias = weight.to(compute), bias.to(compute)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_traced():
         return _mixed_layer_norm(x, weight, bias, eps).to(out_dtype)
     if torch.is_grad_enabled():
         return _MixedLayerNorm.apply(x, weight, bias, eps).to(out_dtype)
@@ -108,25 +109,13 @@ def add_layer_norm_reference(
     return layer_norm_reference(total, weight, bias, task_ids, eps, out_dtype), total
 
 
-def _check(x, weight, bias, task_ids, delta=None, prefix="") -> None:
+def check_arguments(x, weight, bias, task_ids, delta=None, prefix="") -> None:
+    """Raise ValueError for shapes that `add_layer_norm` does not take; `prefix`: of the rows' names."""
     if x.dim() != 3:
         raise ValueError(f"x must be (B, N, D), got shape {tuple(x.shape)}")
     if delta is not None and delta.shape != x.shape:
         raise ValueError(f"delta must have x's shape {tuple(x.shape)}, got {tuple(delta.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[2]:
-        raise ValueError(f"{prefix}weight must be (T, D) with D = {x.shape[2]}, got shape {tuple(weight.shape)}")
-    if bias.shape != weight.shape or bias.dtype != weight.dtype:
-        raise ValueError(
-            f"{prefix}bias must have {prefix}weight's shape and dtype {tuple(weight.shape)}, {weight.dtype}, "
-            f"got {tuple(bias.shape)}, {bias.dtype}"
-        )
-    if task_ids is None:
-        if weight.shape[0] != 1 and weight.shape[0] != x.shape[0]:
-            raise ValueError(f"task_ids must be given unless T is 1 or B: T = {weight.shape[0]}, B = {x.shape[0]}")
-    elif task_ids.dim() != 1 or task_ids.shape[0] != x.shape[0]:
-        raise ValueError(f"task_ids must be (B,) with B = {x.shape[0]}, got shape {tuple(task_ids.shape)}")
-    elif task_ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"task_ids must be int64 or int32, got {task_ids.dtype}")
+    check_rows(weight, bias, task_ids, x.shape[0], x.shape[2], prefix=prefix)
 
 
 def layer_norm(
@@ -153,7 +142,7 @@ def layer_norm(
     Raises:
         ValueError: for shapes and dtypes other than these.
     """
-    _check(x, weight, bias, task_ids)
+    check_arguments(x, weight, bias, task_ids)
     if use_triton(x):
         return fused_layer_norm(x, None, weight, bias, task_ids, eps, out_dtype or x.dtype)[0]
     return layer_norm_reference(x, weight, bias, task_ids, eps, out_dtype)
@@ -185,7 +174,7 @@ def add_layer_norm(
     Raises:
         ValueError: for shapes and dtypes other than these.
     """
-    _check(x, weight, bias, task_ids, delta)
+    check_arguments(x, weight, bias, task_ids, delta)
     if use_triton(x):
         return fused_layer_norm(x, delta, weight, bias, task_ids, eps, out_dtype or x.dtype)
     return add_layer_norm_reference(x, delta, weight, bias, task_ids, eps, out_dtype)

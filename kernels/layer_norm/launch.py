@@ -1,8 +1,10 @@
 """Launches of the layer norm's kernels: what is allocated, which grid."""
 
+from typing import NamedTuple
+
 import torch
 
-from ..common.launch import cdiv, reduce_partials, row_stride
+from ..common.launch import Rows, cdiv, reduce_partials, row_stride
 from ..tables import layer_norm_tiles
 from .triton_kernels import _bwd_kernel, _fwd_kernel
 
@@ -10,19 +12,31 @@ MAX_WIDTH = 8192
 BACKWARD_PROGRAMS = 1024  # enough to fill a large GPU; fewer samples than this are cut into slices
 
 
+class Kept(NamedTuple):
+    """What forward leaves to backward."""
+
+    total: torch.Tensor  # (B, N, D)
+    mean: torch.Tensor  # (B, N) float32
+    rstd: torch.Tensor  # (B, N) float32
+    weight: torch.Tensor  # (T, D), columns dense
+    task_ids: torch.Tensor | None  # (B,)
+
+
+class Needs(NamedTuple):
+    """Which gradients backward is asked for."""
+
+    x: bool
+    delta_dtype: torch.dtype | None  # of a copy of x's gradient
+    weight: bool
+    bias: bool
+
+
 def launch_forward(
-    x: torch.Tensor,
-    delta: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    task_ids: torch.Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype,
-    keep: bool,
+    x: torch.Tensor, delta: torch.Tensor | None, rows: Rows, eps: float, out_dtype: torch.dtype, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """out (B, N, D), total (B, N, D) or None without delta, mean and rstd (B, N) or None where `keep` is false.
 
-    x and delta are contiguous, weight's and bias's columns too; T is 1 or B where task_ids is None.
+    x and delta are contiguous.
     """
     B, N, D = x.shape
     out = torch.empty(B, N, D, dtype=out_dtype, device=x.device)
@@ -35,50 +49,38 @@ def launch_forward(
         _fwd_kernel[(B * tiles,)](
             x=x,
             delta=delta,
-            weight=weight,
-            bias=bias,
-            task_ids=task_ids,
             out=out,
             total=total,
             mean=mean,
             rstd=rstd,
             N=N,
-            T=weight.shape[0],
             tiles=tiles,
-            weight_stride=row_stride(weight),
-            bias_stride=row_stride(bias),
             eps=eps,
             D=D,
             BLOCK_N=block_n,
             BLOCK_D=padded,
             num_warps=warps,
+            **rows.arguments(),
         )
     return out, total, mean, rstd
 
 
 def launch_backward(
-    grad_out: torch.Tensor,
-    grad_total: torch.Tensor | None,
-    total: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    weight: torch.Tensor,
-    task_ids: torch.Tensor | None,
-    need_x: bool,
-    delta_dtype: torch.dtype | None,
-    need_weight: bool,
-    need_bias: bool,
+    grad_out: torch.Tensor, grad_total: torch.Tensor | None, kept: Kept, needs: Needs
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """grad_x (B, N, D) of total's dtype, its copy in `delta_dtype`, the rows' gradients (R, T, D): None if not asked.
 
-    R counts the needed ones of weight and bias, in this order. All inputs are contiguous, weight in its columns only.
+    R counts the needed ones of weight and bias, in this order. All inputs are contiguous.
     """
+    total, mean, rstd, weight, task_ids = kept
     B, N, D = total.shape
     padded, _, (block_n, warps) = layer_norm_tiles(D)
     slices = min(cdiv(N, block_n), cdiv(BACKWARD_PROGRAMS, max(B, 1)))
-    grad_x = torch.empty(B, N, D, dtype=total.dtype, device=total.device) if need_x else None
-    grad_delta = None if delta_dtype is None else torch.empty(B, N, D, dtype=delta_dtype, device=total.device)
-    kinds = need_weight + need_bias
+    grad_x = torch.empty(B, N, D, dtype=total.dtype, device=total.device) if needs.x else None
+    grad_delta = None
+    if needs.delta_dtype is not None:
+        grad_delta = torch.empty(B, N, D, dtype=needs.delta_dtype, device=total.device)
+    kinds = needs.weight + needs.bias
     partials = torch.empty(kinds, B, slices, D, dtype=torch.float32, device=total.device) if kinds else None
     if total.numel():
         _bwd_kernel[(B * slices,)](
@@ -91,8 +93,8 @@ def launch_backward(
             task_ids=task_ids,
             grad_x=grad_x,
             grad_delta=grad_delta,
-            partial_weight=partials[0] if need_weight else None,
-            partial_bias=partials[-1] if need_bias else None,
+            partial_weight=partials[0] if needs.weight else None,
+            partial_bias=partials[-1] if needs.bias else None,
             N=N,
             T=weight.shape[0],
             slices=slices,

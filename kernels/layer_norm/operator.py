@@ -8,23 +8,23 @@ Kept for backward: total (x itself without delta), mean and rstd (B, N) float32;
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..common.operator import contiguous, dense_columns, filled, is_eager
-from ..dispatch import TRITON_DTYPES
-from .launch import MAX_WIDTH, launch_backward, launch_forward
+from ..common.checks import check_devices, check_dtype, check_row_dtype
+from ..common.launch import Rows
+from ..common.operator import contiguous, dense_columns, filled, is_plain, needs_grad
+from .launch import MAX_WIDTH, Kept, Needs, launch_backward, launch_forward
 
 
 def _forward(x, delta, weight, bias, task_ids, eps, out_dtype, keep):
-    x, delta, task_ids = x.contiguous(), contiguous(delta), contiguous(task_ids)
-    weight, bias = dense_columns(weight), dense_columns(bias)
+    rows = Rows(dense_columns(weight), dense_columns(bias), contiguous(task_ids))
     with torch.cuda.device_of(x):
-        return launch_forward(x, delta, weight, bias, task_ids, eps, out_dtype, keep)
+        return launch_forward(x.contiguous(), contiguous(delta), rows, eps, out_dtype, keep)
 
 
 def _backward(grad_out, grad_total, total, mean, rstd, weight, task_ids, need_x, delta_dtype, need_weight, need_bias):
-    grad_out, grad_total, total = grad_out.contiguous(), contiguous(grad_total), total.contiguous()
-    tensors = (grad_out, grad_total, total, mean, rstd, dense_columns(weight), contiguous(task_ids))
+    kept = Kept(total.contiguous(), mean, rstd, dense_columns(weight), contiguous(task_ids))
+    needs = Needs(need_x, delta_dtype, need_weight, need_bias)
     with torch.cuda.device_of(total):
-        return launch_backward(*tensors, need_x, delta_dtype, need_weight, need_bias)
+        return launch_backward(grad_out.contiguous(), contiguous(grad_total), kept, needs)
 
 
 torch.library.define(
@@ -93,7 +93,7 @@ def _gradients(ctx, grad_out, grad_total, _grad_mean, _grad_rstd):
         return grad_total, grad_delta, *[None] * 6
     same = need_delta and ctx.delta_dtype == total.dtype
     delta_dtype = ctx.delta_dtype if need_delta and not same else None
-    backward = _backward if is_eager(total) else torch.ops.hyperclip_fast.layer_norm_backward
+    backward = _backward if is_plain(total) else torch.ops.hyperclip_fast.layer_norm_backward
     tensors = (grad_out, grad_total, total, mean, rstd, weight, task_ids)
     grad_x, grad_delta, grad_rows = backward(*tensors, need_x or same, delta_dtype, need_weight, need_bias)
     return (
@@ -120,18 +120,14 @@ class _LayerNorm(torch.autograd.Function):
     backward = staticmethod(_gradients)
 
 
-def _check_fused(x, delta, weight, bias, task_ids, out_dtype, prefix="") -> None:
-    for name, dtype in (("x", x.dtype), ("delta", x.dtype if delta is None else delta.dtype), ("out_dtype", out_dtype)):
-        if dtype not in TRITON_DTYPES:
-            raise ValueError(f"{name} must be one of {TRITON_DTYPES} for the Triton kernel, got {dtype}")
+def check_fused(x, delta, weight, bias, task_ids, out_dtype, prefix="") -> None:
+    check_dtype("x", x.dtype)
+    check_dtype("delta", x.dtype if delta is None else delta.dtype)
+    check_dtype("out_dtype", out_dtype)
     if not 1 <= x.shape[2] <= MAX_WIDTH:
         raise ValueError(f"x must be (B, N, D) with D in 1..{MAX_WIDTH} for the Triton kernel, got D = {x.shape[2]}")
-    if weight.dtype not in (x.dtype, torch.float32):
-        raise ValueError(f"{prefix}weight must be torch.float32 or x's {x.dtype}, got {weight.dtype}")
-    rows = ((f"{prefix}weight", weight), (f"{prefix}bias", bias))
-    for name, tensor in (("delta", delta), *rows, ("task_ids", task_ids)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+    check_row_dtype(f"{prefix}weight", weight, x)
+    check_devices(x, **{"delta": delta, f"{prefix}weight": weight, f"{prefix}bias": bias, "task_ids": task_ids})
 
 
 def fused_layer_norm(
@@ -150,13 +146,12 @@ def fused_layer_norm(
     Raises:
         ValueError: for dtypes, widths and devices that the kernels do not take.
     """
-    _check_fused(x, delta, weight, bias, task_ids, out_dtype)
+    check_fused(x, delta, weight, bias, task_ids, out_dtype)
     if weight.shape[0] == 1:
         task_ids = None
-    differentiable = (t for t in (x, delta, weight, bias) if t is not None)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
+    keep = needs_grad(x, delta, weight, bias)
     arguments = (x, delta, weight, bias, task_ids, eps, out_dtype, keep)
-    if not is_eager(x):
+    if not is_plain(x):
         out, total, _, _ = torch.ops.hyperclip_fast.layer_norm(*arguments)
     else:
         out, total, _, _ = _LayerNorm.apply(*arguments) if keep else _forward(*arguments)

@@ -20,7 +20,7 @@ if has_triton():
 
 def linear_gelu_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The specification of `linear_gelu`: timm's fc1 and act, bit for bit."""
-    return F.gelu(_linear(x, weight, bias))
+    return F.gelu(linear(x, weight, bias))
 
 
 def linear_add_reference(
@@ -32,7 +32,7 @@ def linear_add_reference(
     keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The specification of `linear_add`: timm's fc2, LayerScale, DropPath and residual add, bit for bit."""
-    y = _linear(x, weight, bias)
+    y = linear(x, weight, bias)
     if scale is not None:
         y = y * scale
     if keep is not None:
@@ -40,11 +40,13 @@ def linear_add_reference(
     return (residual + y).to(residual.dtype)
 
 
-def _linear(x, weight, bias):
+def linear(x, weight, bias):
+    """F.linear in x's dtype."""
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def _check(x, weight, bias) -> None:
+def check_arguments(x, weight, bias) -> None:
+    """Raise ValueError for shapes that no linear layer takes."""
     if x.dim() != 3 or x.shape[2] == 0:
         raise ValueError(f"x must be (B, N, K) with K at least 1, got shape {tuple(x.shape)}")
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[2]:
@@ -80,7 +82,7 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     Raises:
         ValueError: for shapes and dtypes other than these.
     """
-    _check(x, weight, bias)
+    check_arguments(x, weight, bias)
     if prefers_triton("linear_gelu", x, min(weight.shape)):
         return fused_linear_gelu(x, weight.to(x.dtype), bias)
     return linear_gelu_reference(x, weight, bias)
@@ -110,7 +112,7 @@ def linear_add(
     Raises:
         ValueError: for shapes and dtypes other than these.
     """
-    _check(x, weight, bias)
+    check_arguments(x, weight, bias)
     check_shape("residual", residual, (*x.shape[:2], weight.shape[0]))
     check_shape("scale", scale, (weight.shape[0],))
     check_shape("keep", keep, (x.shape[0],))

@@ -9,10 +9,10 @@ enough to compute it again (tables.py); y only where scale has a gradient; nothi
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..common.checks import check_devices, check_dtype
+from ..common.operator import filled, is_plain, needs_grad
 from ..tables import WIDEST_RECOMPUTED
 from .launch import launch_linear_add, launch_linear_add_backward, launch_linear_gelu, launch_linear_gelu_backward
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _launch(launch, like: torch.Tensor, *arguments):
@@ -22,17 +22,12 @@ def _launch(launch, like: torch.Tensor, *arguments):
         return launch(*dense)
 
 
-def _filled(tensors, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """An operator returns tensors only: an empty one stands for None."""
-    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
-
-
 def _define(name: str, schema: str, launch) -> None:
     torch.library.define(f"hyperclip_fast::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
 
     @torch.library.impl(f"hyperclip_fast::{name}", "default")
     def run(first, *rest):
-        return _filled(_launch(launch, first, first, *rest), first)
+        return filled(_launch(launch, first, first, *rest), first)
 
 
 _define(
@@ -63,17 +58,17 @@ _define(
 @torch.library.register_fake("hyperclip_fast::linear_gelu")
 def _linear_gelu_fake(x, weight, bias, keep_pre):
     out = x.new_empty(*x.shape[:2], weight.shape[0])
-    return _filled((out, torch.empty_like(out) if keep_pre else None), x)
+    return filled((out, torch.empty_like(out) if keep_pre else None), x)
 
 
 @torch.library.register_fake("hyperclip_fast::linear_gelu_backward")
 def _linear_gelu_backward_fake(grad_out, x, weight, bias, pre, need_bias):
-    return _filled((x.new_empty(grad_out.shape), torch.empty_like(bias) if need_bias else None), grad_out)
+    return filled((x.new_empty(grad_out.shape), torch.empty_like(bias) if need_bias else None), grad_out)
 
 
 @torch.library.register_fake("hyperclip_fast::linear_add")
 def _linear_add_fake(x, weight, bias, residual, scale, keep, keep_y):
-    return _filled((residual.new_empty(residual.shape), x.new_empty(residual.shape) if keep_y else None), x)
+    return filled((residual.new_empty(residual.shape), x.new_empty(residual.shape) if keep_y else None), x)
 
 
 @torch.library.register_fake("hyperclip_fast::linear_add_backward")
@@ -81,7 +76,7 @@ def _linear_add_backward_fake(grad_out, y, scale, keep, y_dtype, bias_dtype):
     grad_y = None if y_dtype is None else grad_out.new_empty(grad_out.shape, dtype=y_dtype)
     grad_bias = None if bias_dtype is None else grad_out.new_empty(grad_out.shape[2], dtype=bias_dtype)
     grad_scale = None if y is None else scale.new_empty(scale.shape)
-    return _filled((grad_y, grad_bias, grad_scale), grad_out)
+    return filled((grad_y, grad_bias, grad_scale), grad_out)
 
 
 def _product_gradients(grad_y, x, weight, need_x, need_weight):
@@ -107,7 +102,7 @@ def _linear_gelu_gradients(ctx, grad_out, _grad_pre):
         return (None,) * 4
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     arguments = (grad_out, x, weight, bias, pre, need_bias)
-    if _is_eager(x):
+    if is_plain(x):
         grad_pre, grad_bias = _launch(launch_linear_gelu_backward, x, *arguments)
     else:
         grad_pre, grad_bias = torch.ops.hyperclip_fast.linear_gelu_backward(*arguments)
@@ -138,7 +133,7 @@ def _linear_add_gradients(ctx, grad_out, _grad_y):
     grad_y = grad_bias = grad_scale = None
     if y_dtype is not None or need_bias or need_scale:
         arguments = (grad_out, y, scale, keep, y_dtype, bias_dtype)
-        if _is_eager(grad_out):
+        if is_plain(grad_out):
             grad_y, grad_bias, grad_scale = _launch(launch_linear_add_backward, grad_out, *arguments)
         else:
             grad_y, grad_bias, grad_scale = torch.ops.hyperclip_fast.linear_add_backward(*arguments)
@@ -173,20 +168,12 @@ class _LinearAdd(torch.autograd.Function):
     backward = staticmethod(_linear_add_gradients)
 
 
-def _is_eager(x: torch.Tensor) -> bool:
-    return type(x) is torch.Tensor and not torch.compiler.is_compiling()
-
-
-def _needs_grad(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _check_fused(x: torch.Tensor, **others: torch.Tensor | None) -> None:
+def check_fused(x: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Raise ValueError for dtypes and devices that the kernels do not take."""
     for name, tensor in {"x": x, **others}.items():
-        if tensor is not None and tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} must be one of {DTYPES} for the Triton kernel, got {tensor.dtype}")
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+        if tensor is not None:
+            check_dtype(name, tensor.dtype)
+    check_devices(x, **others)
 
 
 def fused_linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -195,12 +182,12 @@ def fused_linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     Raises:
         ValueError: for dtypes and devices that the kernels do not take.
     """
-    _check_fused(x, weight=weight, bias=bias)
-    needs_grad = _needs_grad(x, weight, bias)
-    arguments = (x, weight, bias, needs_grad and x.shape[2] > WIDEST_RECOMPUTED)
-    if not _is_eager(x):
+    check_fused(x, weight=weight, bias=bias)
+    differentiable = needs_grad(x, weight, bias)
+    arguments = (x, weight, bias, differentiable and x.shape[2] > WIDEST_RECOMPUTED)
+    if not is_plain(x):
         return torch.ops.hyperclip_fast.linear_gelu(*arguments)[0]
-    return (_LinearGelu.apply(*arguments) if needs_grad else _launch(launch_linear_gelu, x, *arguments))[0]
+    return (_LinearGelu.apply(*arguments) if differentiable else _launch(launch_linear_gelu, x, *arguments))[0]
 
 
 def fused_linear_add(
@@ -216,9 +203,9 @@ def fused_linear_add(
     Raises:
         ValueError: for dtypes and devices that the kernels do not take.
     """
-    _check_fused(x, weight=weight, bias=bias, residual=residual, scale=scale, keep=keep)
-    arguments = (x, weight, bias, residual, scale, keep, _needs_grad(scale))
-    if not _is_eager(x):
+    check_fused(x, weight=weight, bias=bias, residual=residual, scale=scale, keep=keep)
+    arguments = (x, weight, bias, residual, scale, keep, needs_grad(scale))
+    if not is_plain(x):
         return torch.ops.hyperclip_fast.linear_add(*arguments)[0]
-    needs_grad = _needs_grad(x, weight, bias, residual, scale)
-    return (_LinearAdd.apply(*arguments) if needs_grad else _launch(launch_linear_add, x, *arguments))[0]
+    differentiable = needs_grad(x, weight, bias, residual, scale)
+    return (_LinearAdd.apply(*arguments) if differentiable else _launch(launch_linear_add, x, *arguments))[0]

@@ -14,10 +14,11 @@ nothing is saved but memory, and the norm and the product run one after the othe
 
 import torch
 
+from ..common.operator import needs_grad
 from ..dispatch import has_triton
-from ..layer_norm.functional import _check as _check_norm
+from ..layer_norm.functional import check_arguments as check_norm_arguments
 from ..layer_norm.functional import layer_norm, layer_norm_reference
-from ..linear.functional import _check, _linear, linear_gelu, linear_gelu_reference, prefers_triton
+from ..linear.functional import check_arguments, linear, linear_gelu, linear_gelu_reference, prefers_triton
 from ..tables import choose_norm_tiles
 
 if has_triton():
@@ -36,7 +37,7 @@ def norm_linear_reference(
 ) -> torch.Tensor:
     """The specification of `norm_linear` in plain PyTorch: the norm rounded to `out_dtype`, then the product."""
     h = layer_norm_reference(x, norm_weight, norm_bias, task_ids, eps, out_dtype)
-    return _linear(h, weight, bias)
+    return linear(h, weight, bias)
 
 
 def norm_linear_gelu_reference(
@@ -84,7 +85,7 @@ def norm_linear(
     """
     if _is_fused("norm_linear", x, norm_weight, norm_bias, task_ids, weight, bias, out_dtype):
         return fused_norm_linear(x, norm_weight, norm_bias, task_ids, eps, weight, bias, out_dtype or x.dtype, False)
-    return _linear(layer_norm(x, norm_weight, norm_bias, task_ids, eps, out_dtype), weight, bias)
+    return linear(layer_norm(x, norm_weight, norm_bias, task_ids, eps, out_dtype), weight, bias)
 
 
 def norm_linear_gelu(
@@ -122,10 +123,9 @@ def norm_linear_gelu(
 
 def _is_fused(operation, x, norm_weight, norm_bias, task_ids, weight, bias, out_dtype) -> bool:
     """Checks the arguments: whether one kernel computes the norm and the product."""
-    _check_norm(x, norm_weight, norm_bias, task_ids, prefix="norm_")
-    _check(x, weight, bias)
-    leaves = (x, norm_weight, norm_bias, weight, bias)
-    if torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves):
+    check_norm_arguments(x, norm_weight, norm_bias, task_ids, prefix="norm_")
+    check_arguments(x, weight, bias)
+    if needs_grad(x, norm_weight, norm_bias, weight, bias):
         return False
     dtype, width = out_dtype or x.dtype, x.shape[2]
     return (

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..common.launch import cdiv, row_stride
+from ..common.launch import Rows, cdiv, row_stride
 from ..tables import choose_norm_tiles
 from .triton_kernels import _norm_linear_kernel
 
@@ -11,16 +11,9 @@ PROGRAMS = 256
 
 
 def launch_norm_linear(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    task_ids: torch.Tensor | None,
-    eps: float,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    gelu: bool,
+    x: torch.Tensor, rows: Rows, eps: float, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool
 ) -> torch.Tensor:
-    """out (B, N, F) of weight's dtype. x, weight and bias are contiguous, the rows in their columns only."""
+    """out (B, N, F) of weight's dtype. x, weight and bias are contiguous."""
     (B, N, K), F = x.shape, weight.shape[0]
     out = torch.empty(B, N, F, dtype=weight.dtype, device=x.device)
     tiles = choose_norm_tiles(x.device, K)
@@ -29,19 +22,19 @@ def launch_norm_linear(
         slices = min(column_tiles, cdiv(PROGRAMS, row_tiles))
         _norm_linear_kernel[(row_tiles * slices,)](
             x=x,
-            norm_weight=norm_weight,
-            norm_bias=norm_bias,
-            task_ids=task_ids,
+            norm_weight=rows.weight,
+            norm_bias=rows.bias,
+            task_ids=rows.task_ids,
             weight=weight,
             bias=bias,
             out=out,
             M=B * N,
             N=N,
-            T=norm_weight.shape[0],
+            T=rows.weight.shape[0],
             F=F,
             slices=slices,
-            norm_weight_stride=row_stride(norm_weight),
-            norm_bias_stride=row_stride(norm_bias),
+            norm_weight_stride=row_stride(rows.weight),
+            norm_bias_stride=row_stride(rows.bias),
             eps=eps,
             GELU=gelu,
             K=K,

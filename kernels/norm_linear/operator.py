@@ -6,17 +6,17 @@ Eager calls go straight to the launch; what traces (torch.compile, export, fake 
 
 import torch
 
-from ..common.operator import contiguous, dense_columns, is_eager
-from ..layer_norm.operator import _check_fused as _check_norm_fused
-from ..linear.operator import _check_fused
+from ..common.launch import Rows
+from ..common.operator import contiguous, dense_columns, is_plain
+from ..layer_norm.operator import check_fused as check_norm_fused
+from ..linear.operator import check_fused
 from .launch import launch_norm_linear
 
 
 def _forward(x, norm_weight, norm_bias, task_ids, eps, weight, bias, gelu):
-    rows = dense_columns(norm_weight), dense_columns(norm_bias)
+    rows = Rows(dense_columns(norm_weight), dense_columns(norm_bias), contiguous(task_ids))
     with torch.cuda.device_of(x):
-        product = weight.contiguous(), contiguous(bias)
-        return launch_norm_linear(x.contiguous(), *rows, contiguous(task_ids), eps, *product, gelu)
+        return launch_norm_linear(x.contiguous(), rows, eps, weight.contiguous(), contiguous(bias), gelu)
 
 
 torch.library.define(
@@ -51,9 +51,9 @@ def fused_norm_linear(
     Raises:
         ValueError: for dtypes and devices that the kernel does not take.
     """
-    _check_norm_fused(x, None, norm_weight, norm_bias, task_ids, out_dtype, prefix="norm_")
-    _check_fused(x, weight=weight, bias=bias)
+    check_norm_fused(x, None, norm_weight, norm_bias, task_ids, out_dtype, prefix="norm_")
+    check_fused(x, weight=weight, bias=bias)
     if norm_weight.shape[0] == 1:
         task_ids = None
-    forward = _forward if is_eager(x) else torch.ops.hyperclip_fast.norm_linear
+    forward = _forward if is_plain(x) else torch.ops.hyperclip_fast.norm_linear
     return forward(x, norm_weight, norm_bias, task_ids, eps, weight.to(out_dtype), bias, gelu)

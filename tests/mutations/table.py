@@ -11,6 +11,7 @@ TESTS = {
     "common/triton_rows": (*NORM_TESTS, *LINEAR_TESTS),
     "common/triton_activations": (*LINEAR_TESTS, *BATCH_TESTS),
     "common/launch": NORM_TESTS,
+    "common/operator": NORM_TESTS,
     "layer_norm/triton_kernels": NORM_TESTS,
     "layer_norm/launch": NORM_TESTS,
     "layer_norm/operator": NORM_TESTS,
@@ -87,17 +88,15 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
                 "mean = torch.empty(B, N, dtype=torch.float32, device=x.device)",
             ),
             ("cdiv(N, block_n)", "N // block_n"),
-            ("weight_stride=row_stride(weight)", "weight_stride=D"),
-            ("bias_stride=row_stride(bias)", "bias_stride=row_stride(weight)"),
             ("eps=eps", "eps=1e-6"),
         ),
         "launch_backward": (
             ("min(cdiv(N, block_n),", "min(cdiv(N, block_n) + 1,"),
-            ("dtype=delta_dtype", "dtype=total.dtype"),
-            ("kinds = need_weight + need_bias", "kinds = 2"),
-            ("partials[0] if need_weight", "partials[-1] if need_weight"),
-            ("partials[-1] if need_bias", "partials[0] if need_bias"),
-            ("if need_x else None", "if True else None"),
+            ("dtype=needs.delta_dtype", "dtype=total.dtype"),
+            ("kinds = needs.weight + needs.bias", "kinds = 2"),
+            ("partials[0] if needs.weight", "partials[-1] if needs.weight"),
+            ("partials[-1] if needs.bias", "partials[0] if needs.bias"),
+            ("if needs.x else None", "if True else None"),
             ("weight_stride=row_stride(weight)", "weight_stride=D"),
         ),
     },
@@ -105,7 +104,7 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
         "_forward": (
             ("x.contiguous(), ", "x, "),
             ("contiguous(delta)", "delta"),
-            ("weight, bias = dense_columns(weight), dense_columns(bias)", "weight = dense_columns(weight)"),
+            ("dense_columns(bias)", "bias"),
         ),
         "_backward": (
             ("grad_out.contiguous(), ", "grad_out, "),
@@ -118,7 +117,6 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
             ("grad_x if same else grad_delta", "grad_x"),
             ("grad_rows[-1] if need_bias", "grad_rows[0] if need_bias"),
         ),
-        "fused_layer_norm": (("torch.is_grad_enabled() and any", "any"),),
     },
     "linear/triton_kernels": {
         "_tile": (
@@ -261,8 +259,8 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
             (" or grad_out.dtype != x.dtype", ""),
             ("grad_y if scaled else grad_out", "grad_out"),
         ),
-        "fused_linear_gelu": (("needs_grad and x.shape[2] > WIDEST_RECOMPUTED", "needs_grad"),),
-        "fused_linear_add": (("_needs_grad(scale))\n", "_needs_grad(x))\n"),),
+        "fused_linear_gelu": (("differentiable and x.shape[2] > WIDEST_RECOMPUTED", "differentiable"),),
+        "fused_linear_add": (("needs_grad(scale))\n", "needs_grad(x))\n"),),
     },
     "norm_linear/triton_kernels": {
         "_statistics": (
@@ -303,8 +301,8 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
     "norm_linear/launch": {
         "launch_norm_linear": (
             ("slices = min(column_tiles", "slices = max(column_tiles"),
-            ("row_stride(norm_weight)", "norm_weight.shape[1]"),
-            ("row_stride(norm_bias)", "norm_bias.shape[1]"),
+            ("row_stride(rows.weight)", "rows.weight.shape[1]"),
+            ("row_stride(rows.bias)", "rows.bias.shape[1]"),
             ("GELU=gelu", "GELU=not gelu"),
         ),
     },

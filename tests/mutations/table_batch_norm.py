@@ -17,6 +17,17 @@ BATCH_NORM = {
             ("tl.cast(eps, tl.float32)", "1e-5"),
             ("load_row(var, row, stride", "load_row(var, 0, stride"),
         ),
+        "_grad_at": (
+            (".to(tl.float32) - b_mean", ".to(tl.float32)"),
+            ("activation_slope(b_pre, ACT)", "activate(b_pre, ACT)"),
+            ("b_pre += tl.load(residual", "b_pre = tl.load(residual"),
+            ("b_centred * b_scale + b_bias", "b_centred * b_scale"),
+        ),
+        "_place": (
+            ("% tiles) * BLOCK_C", "% tiles)"),
+            ("line.to(tl.int64)", "line"),
+            ("line % slices * chunk", "line % slices"),
+        ),
         "_fwd_kernel": (
             ("(tl.program_id(0) // (rows * columns)).to(tl.int64)", "tl.program_id(0) // (rows * columns)"),
             ("// columns % rows", "% rows"),
@@ -30,9 +41,6 @@ BATCH_NORM = {
             ("b_x.to(out.dtype.element_ty), mask=m_tile", "b_x.to(out.dtype.element_ty)"),
         ),
         "_bwd_kernel": (
-            ("% tiles) * BLOCK_C", "% tiles)"),
-            ("(tl.program_id(0) // tiles).to(tl.int64)", "tl.program_id(0) // tiles"),
-            ("% slices) * chunk", "% slices)"),
             ("load_row(mean, row, stats_stride", "load_row(mean, row, weight_stride"),
             ("load_row(weight, row, weight_stride", "load_row(weight, row, bias_stride"),
             ("load_row(bias, row, bias_stride", "load_row(bias, row, weight_stride"),
@@ -40,9 +48,6 @@ BATCH_NORM = {
             ("* b_rstd * b_rstd", "* b_rstd"),
             ("tl.cdiv(S, BLOCK_S)", "S // BLOCK_S"),
             ("s = tile * BLOCK_S", "s = first * BLOCK_S"),
-            (".to(tl.float32) - b_mean", ".to(tl.float32)"),
-            ("activation_slope(b_pre, ACT)", "activate(b_pre, ACT)"),
-            ("b_pre += tl.load(residual", "b_pre = tl.load(residual"),
             ("b_sum_weight += b_grad", "b_sum_weight = b_grad"),
             ("b_sum_bias += b_grad", "b_sum_bias = b_grad"),
             ("b_grad *= b_scale", "b_grad *= b_rstd"),
@@ -53,9 +58,6 @@ BATCH_NORM = {
     },
     "batch_norm/triton_sums": {
         "_stats_kernel": (
-            ("% tiles) * BLOCK_C", "% tiles)"),
-            ("(tl.program_id(0) // tiles).to(tl.int64)", "tl.program_id(0) // tiles"),
-            ("% slices) * chunk", "% slices)"),
             ("tl.minimum(S - s, BLOCK_S)", "tl.minimum(S, BLOCK_S)"),
             (
                 "tl.where(m_tile, b_x - _spread(b_tile_mean, CHANNELS_LAST), 0.0)",
@@ -94,17 +96,16 @@ BATCH_NORM = {
     "batch_norm/launch": {
         "_slices": (("cdiv(tiles, chunk), programs", "tiles, programs"),),
         "launch_statistics": (("chunk=chunk * block_s", "chunk=chunk"),),
-        "_norm_arguments": (("0 if mean.dim() == 1 else row_stride(mean)", "row_stride(mean)"),),
         "launch_backward": (
-            ("need_weight or two_passes", "need_weight"),
+            ("needs.weight or two_passes", "needs.weight"),
             ("None if two_passes else grad_x", "grad_x"),
-            ("grad_residual if has_g else grad_out", "grad_out"),
-            ('"none" if has_g else act', "act"),
-            ("0 if need_weight else 1", "0"),
+            ("_launch_pass(grad_residual, x", "_launch_pass(grad_out, x"),
+            ('norm._replace(act="none")', "norm"),
+            ("0 if needs.weight else 1", "0"),
         ),
     },
     "batch_norm/operator": {
-        "_rows": (("dense_columns(bias)", "bias"),),
+        "_norm": (("dense_columns(bias)", "bias"),),
         "_setup_context": ((" and not residual_after_act", ""),),
         "_gradients": (
             ("grad_residual if ctx.is_seen else grad_out", "grad_out"),

@@ -33,6 +33,9 @@ COMMON = {
             ("o_n < F", "o_n <= F"),
         ),
     },
+    "common/operator": {
+        "needs_grad": (("torch.is_grad_enabled() and any", "any"),),
+    },
     "common/launch": {
         "row_stride": (("0 if table.shape[0] == 1 else table.stride(0)", "table.stride(0)"),),
         "reduce_partials": (

@@ -87,7 +87,7 @@ def test_a_finished_run_is_not_evaluated_again(tmp_path):
 
 def test_a_run_killed_while_it_writes_its_model_is_not_finished(tmp_path, monkeypatch):
     def killed(model, folder):
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "part").write_text("")
         raise KeyboardInterrupt
 
