@@ -5,6 +5,7 @@ the norm alone reads what the convolution wrote.
 """
 
 from collections import Counter
+from typing import Any
 
 import torch
 from timm.utils import reparameterize_model
@@ -28,7 +29,8 @@ def fuse_batch_norms(model: nn.Module, image: Tensor) -> nn.Module:
     dtype = next(model.parameters()).dtype
     model = reparameterize_model(model).to(dtype).eval()  # some of timm's own make float32 convolutions
     for conv_name, norm_name in _pairs(model, image):
-        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
+        conv: Any = model.get_submodule(conv_name)
+        norm: Any = model.get_submodule(norm_name)
         model.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
         model.set_submodule(norm_name, _behind(norm))
     return model

@@ -60,7 +60,7 @@ def rows(device: torch.device) -> list[tuple[str, ...]]:
     """The table's lines: operation, the dtypes that share one fate, the implementation for each width, the reason."""
     found = []
     for operation in OPERATIONS:
-        fates = {}
+        fates: dict[tuple[str, ...], list[str]] = {}
         for name, dtype in DTYPES.items():
             fate = [implementation(operation, device, dtype, width) for width in WIDTHS.values()]
             fates.setdefault((*fate, reason(operation, device, dtype)), []).append(name)

@@ -13,6 +13,8 @@ A stock block becomes a HyperBlock by a change of class. Rows are arguments, nev
 without calling the module does so only for timm's own class, and only where nobody listens to it.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, DropPath, LayerNorm, LayerNormFp32, LayerScale, Mlp
@@ -55,6 +57,7 @@ def add_norm(
     if row[0] is None and not _is_fusable(norm, x):
         x = x if delta is None else x + delta
         return norm(x), x
+    assert isinstance(norm, nn.LayerNorm)
     weight, bias, task_ids = _rows(norm, row, task_ids)
     out_dtype = out_dtype or norm_dtype(norm, x)
     if delta is None:
@@ -62,9 +65,12 @@ def add_norm(
     return add_layer_norm(x, delta, weight, bias, task_ids, norm.eps, out_dtype)
 
 
-def _rows(norm: nn.Module, row: Row, task_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _rows(norm: nn.LayerNorm, row: Row, task_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The given rows with their task ids, or the module's own weights as the one row."""
-    return (*row, task_ids) if row[0] is not None else (norm.weight.unsqueeze(0), norm.bias.unsqueeze(0), None)
+    weight, bias = row
+    if weight is None or bias is None:
+        return norm.weight.unsqueeze(0), norm.bias.unsqueeze(0), None
+    return weight, bias, task_ids
 
 
 def _is_fusable(norm: nn.Module, x: Tensor) -> bool:
@@ -93,7 +99,8 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 def _is_plain_mlp(mlp: nn.Module) -> bool:
     """Whether `mlp` is timm's Linear, exact GELU, Linear with nothing in between, and nobody listens inside."""
-    parts = tuple(own_children(mlp).values())[:4]  # read without nn.Module's __getattr__: this runs once a block
+    # read without nn.Module's __getattr__: this runs once a block
+    parts: tuple[Any, ...] = tuple(own_children(mlp).values())[:4]
     if type(mlp) is not Mlp or tuple(map(type, parts)) != PLAIN_MLP:
         return False
     _, act, drop, _ = parts
@@ -170,7 +177,7 @@ def _has_prologue(
 
 
 def _add(
-    x: Tensor, h: Tensor, product: nn.Module, dropout: nn.Module, scale: nn.Module, drop_path: nn.Module
+    x: Tensor, h: Tensor, product: Any, dropout: nn.Module, scale: nn.Module, drop_path: nn.Module
 ) -> tuple[Tensor, Tensor | None]:
     """A sub-layer's last product of h (B, N, K), and what leads from there to the stream x (B, N, D).
 
@@ -179,7 +186,7 @@ def _add(
     """
     if not _has_epilogue(h, product, dropout, scale, drop_path):
         return x, drop_path(scale(dropout(product(h))))
-    gamma = None if type(scale) is nn.Identity else scale.gamma
+    gamma = scale.gamma if isinstance(scale, LayerScale) else None
     keep = None
     if type(drop_path) is DropPath and drop_path.training and drop_path.drop_prob:
         dtype = h.dtype if gamma is None else torch.promote_types(h.dtype, gamma.dtype)
@@ -201,7 +208,12 @@ def _has_epilogue(h, product, dropout, scale, drop_path) -> bool:
 class HyperBlock(Block):
     """timm's pre-norm Block with the residual adds moved into the norms, and rows for both norms."""
 
-    def forward(
+    attn: Attention
+    mlp: Mlp
+    norm1: nn.LayerNorm
+    norm2: nn.LayerNorm
+
+    def forward(  # type: ignore[override]  # the stream comes in two parts, and rows with it
         self,
         x: Tensor,
         delta: Tensor | None = None,
@@ -287,7 +299,8 @@ class HyperBlock(Block):
         """`attend` for the first tokens alone: all tokens give keys and values, only these a query."""
         attn = self.attn
         h, x = add_norm(self.norm1, x, delta, row, task_ids, _product_dtype(x))
-        weights, biases = attn.qkv.weight.tensor_split((attn.attn_dim,)), (None, None)
+        weights = attn.qkv.weight.tensor_split((attn.attn_dim,))
+        biases: tuple[Tensor | None, ...] = (None, None)
         if attn.qkv.bias is not None:
             biases = attn.qkv.bias.tensor_split((attn.attn_dim,))
         q, packed = (F.linear(t, w, b) for t, w, b in zip((h[:, :tokens], h), weights, biases))

@@ -31,7 +31,7 @@ class HyperViT(VisionTransformer):
     """
 
     def __init__(self, *args: Any, block_fn: type[nn.Module] = HyperBlock, **kwargs: Any):
-        super().__init__(*args, block_fn=block_fn, **kwargs)
+        super().__init__(*args, **{"block_fn": block_fn, **kwargs})
         to_hyper_vit(self, DEFAULT_MODULATE)
 
     @classmethod
@@ -79,8 +79,7 @@ class HyperViT(VisionTransformer):
     @property
     def base_params(self) -> NormParams:
         """The encoder's own weights and biases as one row; gradients flow into them."""
-        modules = [self.get_submodule(name) for name in self.norm_spec.names]
-        row = torch.cat([piece for module in modules for piece in (module.weight, module.bias)])
+        row = torch.cat([self.get_parameter(key) for key in self.norm_spec.keys])
         return NormParams(self.norm_spec, row.unsqueeze(0))
 
     def _rows(self, x: Tensor, params: NormParams | None) -> tuple[dict[str, Row], Tensor | None]:
@@ -116,7 +115,7 @@ class HyperViT(VisionTransformer):
     def _final_norm(self, x, delta, rows, task_ids) -> Tensor:
         return add_norm(self.norm, x, delta, rows.get("norm", OWN_ROW), task_ids)[0]
 
-    def forward_features(
+    def forward_features(  # type: ignore[override]  # params stand where timm has a mask
         self,
         x: Tensor,
         params: NormParams | None = None,
@@ -147,7 +146,7 @@ class HyperViT(VisionTransformer):
         x = self.head_drop(x.squeeze(1) if pooled else x)
         return x if pre_logits else self.head(x)
 
-    def forward(
+    def forward(  # type: ignore[override]  # params stand where timm has a mask
         self,
         x: Tensor,
         params: NormParams | None = None,
@@ -185,7 +184,7 @@ class HyperViT(VisionTransformer):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | list[int] | None = None,
+        indices: int | list[int] | tuple[int, ...] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
@@ -214,7 +213,7 @@ class HyperViT(VisionTransformer):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f'output_fmt must be "NCHW" or "NLC", got {output_fmt!r}')
         rows, task_ids = self._rows(x, params)
-        take, last = feature_take_indices(len(self.blocks), indices)
+        take, last = feature_take_indices(len(self.blocks), list(indices) if isinstance(indices, tuple) else indices)
         height, width = x.shape[-2:]
         x, delta, taken = self._embed(x, rows, task_ids), None, []
         for i in range(last + 1 if stop_early else len(self.blocks)):
@@ -241,7 +240,7 @@ class HyperViT(VisionTransformer):
         params: NormParams | None = None,
     ) -> list[Tensor]:
         """timm's DINO-style interface to `forward_intermediates`, with `params`."""
-        return self.forward_intermediates(
+        return self.forward_intermediates(  # type: ignore[return-value]  # intermediates_only
             x,
             n,
             return_prefix_tokens=return_prefix_tokens,
@@ -267,7 +266,8 @@ class HyperFeatures(FeatureGetterNet):
 
     def forward(self, x: Tensor, params: NormParams | None = None) -> list[Tensor]:
         """Images (B, C, H, W) to the list of feature maps, by default (B, D, H', W')."""
-        return self.model.forward_intermediates(
+        model: Any = self.model
+        return model.forward_intermediates(
             x,
             indices=self.out_indices,
             norm=self.norm,
@@ -303,16 +303,18 @@ def to_hyper_vit(model: nn.Module, modulate: Iterable[str]) -> Any:
         return model
     if type(model) is not VisionTransformer and not isinstance(model, HyperViT):
         raise ValueError(f"model must be a timm VisionTransformer, got {type(model).__name__}")
-    for block in model.blocks:
+    blocks: Any = model.blocks
+    for block in blocks:
         if type(block) not in (Block, HyperBlock):
             raise ValueError(
                 f"block_fn must be timm's pre-norm Block, got {type(block).__name__}: parallel and post-norm blocks "
                 "have no residual add before a norm to fuse"
             )
-    for block in model.blocks:
+    for block in blocks:
         block.__class__ = HyperBlock
     if not isinstance(model, HyperViT):
         model.__class__ = HyperViT
+    assert isinstance(model, HyperViT)
     model.set_modulate(modulate)
     return model
 
@@ -326,7 +328,8 @@ def _register(name: str) -> None:
     entrypoint.__name__ = entrypoint.__qualname__ = f"hyper_{name}"
     entrypoint.__doc__ = f"HyperViT with the architecture and pretrained weights of timm's {name}."
     globals()[entrypoint.__name__] = entrypoint
-    default_cfgs[entrypoint.__name__] = cfgs = copy.deepcopy(timm_cfgs[name])
+    cfgs: Any = copy.deepcopy(timm_cfgs[name])
+    default_cfgs[entrypoint.__name__] = cfgs
     for tag, cfg in cfgs.cfgs.items():
         if cfg.hf_hub_id == "timm/":  # timm would complete it with our name
             cfgs.cfgs[tag] = replace(cfg, hf_hub_id=f"timm/{name}.{tag}")

@@ -206,10 +206,9 @@ class NormParams:
         if not sources:
             raise ValueError("sources must be at least one model or state dict, got none")
         dicts = [each.state_dict() if isinstance(each, torch.nn.Module) else each for each in sources]
-        if spec is None and shared is None:
-            spec = NormSpec.from_state_dict(dicts[0])
-        elif spec is None:
+        if spec is None and shared is not None:
             spec = getattr(shared, "norm_spec", None) or NormSpec.from_model(shared)
+        spec = spec or NormSpec.from_state_dict(dicts[0])
         if shared is not None:
             for i, state_dict in enumerate(dicts):
                 _check_shared(i, state_dict, shared, spec)

@@ -37,7 +37,7 @@ def own_names(tree: ast.AST) -> Iterator[str]:
 
 
 def private_uses(tree: ast.AST, ours: set[str]) -> Iterator[tuple[int, str]]:
-    """Line and name of each private name in a file that is not ours: attributes, also by getattr or key, and imports."""
+    """Line and name of each private name that is not ours: an attribute, also by getattr or as a key, or an import."""
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Attribute):

@@ -56,6 +56,7 @@ def _onnxruntime(tower: nn.Module, inputs: tuple[Tensor, ...], training: bool) -
         program = torch.onnx.export(tower, inputs, input_names=names, output_names=["out"], dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    assert program is not None  # dynamo=True returns one
     model = program.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     feeds = {name: value.numpy() for name, value in zip(names, inputs)}

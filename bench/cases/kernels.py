@@ -1,6 +1,7 @@
 """Cases of `hyperclip bench kernels`: each operation's providers on one shape, forward alone or with backward."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ def _step(function: Callable, inputs: Inputs, training: bool, dtype: torch.dtype
         outputs = _tuple(function(**inputs))
         if not incoming:
             generator = torch.Generator(outputs[0].device).manual_seed(1)
-            options = {"generator": generator, "device": outputs[0].device}
+            options: dict[str, Any] = {"generator": generator, "device": outputs[0].device}
             incoming.extend(torch.randn(out.shape, **options).to(dtype).to(out.dtype) for out in outputs)
         return (*outputs, *torch.autograd.grad(outputs, leaves, incoming))
 

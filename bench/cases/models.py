@@ -91,21 +91,23 @@ class _Group:
         return {name: tower.train(self.training) for name, tower in towers.items()}
 
 
-def size_options(name: str, side: int | None) -> dict[str, int]:
+def size_options(name: str, side: int | None) -> dict[str, Any]:
     """timm's option for images of this side: empty for None, as the model has it, and for models that take any size."""
     return {"img_size": side} if side is not None and "img_size" in model_options(name) else {}
 
 
 def side_of(model: nn.Module, side: int | None) -> int:
     """Side of a model's images: the one wished for, or, for None, its own."""
-    return model.pretrained_cfg["input_size"][-1] if side is None else side
+    cfg: Any = model.pretrained_cfg
+    return cfg["input_size"][-1] if side is None else side
 
 
 def _share_weights(model: nn.Module, source: nn.Module) -> None:
     """Give `model` the very tensors of `source`: where copies lie in memory is worth some per cent, at random."""
     own = dict(source.named_parameters()) | dict(source.named_buffers())
     for name, module in model.named_modules():
-        for tensors in (own_parameters(module), own_buffers(module)):
+        kinds: tuple[dict[str, Any], ...] = (own_parameters(module), own_buffers(module))
+        for tensors in kinds:
             for key, value in tensors.items():
                 tensors[key] = None if value is None else own[f"{name}.{key}" if name else key]
 
@@ -123,7 +125,7 @@ class _Mixture:
         if tasks > 1:
             mark_maybe_dynamic(self.table, 0)  # one compilation for every T
         self.probes = torch.linspace(0, batch - 1, min(PROBES, batch)).round().long().to(group.device)
-        width = group.stock.head_hidden_size
+        width: Any = group.stock.head_hidden_size
         generator = torch.Generator().manual_seed(2)
         self.incoming = torch.randn(batch, width, generator=generator).to(group.device, group.dtype)
         self.expected: dict[str, list[Tensor]] = {}

@@ -72,7 +72,7 @@ def patch_embeddings(model: HyperCLIP, images: Tensor, params: NormParams) -> Te
     if params.task_ids is None:
         raise ValueError("params must have task ids, got none")
     image = _vision_transformer(model)
-    (features,) = image.forward_intermediates(images, 1, norm=True, intermediates_only=True, params=params)
+    (features,) = image.get_intermediate_layers(images, 1, reshape=True, norm=True, params=params)
     tokens = features.permute(0, 2, 3, 1)  # (B, h, w, D)
     alone = tokens.reshape(-1, 1, tokens.shape[-1]).expand(-1, 1 + image.num_prefix_tokens, -1)  # whatever the pooling
     ids = params.task_ids.repeat_interleave(tokens.shape[1] * tokens.shape[2])

@@ -88,7 +88,7 @@ def _specialized(model: HyperCLIP, class_names: Sequence[str]) -> nn.Module:
     return encoder
 
 
-def _model_args(model: HyperCLIP) -> dict[str, int | float | str]:
+def _model_args(model: HyperCLIP) -> dict[str, Any]:
     kwargs = model.config.timm_kwargs()
     kwargs.pop("num_classes")  # timm keeps it apart
     return kwargs

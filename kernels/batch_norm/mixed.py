@@ -47,8 +47,8 @@ def is_flat(x: torch.Tensor) -> bool:
 def _flat_batch_norm(x, mean, var, weight, bias, eps) -> torch.Tensor:
     """F.batch_norm of contiguous x with rows (B, C), or (C,) for all samples, seen as (1, B * C, H, W)."""
     B, C, H, W = x.shape
-    rows = (rows.expand(B, C).reshape(-1) for rows in (mean, var, weight, bias))
-    out = F.batch_norm(x.view(1, B * C, H, W), *rows, False, 0.0, eps)
+    mean, var, weight, bias = (rows.expand(B, C).reshape(-1) for rows in (mean, var, weight, bias))
+    out = F.batch_norm(x.view(1, B * C, H, W), mean, var, weight, bias, False, 0.0, eps)
     return torch.ops.aten._unsafe_view(out, x.shape)  # no view, which autograd lets nobody write over
 
 

@@ -5,6 +5,8 @@ Eager calls go straight to the launches; what traces (torch.compile, export, fak
 the first's. Kept for backward: x, residual where the activation sees it, mean and var; nothing where none will come.
 """
 
+from typing import Any
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -47,7 +49,7 @@ def _backward(grad_out, x, weight, bias, task_ids, mean, var, eps, act, residual
 
 def _statistics(x):
     with torch.cuda.device_of(x):
-        return launch_statistics(*_dense(x))
+        return launch_statistics(x.contiguous(memory_format=_format(x)))
 
 
 NORM = "Tensor x, Tensor weight, Tensor bias, Tensor? task_ids, Tensor mean, Tensor var, float eps, str act"
@@ -135,7 +137,7 @@ def _gradients(ctx, grad_out):
     eps, act, is_batch = ctx.options
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     need_residual = ctx.needs_input_grad[8]
-    grads = (None, None, None)
+    grads: tuple[Any, Any, Any] = (None, None, None)
     if need_x or need_weight or need_bias or ctx.is_seen:
         backward = _backward if is_plain(grad_out) else torch.ops.hyperclip_fast.batch_norm_act_backward
         needed = need_x, need_weight, need_bias, need_residual and ctx.is_seen
@@ -163,7 +165,7 @@ class _BatchNormAct(torch.autograd.Function):
         _setup_context(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_gradients)
+    backward = staticmethod(_gradients)  # type: ignore[assignment]  # one argument an output, not *grads
 
 
 def fused_batch_norm_act(
@@ -190,8 +192,8 @@ def fused_batch_norm_act(
     check_devices(x, weight=weight, bias=bias, task_ids=task_ids, mean=mean, var=var, residual=residual)
     if weight.shape[0] == 1:
         task_ids = None
-    is_batch = mean is None
-    if is_batch:
+    is_batch = mean is None or var is None
+    if mean is None or var is None:
         statistics = _statistics if is_plain(x) else torch.ops.hyperclip_fast.batch_norm_statistics
         mean, var = statistics(x.detach())
     arguments = (x, weight, bias, task_ids, mean, var, eps, act, residual, residual_after_act, is_batch)

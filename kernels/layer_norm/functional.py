@@ -176,5 +176,6 @@ def add_layer_norm(
     """
     check_arguments(x, weight, bias, task_ids, delta)
     if use_triton(x):
-        return fused_layer_norm(x, delta, weight, bias, task_ids, eps, out_dtype or x.dtype)
+        out, total = fused_layer_norm(x, delta, weight, bias, task_ids, eps, out_dtype or x.dtype)
+        return out, x if total is None else total
     return add_layer_norm_reference(x, delta, weight, bias, task_ids, eps, out_dtype)

@@ -155,7 +155,7 @@ class _LinearGelu(torch.autograd.Function):
         _setup_linear_gelu(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_linear_gelu_gradients)
+    backward = staticmethod(_linear_gelu_gradients)  # type: ignore[assignment]  # one argument an output, not *grads
 
 
 class _LinearAdd(torch.autograd.Function):
@@ -165,7 +165,7 @@ class _LinearAdd(torch.autograd.Function):
         _setup_linear_add(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_linear_add_gradients)
+    backward = staticmethod(_linear_add_gradients)  # type: ignore[assignment]  # one argument an output, not *grads
 
 
 def check_fused(x: torch.Tensor, **others: torch.Tensor | None) -> None:
