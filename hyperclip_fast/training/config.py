@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hyperclip_fast.configs import shipped_configs
+from hyperclip_fast.data.batch import BatchShape
 from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.hyperclip import HyperCLIPConfig, config_from_dict
 from hyperclip_fast.utils.typed_config import check_choice, check_types, from_dict
@@ -117,16 +118,20 @@ class TrainConfig:
     @property
     def class_range(self) -> tuple[int, int]:
         """The least and the most classes of a task."""
-        sizes = self.classes_per_task
-        return (sizes, sizes) if isinstance(sizes, int) else sizes
+        return self.batch_shape.class_range
+
+    @property
+    def batch_shape(self) -> BatchShape:
+        """What a source needs to know of these."""
+        return BatchShape(self.tasks_per_batch, self.classes_per_task, self.seed, self.mixed_groups)
 
 
 class RunConfig(NamedTuple):
-    """The three sections of a file."""
+    """The three sections of a file: what is trained, how, and on what."""
 
     model: HyperCLIPConfig
     train: TrainConfig
-    data: DataConfig
+    data: DataConfig = DataConfig()  # OpenMoji and digits
 
 
 def load_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
