@@ -222,6 +222,7 @@ def test_slices_of_several_tiles(layout, programs, statistics):
     compare(case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout, statistics", [("contiguous", "batch"), ("last", "task")])
 def test_wide_batch_is_combined_in_chunks(layout, statistics):
     # 150 samples: three chunks of the kernels that add partials, the last one partly filled; they see no layout
@@ -371,6 +372,7 @@ def compiled_step(x, weight, bias, residual, task_ids, mean, var):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "last"])
 def test_compiles_to_one_graph_with_a_dynamic_batch(layout, triton_backend):
     torch._dynamo.reset()

@@ -493,6 +493,7 @@ def compiled_step(x, delta, weight, bias, task_ids):
     return layer_norm(normed.sin(), weight, bias, task_ids) * total
 
 
+@pytest.mark.slow
 def test_compiles_to_one_graph_with_a_dynamic_batch(triton_backend):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()  # other tests compile, too

@@ -350,6 +350,7 @@ def step(arguments):
     return norm_linear.norm_linear(**arguments).sum() + norm_linear.norm_linear_gelu(**arguments)
 
 
+@pytest.mark.slow
 def test_compiles_to_one_graph_with_a_dynamic_batch():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

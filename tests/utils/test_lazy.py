@@ -17,6 +17,7 @@ ORDERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_timm_knows_our_models_in_any_order(order):
     check = "assert len(timm.list_models('hyper_vit_tiny_*')) > 1; timm.create_model('hyper_vit_tiny_patch16_224')"
