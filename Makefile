@@ -5,15 +5,21 @@ RUN = $(VENV)/bin/python
 MINUTES ?= 9
 KERNEL_TESTS = PYTHONPATH=$(TOOLS) OMP_NUM_THREADS=1
 KERNEL_FILES = $(addprefix tests/kernels/test_,$(addsuffix .py,layer_norm linear norm_linear batch_norm))
+OLDEST_TESTS = tests/encoders tests/models tests/kernels/test_layer_norm.py tests/kernels/test_batch_norm_reference.py
 BYTE_FILES = $(KERNEL_FILES:.py=_bytes.py)
 
-.PHONY: demo test test-oldest types test-kernels mutate gpu-report lint clean
+.PHONY: demo test test-oldest types test-kernels mutate gpu-report docs lint clean
 
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/hyperclip demo
 
 test: $(VENV)/test.stamp lint types
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+
+# Encoders, models and kernels with the oldest releases that setup.py allows, in an environment of their own.
+test-oldest:
+	$(MAKE) .venv-oldest/oldest.stamp VENV=.venv-oldest PIP_OPTIONS='--constraint tests/oldest.txt'
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 -m "not slow" $(OLDEST_TESTS)
 
 # The compiled kernels, executed on the CPU, and the guarded interpreter: TOOLS is a folder with ptxsim and interp_guard.
 test-kernels: $(VENV)/test.stamp
@@ -31,6 +37,10 @@ mutate: $(VENV)/test.stamp
 gpu-report: VENV_OPTIONS = --system-site-packages
 gpu-report: $(VENV)/report.stamp
 	$(RUN) -m hyperclip_fast.bench.gpu_report --minutes $(MINUTES) --tests $(KERNEL_FILES)
+
+# The documentation as a site, in site/; a broken link or reference fails.
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
 
 lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .
@@ -51,8 +61,8 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV_OPTIONS) $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/%.stamp: setup.py pyproject.toml | $(VENV)/bin/python
-	$(RUN) -m pip install --quiet --editable '.[$*]'
+	$(RUN) -m pip install --quiet $(PIP_OPTIONS) --editable '.[$*]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest build dist site *.egg-info

@@ -27,12 +27,11 @@ from torch import Tensor
 
 from hyperclip_fast import hyper_block, set_backend
 from hyperclip_fast.bench.accesses import Step, steps
-from hyperclip_fast.kernels import tables
+from hyperclip_fast.kernels import dispatch, tables
 from hyperclip_fast.kernels.batch_norm import batch_norm_act
 from hyperclip_fast.kernels.batch_norm import launch as batch_norm_launch
 from hyperclip_fast.kernels.layer_norm import add_layer_norm, layer_norm
 from hyperclip_fast.kernels.layer_norm import launch as layer_norm_launch
-from hyperclip_fast.kernels.linear import functional as linear
 from hyperclip_fast.kernels.linear import launch as linear_launch
 from hyperclip_fast.kernels.linear import linear_add, linear_gelu
 from hyperclip_fast.kernels.linear import operator as linear_op
@@ -239,7 +238,7 @@ def block_steps(level: str, shape: Shape) -> tuple[list[Step], list[Step], list[
     widest = {operation: {"large": shape.D * (operation in chosen)} for operation in tables.WIDEST}
     with (
         launches_of(shape, recompute),
-        mock.patch.object(linear, "get_backend", lambda: "auto"),  # the table decides, as on a GPU
+        mock.patch.object(dispatch, "get_backend", lambda: "auto"),  # the table decides, as on a GPU
         mock.patch.dict(tables.WIDEST, widest),
     ):
         with torch.no_grad(), steps() as inference:

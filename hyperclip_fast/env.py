@@ -9,8 +9,7 @@ import platform
 
 import torch
 
-from hyperclip_fast.kernels.dispatch import get_backend, has_triton, use_triton
-from hyperclip_fast.kernels.linear.functional import prefers_triton
+from hyperclip_fast.kernels.dispatch import get_backend, has_triton, prefers_triton, use_triton
 from hyperclip_fast.kernels.tables import WIDEST, device_kind
 from hyperclip_fast.utils.private_api import chosen_attention
 from hyperclip_fast.version import __version__

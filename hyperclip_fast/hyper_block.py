@@ -9,11 +9,12 @@ Where the kernels' table prefers it, the last product of a sub-layer writes the 
     h = layer_norm(x, *norm2);  x = linear_add(mlp up to fc2, fc2, x)
 
 and in inference, where it says so, the norm is the prologue of the sub-layer's first product: norm_linear.
-A stock block becomes a HyperBlock by a change of class. Rows are arguments, never state. What runs a module's work
+A stock block becomes a HyperBlock by a change of class. Rows are arguments, never state. A block asks once a call
+whether the Triton kernels run (`fused`), and tells its steps and the kernels' functions. What runs a module's work
 without calling the module does so only for timm's own class, and only where nobody listens to it.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +22,14 @@ from timm.layers import Attention, DropPath, LayerNorm, LayerNormFp32, LayerScal
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from hyperclip_fast.kernels.dispatch import is_traced, use_triton
-from hyperclip_fast.kernels.layer_norm import add_layer_norm, layer_norm
-from hyperclip_fast.kernels.linear.functional import linear_add, linear_gelu, prefers_triton
-from hyperclip_fast.kernels.norm_linear import norm_linear, norm_linear_gelu
+from hyperclip_fast.kernels.common.rows import Rows
+from hyperclip_fast.kernels.dispatch import is_preferred, is_traced, use_triton
+from hyperclip_fast.kernels.layer_norm.functional import run_layer_norm
+from hyperclip_fast.kernels.linear.functional import run_linear_add, run_linear_gelu
+from hyperclip_fast.kernels.norm_linear.functional import fits_one_kernel, run_norm_linear
 from hyperclip_fast.utils.private_api import has_forward_hooks, has_hooks, is_fast_norm, own_children
 
 MODULATED_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
-Row = tuple[Tensor | None, Tensor | None]  # weight (T, D), bias (T, D); (None, None): the module's own
-OWN_ROW: Row = (None, None)
 PLAIN_MLP = (nn.Linear, nn.GELU, nn.Dropout, nn.Identity)  # timm's Mlp up to fc2: fc1, act, drop1, norm
 
 
@@ -37,9 +37,9 @@ def add_norm(
     norm: nn.Module,
     x: Tensor,
     delta: Tensor | None,
-    row: Row = OWN_ROW,
-    task_ids: Tensor | None = None,
+    rows: Rows | None = None,
     out_dtype: torch.dtype | None = None,
+    fused: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Norm of x + delta with the given rows, or with the module's own weight and bias.
 
@@ -47,35 +47,30 @@ def add_norm(
         norm: the norm module.
         x: (B, N, D) residual stream.
         delta: (B, N, D) still to be added to it, or None.
-        row: weight (T, D) and bias (T, D).
-        task_ids: (B,) or None.
+        rows: weight and bias (T, D), and task_ids (B,) or None; None: the module's own.
         out_dtype: dtype of the normalised output; by default what the module's own forward would return.
+        fused: what `use_triton` said of x; None: ask it.
 
     Returns:
         The normalised sum and the sum, both (B, N, D).
     """
-    if row[0] is None and not _is_fusable(norm, x):
+    fused = use_triton(x) if fused is None else fused
+    if rows is None and not (fused and _is_fusable(norm)):
         x = x if delta is None else x + delta
         return norm(x), x
     assert isinstance(norm, nn.LayerNorm)
-    weight, bias, task_ids = _rows(norm, row, task_ids)
     out_dtype = out_dtype or norm_dtype(norm, x)
-    if delta is None:
-        return layer_norm(x, weight, bias, task_ids, norm.eps, out_dtype), x
-    return add_layer_norm(x, delta, weight, bias, task_ids, norm.eps, out_dtype)
+    return run_layer_norm(x, delta, rows or _own_rows(norm), norm.eps, out_dtype, fused)
 
 
-def _rows(norm: nn.LayerNorm, row: Row, task_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The given rows with their task ids, or the module's own weights as the one row."""
-    weight, bias = row
-    if weight is None or bias is None:
-        return norm.weight.unsqueeze(0), norm.bias.unsqueeze(0), None
-    return weight, bias, task_ids
+def _own_rows(norm: nn.LayerNorm) -> Rows:
+    """The module's weight and bias as the one row."""
+    return Rows(norm.weight.unsqueeze(0), norm.bias.unsqueeze(0), None)
 
 
-def _is_fusable(norm: nn.Module, x: Tensor) -> bool:
-    """Whether a norm with its own weights may skip its forward: on Triton's path, a plain LayerNorm without hooks."""
-    if not use_triton(x) or type(norm) not in MODULATED_NORMS or norm.weight is None or norm.bias is None:
+def _is_fusable(norm: nn.Module) -> bool:
+    """Whether a norm with its own weights may skip its forward on Triton's path: a plain LayerNorm without hooks."""
+    if type(norm) not in MODULATED_NORMS or norm.weight is None or norm.bias is None:
         return False
     return not has_forward_hooks(norm)
 
@@ -112,12 +107,12 @@ def may_overwrite() -> bool:
     return not (torch.is_grad_enabled() or is_traced())
 
 
-def _is_plain_attention(attn: nn.Module, h: Tensor) -> bool:
+def _is_plain_attention(attn: nn.Module, fused: bool) -> bool:
     """Whether `attn` is timm's Attention around scaled_dot_product_attention, and nobody listens to it."""
     if type(attn) is not Attention or not attn.fused_attn or getattr(attn, "gate", None) is not None:
         return False
     kinds = {type(attn.q_norm), type(attn.k_norm)}
-    if kinds != {nn.Identity} and not (use_triton(h) and kinds <= set(MODULATED_NORMS)):
+    if kinds != {nn.Identity} and not (fused and kinds <= set(MODULATED_NORMS)):
         return False  # the reference path promises timm's gradients bit for bit, and q/k norms add theirs up in order
     return not has_hooks(attn, attn.q_norm, attn.k_norm)
 
@@ -136,10 +131,11 @@ def run_attention(
     return attn.norm(h.transpose(1, 2).flatten(2))
 
 
-def run_mlp(mlp: Mlp, h: Tensor) -> Tensor:
+def run_mlp(mlp: Mlp, h: Tensor, fused: bool) -> Tensor:
     """A plain Mlp up to its last product: h (B, N, D) to what fc2 reads; the GELU joins fc1, or overwrites it."""
-    if use_triton(h):
-        return linear_gelu(h, mlp.fc1.weight, mlp.fc1.bias)
+    if fused:
+        weight = mlp.fc1.weight
+        return run_linear_gelu(h, weight, mlp.fc1.bias, is_preferred("linear_gelu", h, min(weight.shape)))
     h = F.linear(h, mlp.fc1.weight, mlp.fc1.bias)
     return _Gelu.apply(h) if torch.is_grad_enabled() else torch.ops.aten.gelu_(h)
 
@@ -165,44 +161,49 @@ class _Gelu(torch.autograd.Function):
         return torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
 
 
-def _has_prologue(
-    operation: str, norm: nn.Module, x: Tensor, delta: Tensor | None, row: Row, product: nn.Module
-) -> bool:
-    """Whether the norm joins the product that reads it: in inference, on a stream with nothing left to add."""
-    if delta is not None or torch.is_grad_enabled() or x.requires_grad:  # reentrant checkpointing: the same way twice
+def _may_join(norm: nn.Module, x: Tensor, rows: Rows | None, product: nn.Module) -> bool:
+    """Whether the norm may be the prologue of the product that reads it: in inference, and nobody listens."""
+    if torch.is_grad_enabled() or x.requires_grad:  # reentrant checkpointing: the same way twice
         return False
-    if not prefers_triton(operation, x, x.shape[-1], _product_dtype(x)):
-        return False
-    return type(product) is nn.Linear and not has_hooks(product) and (row[0] is not None or _is_fusable(norm, x))
+    return type(product) is nn.Linear and not has_hooks(product) and (rows is not None or _is_fusable(norm))
 
 
-def _add(
-    x: Tensor, h: Tensor, product: Any, dropout: nn.Module, scale: nn.Module, drop_path: nn.Module
-) -> tuple[Tensor, Tensor | None]:
-    """A sub-layer's last product of h (B, N, K), and what leads from there to the stream x (B, N, D).
+class _Way(NamedTuple):
+    """What leads from a sub-layer's last product to the stream."""
+
+    product: Any  # a Linear; where it is another, it is called
+    dropout: nn.Module
+    scale: nn.Module
+    drop_path: nn.Module
+
+
+def _add(x: Tensor, h: Tensor, way: _Way, fused: bool) -> tuple[Tensor, Tensor | None]:
+    """A sub-layer's last product of h (B, N, K), and its way to the stream x (B, N, D).
 
     Returns:
         (sum, None) where the product's epilogue adds it to the stream, (x, delta) where that is left to the next norm.
     """
-    if not _has_epilogue(h, product, dropout, scale, drop_path):
+    product, dropout, scale, drop_path = way
+    if not (fused and _has_epilogue(h, way)):
         return x, drop_path(scale(dropout(product(h))))
     gamma = scale.gamma if isinstance(scale, LayerScale) else None
     keep = None
     if type(drop_path) is DropPath and drop_path.training and drop_path.drop_prob:
         dtype = h.dtype if gamma is None else torch.promote_types(h.dtype, gamma.dtype)
         keep = drop_path(h.new_ones(h.shape[0], 1, 1, dtype=dtype)).flatten().float()  # timm's own draw
-    return linear_add(h, product.weight, product.bias, x, gamma, keep), None
+    return run_linear_add(h, product.weight, product.bias, x, gamma, keep, fused=True), None
 
 
-def _has_epilogue(h, product, dropout, scale, drop_path) -> bool:
+def _has_epilogue(h: Tensor, way: _Way) -> bool:
     """Whether `linear_add` does all of it: the table prefers it, the modules are timm's, and nobody listens inside."""
-    if type(product) is not nn.Linear or not prefers_triton("linear_add", h, min(product.weight.shape)):
+    product, dropout, scale, drop_path = way
+    if type(product) is not nn.Linear or not is_preferred("linear_add", h, min(product.weight.shape)):
         return False
     if type(dropout) is not nn.Dropout or (dropout.p and dropout.training):
         return False
     if type(scale) not in (nn.Identity, LayerScale) or type(drop_path) not in (nn.Identity, DropPath):
         return False
-    return not has_hooks(product, dropout, scale, drop_path)
+    return not has_hooks(*way)
 
 
 class HyperBlock(Block):
@@ -222,13 +223,16 @@ class HyperBlock(Block):
         weight2: Tensor | None = None,
         bias2: Tensor | None = None,
         task_ids: Tensor | None = None,
+        tokens: int | None = None,
+        *,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        tokens: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One block; the stock block's output is the sum of what is returned, (x, delta) or (sum, None).
 
-        The rows are flat arguments, not tuples, so that reentrant checkpointing sees every tensor.
+        The rows arrive one by one and by position, since PyTorch looks for tensors among a module's positional
+        arguments alone: reentrant checkpointing would lose the gradients of rows in a tuple without a word, full
+        backward hooks would not list them. Behind this border they are `Rows`.
 
         Args:
             x: (B, N, D) residual stream.
@@ -238,20 +242,23 @@ class HyperBlock(Block):
             weight2: (T, D) rows of norm2; None: the module's own.
             bias2: (T, D).
             task_ids: (B,) row of each sample, or None (T is 1 or B).
+            tokens: how many of the first tokens the output needs, which `can_narrow` must allow; None: all.
             attn_mask: mask of scaled_dot_product_attention.
             is_causal: causal attention.
-            tokens: how many of the first tokens the output needs, which `can_narrow` must allow; None: all.
 
         Returns:
             x (B, N, D) and delta (B, N, D) where a kernel of the next norm adds them; else their sum and None. With
             `tokens`, N is that.
         """
+        fused = use_triton(x)
+        rows1 = None if weight1 is None or bias1 is None else Rows(weight1, bias1, task_ids)
+        rows2 = None if weight2 is None or bias2 is None else Rows(weight2, bias2, task_ids)
         if tokens is None:
-            x, delta = self.attend(x, delta, (weight1, bias1), task_ids, attn_mask, is_causal)
+            x, delta = self.attend(x, delta, rows1, fused, attn_mask, is_causal)
         else:
-            x, delta = self.attend_few(x, delta, (weight1, bias1), task_ids, tokens)
-        x, delta = self.feed_forward(x, delta, (weight2, bias2), task_ids)
-        if delta is None or use_triton(x):
+            x, delta = self.attend_few(x, delta, rows1, fused, tokens)
+        x, delta = self.feed_forward(x, delta, rows2, fused)
+        if delta is None or fused:
             return x, delta
         if may_overwrite() and not has_hooks(self.norm2) and torch.result_type(x, delta) == x.dtype:
             return x.add_(delta), None  # x is the sum that norm2 read, which nobody else has seen
@@ -261,24 +268,27 @@ class HyperBlock(Block):
         self,
         x: Tensor,
         delta: Tensor | None,
-        row: Row = OWN_ROW,
-        task_ids: Tensor | None = None,
+        rows: Rows | None,
+        fused: bool,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """norm1 and attention: x and delta, both (B, N, D), to their sum and attention's delta, or all and None."""
         attn, norm, dtype = self.attn, self.norm1, _product_dtype(x)
-        if not _is_plain_attention(attn, x):
-            h, x = add_norm(norm, x, delta, row, task_ids, dtype)
+        if not _is_plain_attention(attn, fused):
+            h, x = add_norm(norm, x, delta, rows, dtype, fused)
             return x, self.drop_path1(self.ls1(attn(h, attn_mask=attn_mask, is_causal=is_causal)))
-        if _has_prologue("norm_linear", norm, x, delta, row, attn.qkv):
-            packed = norm_linear(x, *_rows(norm, row, task_ids), norm.eps, attn.qkv.weight, attn.qkv.bias, dtype)
+        qkv = attn.qkv
+        is_joined = fused and delta is None and fits_one_kernel(x, dtype, gelu=False)  # with nothing left to add
+        if is_joined and _may_join(norm, x, rows, qkv):
+            rows = rows or _own_rows(norm)
+            packed = run_norm_linear(x, rows, norm.eps, qkv.weight, qkv.bias, dtype, gelu=False, fused=True)
         else:
-            h, x = add_norm(norm, x, delta, row, task_ids, dtype)
-            packed = attn.qkv(h)
+            h, x = add_norm(norm, x, delta, rows, dtype, fused)
+            packed = qkv(h)
         q, k, v = packed.unflatten(2, (3, attn.num_heads, attn.head_dim)).unbind(2)
         h = run_attention(attn, q, k, v, attn_mask, is_causal)
-        return _add(x, h, attn.proj, attn.proj_drop, self.ls1, self.drop_path1)
+        return _add(x, h, _Way(attn.proj, attn.proj_drop, self.ls1, self.drop_path1), fused)
 
     def can_narrow(self) -> bool:
         """Whether the output for some tokens can be had without the others': timm's own parts, and nobody listens.
@@ -288,17 +298,17 @@ class HyperBlock(Block):
         attn, mlp = self.attn, self.mlp
         if type(attn) is not Attention or type(attn.qkv) is not nn.Linear or type(mlp) is not Mlp:
             return False
-        if not _is_plain_attention(attn, attn.qkv.weight):
+        if not _is_plain_attention(attn, use_triton(attn.qkv.weight)):
             return False
         drops = (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2)
         return not any(drop.p and drop.training for drop in drops) and not has_hooks(*self.modules())
 
     def attend_few(
-        self, x: Tensor, delta: Tensor | None, row: Row, task_ids: Tensor | None, tokens: int
+        self, x: Tensor, delta: Tensor | None, rows: Rows | None, fused: bool, tokens: int
     ) -> tuple[Tensor, Tensor | None]:
         """`attend` for the first tokens alone: all tokens give keys and values, only these a query."""
         attn = self.attn
-        h, x = add_norm(self.norm1, x, delta, row, task_ids, _product_dtype(x))
+        h, x = add_norm(self.norm1, x, delta, rows, _product_dtype(x), fused)
         weights = attn.qkv.weight.tensor_split((attn.attn_dim,))
         biases: tuple[Tensor | None, ...] = (None, None)
         if attn.qkv.bias is not None:
@@ -307,20 +317,22 @@ class HyperBlock(Block):
         q = q.unflatten(2, (attn.num_heads, attn.head_dim))
         k, v = packed.unflatten(2, (2, attn.num_heads, attn.head_dim)).unbind(2)
         h = run_attention(attn, q, k, v, None, False)
-        return _add(x[:, :tokens].contiguous(), h, attn.proj, attn.proj_drop, self.ls1, self.drop_path1)
+        way = _Way(attn.proj, attn.proj_drop, self.ls1, self.drop_path1)
+        return _add(x[:, :tokens].contiguous(), h, way, fused)
 
     def feed_forward(
-        self, x: Tensor, delta: Tensor | None, row: Row = OWN_ROW, task_ids: Tensor | None = None
+        self, x: Tensor, delta: Tensor | None, rows: Rows | None, fused: bool
     ) -> tuple[Tensor, Tensor | None]:
         """norm2 and MLP: x and delta, both (B, N, D), to their sum and the MLP's delta, or all and None."""
         mlp, norm, dtype = self.mlp, self.norm2, _product_dtype(x)
-        is_plain = (use_triton(x) or not is_traced()) and _is_plain_mlp(mlp)
-        if is_plain and _has_prologue("norm_linear_gelu", norm, x, delta, row, mlp.fc1):
-            rows = _rows(norm, row, task_ids)
-            h = norm_linear_gelu(x, *rows, norm.eps, mlp.fc1.weight, mlp.fc1.bias, dtype)
+        if not ((fused or not is_traced()) and _is_plain_mlp(mlp)):
+            h, x = add_norm(norm, x, delta, rows, dtype, fused)
+            return x, self.drop_path2(self.ls2(mlp(h)))
+        fc1 = mlp.fc1
+        if fused and delta is None and fits_one_kernel(x, dtype, gelu=True) and _may_join(norm, x, rows, fc1):
+            rows = rows or _own_rows(norm)
+            h = run_norm_linear(x, rows, norm.eps, fc1.weight, fc1.bias, dtype, gelu=True, fused=True)
         else:
-            h, x = add_norm(norm, x, delta, row, task_ids, dtype)
-            if not is_plain:
-                return x, self.drop_path2(self.ls2(mlp(h)))
-            h = run_mlp(mlp, h)
-        return _add(x, h, mlp.fc2, mlp.drop2, self.ls2, self.drop_path2)
+            h, x = add_norm(norm, x, delta, rows, dtype, fused)
+            h = run_mlp(mlp, h, fused)
+        return _add(x, h, _Way(mlp.fc2, mlp.drop2, self.ls2, self.drop_path2), fused)

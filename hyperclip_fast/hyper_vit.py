@@ -16,11 +16,14 @@ from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import default_cfgs as timm_cfgs
 from torch import Tensor, nn
 
-from hyperclip_fast.hyper_block import MODULATED_NORMS, OWN_ROW, HyperBlock, Row, add_norm
+from hyperclip_fast.hyper_block import MODULATED_NORMS, HyperBlock, add_norm
+from hyperclip_fast.kernels.common.rows import Rows
 from hyperclip_fast.kernels.dispatch import use_triton
 from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams, NormSpec, check_params
 from hyperclip_fast.timm_models import create_timm_model
 from hyperclip_fast.utils.private_api import FeatureGetterNet, add_positions, feature_take_indices, has_hooks
+
+NO_ROWS = (None, None, None)  # in the place of Rows: the module's own weight and bias
 
 
 class HyperViT(VisionTransformer):
@@ -82,10 +85,10 @@ class HyperViT(VisionTransformer):
         row = torch.cat([self.get_parameter(key) for key in self.norm_spec.keys])
         return NormParams(self.norm_spec, row.unsqueeze(0))
 
-    def _rows(self, x: Tensor, params: NormParams | None) -> tuple[dict[str, Row], Tensor | None]:
-        """Rows by layer name, and the task ids; the reference path gathers each sample's row here, once."""
+    def _rows(self, x: Tensor, params: NormParams | None) -> dict[str, Rows]:
+        """Rows by layer name; the reference path gathers each sample's row here, once."""
         if params is None:
-            return {}, None
+            return {}
         check_params(params, self._spec, x.shape[0], self._fits)
         if self._spec == params.spec:
             params = NormParams(self._spec, params.table, params.task_ids)
@@ -93,27 +96,29 @@ class HyperViT(VisionTransformer):
             params = params.gather()
         elif params.table.dtype not in (x.dtype, torch.float32):
             params = params.to(dtype=torch.float32)  # the kernels take rows of the stream's dtype, or float32
-        return dict(zip(params.spec.names, params.layers())), params.task_ids
+        layers = zip(params.spec.names, params.layers())
+        return {name: Rows(weight, bias, params.task_ids) for name, (weight, bias) in layers if bias is not None}
 
     def _fits(self, spec: NormSpec) -> bool:
         """Whether rows of another spec serve this encoder: once pruned, those of the encoder it came from."""
         return self._is_pruned and set(zip(self._spec.names, self._spec.widths)) <= set(zip(spec.names, spec.widths))
 
-    def _embed(self, x: Tensor, rows: dict[str, Row], task_ids: Tensor | None) -> Tensor:
+    def _embed(self, x: Tensor, rows: dict[str, Rows]) -> Tensor:
         x = self.patch_drop(add_positions(self, self.patch_embed(x)))
-        return add_norm(self.norm_pre, x, None, rows.get("norm_pre", OWN_ROW), task_ids)[0]
+        return add_norm(self.norm_pre, x, None, rows.get("norm_pre"))[0]
 
     def _run_block(
-        self, i, x, delta, rows, task_ids, attn_mask=None, is_causal=False, tokens=None
+        self, i, x, delta, rows, attn_mask=None, is_causal=False, tokens=None
     ) -> tuple[Tensor, Tensor | None]:
-        pieces = (*rows.get(f"blocks.{i}.norm1", OWN_ROW), *rows.get(f"blocks.{i}.norm2", OWN_ROW), task_ids)
-        masked = attn_mask is not None or is_causal
-        if self.grad_checkpointing and not masked:
-            return checkpoint(self.blocks[i], x, delta, *pieces, None, False, tokens)
-        return self.blocks[i](x, delta, *pieces, attn_mask, is_causal, tokens)
+        weight1, bias1, ids1 = rows.get(f"blocks.{i}.norm1", NO_ROWS)
+        weight2, bias2, ids2 = rows.get(f"blocks.{i}.norm2", NO_ROWS)
+        pieces = (weight1, bias1, weight2, bias2, ids2 if ids1 is None else ids1)  # why flat: see HyperBlock.forward
+        if self.grad_checkpointing and attn_mask is None and not is_causal:
+            return checkpoint(self.blocks[i], x, delta, *pieces, tokens)
+        return self.blocks[i](x, delta, *pieces, tokens, attn_mask=attn_mask, is_causal=is_causal)
 
-    def _final_norm(self, x, delta, rows, task_ids) -> Tensor:
-        return add_norm(self.norm, x, delta, rows.get("norm", OWN_ROW), task_ids)[0]
+    def _final_norm(self, x, delta, rows) -> Tensor:
+        return add_norm(self.norm, x, delta, rows.get("norm"))[0]
 
     def forward_features(  # type: ignore[override]  # params stand where timm has a mask
         self,
@@ -123,26 +128,26 @@ class HyperViT(VisionTransformer):
         is_causal: bool = False,
     ) -> Tensor:
         """Images (B, C, H, W) to tokens (B, N, D), final norm included; `params` gives each sample's norm rows."""
-        rows, task_ids = self._rows(x, params)
-        return self._forward_features(x, rows, task_ids, attn_mask, is_causal)
+        rows = self._rows(x, params)
+        return self._forward_features(x, rows, attn_mask, is_causal)
 
-    def _forward_features(self, x, rows, task_ids, attn_mask, is_causal, tokens=None) -> Tensor:
-        x, delta = self._embed(x, rows, task_ids), None
+    def _forward_features(self, x, rows, attn_mask, is_causal, tokens=None) -> Tensor:
+        x, delta = self._embed(x, rows), None
         for i in range(len(self.blocks)):
             needed = tokens if i == len(self.blocks) - 1 else None
-            x, delta = self._run_block(i, x, delta, rows, task_ids, attn_mask, is_causal, needed)
-        return self._final_norm(x, delta, rows, task_ids)
+            x, delta = self._run_block(i, x, delta, rows, attn_mask, is_causal, needed)
+        return self._final_norm(x, delta, rows)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, params: NormParams | None = None) -> Tensor:
         """Tokens (B, N, D) to pooled features or logits (B, num_classes); `params` matters where fc_norm is used."""
-        rows, task_ids = self._rows(x, params) if "fc_norm" in self.norm_spec.names else ({}, None)
-        return self._forward_head(x, pre_logits, rows, task_ids)
+        rows = self._rows(x, params) if "fc_norm" in self.norm_spec.names else {}
+        return self._forward_head(x, pre_logits, rows)
 
-    def _forward_head(self, x, pre_logits, rows, task_ids) -> Tensor:
+    def _forward_head(self, x, pre_logits, rows) -> Tensor:
         x = self.pool(x)
         pooled = x.dim() == 2
         x = x.unsqueeze(1) if pooled else x
-        x = add_norm(self.fc_norm, x, None, rows.get("fc_norm", OWN_ROW), task_ids)[0]
+        x = add_norm(self.fc_norm, x, None, rows.get("fc_norm"))[0]
         x = self.head_drop(x.squeeze(1) if pooled else x)
         return x if pre_logits else self.head(x)
 
@@ -164,11 +169,11 @@ class HyperViT(VisionTransformer):
         Raises:
             ValueError: if `params` belongs to another encoder or another batch size.
         """
-        rows, task_ids = self._rows(x, params)
+        rows = self._rows(x, params)
         is_mixed = params is not None and params.num_tasks > 1
         tokens = 1 if is_mixed and attn_mask is None and not is_causal and self._needs_one_token() else None
-        x = self._forward_features(x, rows, task_ids, attn_mask, is_causal, tokens)
-        return self._forward_head(x, False, rows, task_ids)
+        x = self._forward_features(x, rows, attn_mask, is_causal, tokens)
+        return self._forward_head(x, False, rows)
 
     def _needs_one_token(self) -> bool:
         """Whether the class token is all that the head reads: the last block may then leave out the others.
@@ -212,21 +217,21 @@ class HyperViT(VisionTransformer):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f'output_fmt must be "NCHW" or "NLC", got {output_fmt!r}')
-        rows, task_ids = self._rows(x, params)
+        rows = self._rows(x, params)
         take, last = feature_take_indices(len(self.blocks), list(indices) if isinstance(indices, tuple) else indices)
         height, width = x.shape[-2:]
-        x, delta, taken = self._embed(x, rows, task_ids), None, []
+        x, delta, taken = self._embed(x, rows), None, []
         for i in range(last + 1 if stop_early else len(self.blocks)):
-            x, delta = self._run_block(i, x, delta, rows, task_ids, attn_mask, is_causal)
+            x, delta = self._run_block(i, x, delta, rows, attn_mask, is_causal)
             if i in take:
                 x, delta = x if delta is None else x + delta, None
-                taken.append(self._final_norm(x, None, rows, task_ids) if norm else x)
+                taken.append(self._final_norm(x, None, rows) if norm else x)
         prefix = [tokens[:, : self.num_prefix_tokens] for tokens in taken] if self.num_prefix_tokens else None
         taken = [tokens[:, self.num_prefix_tokens :] for tokens in taken]
         if output_fmt == "NCHW":
             grid = self.patch_embed.dynamic_feat_size((height, width))
             taken = [rearrange(tokens, "b (h w) d -> b d h w", h=grid[0]).contiguous() for tokens in taken]
-        final = None if intermediates_only else self._final_norm(x, delta, rows, task_ids)
+        final = None if intermediates_only else self._final_norm(x, delta, rows)
         return _pack(taken, prefix if return_prefix_tokens else None, final, output_dict)
 
     def get_intermediate_layers(

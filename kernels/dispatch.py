@@ -8,6 +8,9 @@ import importlib.util
 
 import torch
 
+from .common.private_api import is_functorch_active
+from .tables import is_chosen
+
 BACKENDS = ("auto", "reference", "triton")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _backend = "auto"
@@ -26,8 +29,7 @@ def set_backend(backend: str) -> None:
 
     Args:
         backend: "auto": Triton for CUDA and ROCm tensors, PyTorch for others and for float64; "reference": PyTorch for
-            all;
-            "triton": Triton for all, so that Triton's interpreter is reached with CPU tensors.
+            all; "triton": Triton for all, so that Triton's interpreter is reached with CPU tensors.
 
     Raises:
         ValueError: for another word.
@@ -51,10 +53,26 @@ def use_triton(x: torch.Tensor) -> bool:
     return _backend == "triton" or (_backend == "auto" and x.is_cuda and _has_triton and x.dtype in TRITON_DTYPES)
 
 
+def prefers_triton(operation: str, x: torch.Tensor, width: int, dtype: torch.dtype | None = None) -> bool:
+    """Whether Triton computes an operation: because it was asked for, or because the table expects it to be faster.
+
+    Args:
+        operation: a key of tables.WIDEST.
+        x: (B, N, K), the operation's input.
+        width: D, the narrower side of the product.
+        dtype: what the product computes in, x's by default.
+    """
+    return use_triton(x) and is_preferred(operation, x, width, dtype)
+
+
+def is_preferred(operation: str, x: torch.Tensor, width: int, dtype: torch.dtype | None = None) -> bool:
+    """The rest of `prefers_triton`'s question, for a caller that knows what `use_triton` says of x."""
+    return get_backend() == "triton" or is_chosen(operation, x, width, dtype)
+
+
 def is_traced() -> bool:
     """Whether torch.compile, torch.export or a transform of torch.func (grad, vmap, jvp) sees what runs now.
 
-    Then the plain formula runs, which all of them can differentiate, batch and fuse. PyTorch has no public question
-    for its transforms: `torch._C._are_functorch_transforms_active` is what torch.autograd itself asks since 2.0.
+    Then the plain formula runs, which all of them can differentiate, batch and fuse.
     """
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or is_functorch_active()

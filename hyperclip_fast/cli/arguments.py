@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from hyperclip_fast.utils.class_names import check_name, check_task
+from hyperclip_fast.utils.class_names import check_named_tasks, check_task
 
 EXAMPLE = '{"pets": ["cat", "dog"]}'
 
@@ -37,7 +37,7 @@ def read_tasks(path: str | Path) -> dict[str, list[str]]:
     """Tasks by name from a YAML or JSON file.
 
     Raises:
-        ValueError: if the file is not a mapping of names to lists of class names.
+        ValueError: if the file is not a mapping of names to tasks, see `check_named_tasks`.
     """
     import yaml
 
@@ -45,16 +45,10 @@ def read_tasks(path: str | Path) -> dict[str, list[str]]:
         tasks = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"--tasks must be a YAML or JSON file, {path} is not: {error}") from error
-    if not isinstance(tasks, dict) or not tasks:
-        raise ValueError(f"--tasks must map names of tasks to lists of class names, as in {EXAMPLE}: {path} does not")
-    for task, names in tasks.items():
-        try:
-            check_name(task)
-            if not isinstance(names, list):
-                raise ValueError(f"a task must be a list of class names, got {names!r}")
-            check_task(names)
-        except ValueError as error:
-            raise ValueError(
-                f"--tasks must map names of tasks to lists of class names, {path} has {task!r}: {error}"
-            ) from error
+    try:
+        check_named_tasks(tasks)
+        if not tasks:
+            raise ValueError("there are none")
+    except ValueError as error:
+        raise ValueError(f"--tasks must be a file of tasks, as {EXAMPLE}, {path} is not: {error}") from error
     return tasks

@@ -93,7 +93,7 @@ def _result(args: argparse.Namespace, model) -> tuple[object, str]:
     from hyperclip_fast.evaluation.eval_sets import load_eval_set
     from hyperclip_fast.evaluation.zero_shot import evaluate, table
 
-    data = load_eval_set(args.data, model.image_size, args.classes)
+    data = load_eval_set(args.data, model.preprocessing, args.classes)
     records = evaluate(model, data, args.rows, args.corruptions, args.batch_size, args.model or "demo")
     return records, table(records)
 

@@ -39,7 +39,7 @@ def _train(args: argparse.Namespace) -> int:
         if args.smoke:
             run = smoke(run, args.out, args.steps or 4, distributed.share())
             distributed.barrier(distributed.share().world)
-        trainer = Trainer(run.model, run.train, args.out, device=device, data=run.data)
+        trainer = Trainer(run, args.out, device)
         trainer.train()
     if trainer.stopped is not None:
         print(f"Stopped at step {trainer.step}; the same command goes on from there.")

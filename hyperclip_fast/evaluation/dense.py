@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from hyperclip_fast.data.augmentation import to_rgb
+from hyperclip_fast.data.augmentation import normalize, to_rgb
 from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
 from hyperclip_fast.data.pictures import load_pictures
 from hyperclip_fast.evaluation.swapping import row_names
@@ -23,7 +23,7 @@ from hyperclip_fast.hyper_vit import HyperViT
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
 
-ROWS = ("right", "base", "wrong")
+ROW_SOURCES = ("right", "base", "wrong")
 COVERED = 0.25  # of a patch, for it to count as an object's
 
 
@@ -116,7 +116,7 @@ def figures(scores: Tensor, labels: Tensor) -> tuple[float, float]:
 def dense_scores(
     model: HyperCLIP, tasks: Sequence[EvalTask] | None = None, classes: int = 10, scenes: int = 24, seed: int = 0
 ) -> dict[str, Any]:
-    """mIoU and pointing accuracy for each of ROWS, averaged over tasks.
+    """mIoU and pointing accuracy for each of ROW_SOURCES, averaged over tasks.
 
     Args:
         model: in eval mode.
@@ -141,12 +141,13 @@ def dense_scores(
     result: dict[str, Any] = {"tasks": len(tasks), "scenes": scenes * len(tasks), "objects": side * side}
     result["guessing"] = _guessing(tasks, drawn, grid)
     base = model.image.base_params
-    for row in ROWS:
+    for row in ROW_SOURCES:
         params = base if row == "base" else model.adapt(row_names(tasks, row))
         found = []
         for t, (task, (images, which, cover)) in enumerate(zip(tasks, drawn)):
             ids = torch.full((len(images),), 0 if row == "base" else t)
-            patches = patch_embeddings(model, images.to(model.device), params[ids])
+            images = normalize(images, model.preprocessing).to(model.device)
+            patches = patch_embeddings(model, images, params[ids])
             labels = patch_labels(which, cover, grid)
             found.append(figures((patches @ model.encode_text(task.class_names).T).cpu(), labels))
         miou, pointing = (sum(values) / len(values) for values in zip(*found))
@@ -170,6 +171,6 @@ def dense_table(result: dict[str, Any]) -> str:
         f"{result['scenes']} scenes of {result['objects']} objects, {result['tasks']} tasks",
         f"{'row':<10}{'mIoU':>8}{'pointing':>10}",
     ]
-    lines += [f"{row:<10}{result[row]['miou']:>8.1%}{result[row]['pointing']:>10.1%}" for row in ROWS]
+    lines += [f"{row:<10}{result[row]['miou']:>8.1%}{result[row]['pointing']:>10.1%}" for row in ROW_SOURCES]
     lines += [f"{'guessing':<10}{result['guessing']['miou']:>8.1%}{result['guessing']['pointing']:>10.1%}"]
     return "\n".join(lines)

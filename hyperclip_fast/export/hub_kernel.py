@@ -73,9 +73,8 @@ def write_hub_kernel(out: str | Path) -> Path:
         variant = beside / "build" / "torch-universal"
         variant.mkdir(parents=True)
         for name, text in sources.items():
-            text = text.replace("hyperclip_fast::", f"{namespace}::").replace(
-                "ops.hyperclip_fast.", f"ops.{namespace}."
-            )
+            text = text.replace('NAMESPACE = "hyperclip_fast"', f'NAMESPACE = "{namespace}"')
+            text = text.replace("hyperclip_fast::", f"{namespace}::")  # docstrings name operators, too
             (variant / name).parent.mkdir(exist_ok=True)
             (variant / name).write_text(text, encoding="utf-8")
         (variant / "__init__.py").write_text(_init(), encoding="utf-8")

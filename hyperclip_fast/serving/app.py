@@ -1,6 +1,6 @@
 """The HTTP server: routes over a Service, which holds the tasks, the batcher and what decodes images.
 
-    body -> places and limits -> task (taken here, kept whatever happens to it) -> decoding threads -> batcher -> model
+    body -> limits -> task (taken here, kept whatever happens to it) -> decoding threads -> batcher -> model
 
 Everything but decoding and the model runs on the event loop.
 """

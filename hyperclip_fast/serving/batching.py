@@ -97,12 +97,8 @@ class Batcher:
         observe: Callable[[int, int], None] | None = None,
     ):
         self._classify, self._observe = classify, observe
-        self._max_batch, self._max_wait, self._mix, self._max_concurrent_batches = (
-            max_batch,
-            max_wait,
-            mix,
-            max_concurrent_batches,
-        )
+        self._max_batch, self._max_wait, self._mix = max_batch, max_wait, mix
+        self._max_concurrent_batches = max_concurrent_batches
         self._waiting: deque[_Waiting] = deque()
         self._unanswered: set[asyncio.Future] = set()
         self._some, self._full, self._forming = asyncio.Event(), asyncio.Event(), asyncio.Lock()

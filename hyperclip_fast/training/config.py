@@ -122,16 +122,16 @@ class TrainConfig:
 
     @property
     def batch_shape(self) -> BatchShape:
-        """What a source of batches needs to know."""
+        """What a source needs to know of these."""
         return BatchShape(self.tasks_per_batch, self.classes_per_task, self.seed, self.mixed_groups)
 
 
 class RunConfig(NamedTuple):
-    """The three sections of a file."""
+    """The three sections of a file: what is trained, how, and on what."""
 
     model: HyperCLIPConfig
     train: TrainConfig
-    data: DataConfig
+    data: DataConfig = DataConfig()  # OpenMoji and digits
 
 
 def load_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:

@@ -10,7 +10,7 @@ from hyperclip_fast.data.config import SCENES, DataConfig
 from hyperclip_fast.data.file_source import ImageSetSource, read_folder, read_table
 from hyperclip_fast.data.picture_source import JoinedSource, TaskSource, picture_source
 from hyperclip_fast.data.pictures import Pictures, load_pictures
-from hyperclip_fast.data.preprocessing import Preprocessing
+from hyperclip_fast.data.preprocessing import HALF
 from hyperclip_fast.data.scenes import MOST_VALUES, SceneSampler
 from hyperclip_fast.data.shard_source import ShardSource
 from hyperclip_fast.data.transforms import create_reader
@@ -30,10 +30,14 @@ def create_source(
         pictures: those of kind "pictures", where they are loaded already.
 
     Raises:
-        ValueError: for data that is not there, or does not have what a batch takes.
+        ValueError: for data that is not there, or does not have what a batch takes, or pictures for a model with
+            another mean or std than theirs.
     """
     data, shape, pin = run.data, run.train.batch_shape, device.type == "cuda"
+    preprocessing = run.model.preprocessing(image_size)
     if pictures is not None or data.kind == "pictures":
+        if not preprocessing.mean == preprocessing.std == HALF:
+            raise ValueError(f"model.mean and model.std must be {HALF} for pictures, got {preprocessing}")
         named = tuple(name for name in data.sets if name != SCENES)
         pictures = pictures or load_pictures(named or ("openmoji",), run.train.picture_size, progress=share.rank == 0)
         if SCENES not in data.sets:
@@ -41,7 +45,6 @@ def create_source(
         return _with_scenes(pictures, bool(named), shape, image_size, share), pictures
     if not data.path:
         raise ValueError(f"data.path must say where the {data.kind} is, as --set data.path=..., got nothing")
-    preprocessing = Preprocessing(image_size, run.model.mean, run.model.std)
     reader = create_reader(data, preprocessing)
     if data.kind == "shards":
         return ShardSource(shape, data, reader, share, pin), None

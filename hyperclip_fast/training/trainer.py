@@ -9,7 +9,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hyperclip_fast.data.batch import Batch, Source
-from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.data.held_out import EvalTask
-from hyperclip_fast.data.picture_source import Sampler, TaskSource
 from hyperclip_fast.data.pictures import Pictures
 from hyperclip_fast.data.scenes import evaluation_tasks
 from hyperclip_fast.evaluation.swapping import mean_accuracy, swap_test
-from hyperclip_fast.hyperclip import HyperCLIP, HyperCLIPConfig
+from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.training import distributed
-from hyperclip_fast.training.config import RunConfig, TrainConfig
+from hyperclip_fast.training.config import RunConfig
 from hyperclip_fast.training.grad_cache import backward_in_parts
 from hyperclip_fast.training.losses import balanced_bias
 from hyperclip_fast.training.objective import Inputs, Objective
@@ -48,18 +46,20 @@ from hyperclip_fast.utils.seeds import hash_seed, step_seed
 STOP_EVERY = 10  # steps after which several processes ask each other whether one was told to stop
 
 
+Callback = Callable[["Trainer", dict[str, Tensor]], None]
+
+
 class Trainer:
     """One model, one data set, one run folder. In several processes, one Trainer each: see `distributed.processes`.
 
     Args:
-        model_config: what to train.
-        config: how.
+        run: what is trained, how, and on what.
         out: the run's folder; a checkpoint in it is resumed.
-        pictures: the data, and its held-out part for the swap test; None: what `data` says.
         device: where to train.
-        sampler: mixed batches of other pictures, see `sources.Sampler`.
-        source: batches of any other data, see `sources.Source`.
-        data: what to train on; its defaults are OpenMoji and digits, rendered at `config.picture_size`.
+        source: batches in place of those that `run.data` describes, see `data.batch.Source`.
+        pictures: those of `run.data`, where they are loaded already.
+        callback: called after every step, with the trainer and the step's metrics; what it draws from torch's chance
+            changes no run, since every step starts from a seed of its own.
 
     Raises:
         ValueError: if `out` holds a run with another configuration.
@@ -67,27 +67,25 @@ class Trainer:
 
     def __init__(
         self,
-        model_config: HyperCLIPConfig,
-        config: TrainConfig,
+        run: RunConfig,
         out: str | Path,
-        pictures: Pictures | None = None,
         device: str | torch.device = "cpu",
-        sampler: Sampler | None = None,
         source: Source | None = None,
-        data: DataConfig | None = None,
+        pictures: Pictures | None = None,
+        callback: Callback | None = None,
     ):
-        self.config, self.out, self.device, self.share = config, Path(out), torch.device(device), distributed.share()
+        self.run, self.config, self.out = run, run.train, Path(out)
+        self.device, self.share, self.callback = torch.device(device), distributed.share(), callback
+        config = self.config
         if config.balance_bias:
-            model_config = replace(model_config, init_logit_bias=balanced_bias(sum(config.class_range) / 2))
+            bias = balanced_bias(sum(config.class_range) / 2)
+            self.run = run = run._replace(model=replace(run.model, init_logit_bias=bias))
         torch.manual_seed(config.seed)
-        self.model = HyperCLIP(model_config).to(self.device)
+        self.model = HyperCLIP(run.model).to(self.device)
         freeze(self.model, config.freeze)
         train_mode(self.model, config.freeze)
-        self.pictures, self.data = pictures, data or DataConfig()
-        if sampler is not None:
-            source = TaskSource(sampler, sampler.names, config.batch_shape, self.model.image_size, self.share)
-        elif source is None:
-            run = RunConfig(model_config, config, self.data)
+        self.pictures: Pictures | None = None
+        if source is None:
             source, self.pictures = create_source(run, self.model.image_size, self.share, self.device, pictures)
         self.source = source
         self.features = self._known_features()
@@ -100,8 +98,7 @@ class Trainer:
         self._norms: dict[str, Tensor] = {}
         self._stream: Iterator[Batch] | None = None
         self._stream_state: Any = None
-        settings = {"model": asdict(self.model.config), "train": asdict(config)}
-        settings |= {} if data is None else {"data": asdict(data)}
+        settings = {"model": asdict(self.model.config), "train": asdict(config), "data": asdict(run.data)}
         self.folder = RunFolder(out, settings, config.tensorboard, writes=self.share.rank == 0)
         self._load(self.folder.resume())
 
@@ -268,7 +265,7 @@ class Trainer:
             model = self.current_model()  # finished in an earlier run
             return model if model is None else model.eval()
         is_first = self.share.rank == 0
-        tasks = evaluation_tasks(self.pictures, self.data.sets) if self.pictures is not None and is_first else []
+        tasks = evaluation_tasks(self.pictures, self.run.data.sets) if self.pictures is not None and is_first else []
         with _signals_noted() as noted:
             self._train(tasks, noted)
         self.save()
@@ -292,6 +289,8 @@ class Trainer:
         images, start = 0, time.perf_counter()
         while self.step < config.steps and self.stopped is None:
             metrics = self.train_step()
+            if self.callback is not None:
+                self.callback(self, metrics)
             images += self._images
             bar.update()
             if self.step % config.log_every == 0:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from ..common.checks import check_rows
+from ..common.private_api import gelu_
+from ..common.rows import Rows
 from ..dispatch import has_triton, is_traced, use_triton
 from .mixed import mixed, statistics
 
@@ -23,7 +25,7 @@ ACTS = {
     "relu6": F.relu6,
     "silu": F.silu,
     "hard_swish": F.hardswish,
-    "gelu": lambda x, inplace: torch.ops.aten.gelu_(x) if inplace else F.gelu(x),
+    "gelu": lambda x, inplace: gelu_(x) if inplace else F.gelu(x),
 }
 
 
@@ -112,7 +114,7 @@ def _add(normed, residual) -> torch.Tensor:
 def _check(x, weight, bias, task_ids, act, residual) -> None:
     if x.dim() != 4 or x.shape[1] == 0:
         raise ValueError(f"x must be (B, C, H, W) with C at least 1, got shape {tuple(x.shape)}")
-    check_rows(weight, bias, task_ids, x.shape[0], x.shape[1], "C")
+    check_rows(Rows(weight, bias, task_ids), x.shape[0], x.shape[1], "C")
     if act not in ACTS:
         raise ValueError(f"act must be one of {tuple(ACTS)}, got {act!r}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):

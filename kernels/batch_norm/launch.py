@@ -4,7 +4,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..common.launch import Rows, cdiv, reduce_partials, row_stride
+from ..common.launch import cdiv, reduce_partials
+from ..common.rows import Rows, row_stride
 from ..tables import COMBINE_CONFIG, batch_norm_tiles
 from .triton_kernels import _bwd_kernel, _fwd_kernel
 from .triton_sums import _combine_kernel, _stats_kernel, _sums_kernel

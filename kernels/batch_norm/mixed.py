@@ -9,6 +9,8 @@ that is scalar where channels are outermost, F.batch_norm of x seen as (1, B * C
 import torch
 import torch.nn.functional as F
 
+from ..common.autograd import traced_gradients
+from ..common.private_api import batch_norm_update_stats, native_batch_norm_backward, unsafe_view
 from ..dispatch import is_traced
 
 
@@ -49,7 +51,7 @@ def _flat_batch_norm(x, mean, var, weight, bias, eps) -> torch.Tensor:
     B, C, H, W = x.shape
     mean, var, weight, bias = (rows.expand(B, C).reshape(-1) for rows in (mean, var, weight, bias))
     out = F.batch_norm(x.view(1, B * C, H, W), mean, var, weight, bias, False, 0.0, eps)
-    return torch.ops.aten._unsafe_view(out, x.shape)  # no view, which autograd lets nobody write over
+    return unsafe_view(out, x.shape)  # no view, which autograd lets nobody write over
 
 
 def _affine(x, scale, shift) -> torch.Tensor:
@@ -66,15 +68,20 @@ def _is_dense(x: torch.Tensor) -> bool:
 def statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance (C,) of each channel; under a tracer with their gradients."""
     if is_traced():
-        mean = x.mean((0, 2, 3))
-        return mean, (x - _spread(mean)).square().mean((0, 2, 3))
+        return _statistics_plain(x)
     with torch.no_grad():
         x = x if _is_dense(x) else x.contiguous()
         if not is_flat(x):
-            return torch.batch_norm_update_stats(x, None, None, 0.0)
+            return batch_norm_update_stats(x, None, None, 0.0)
         mean = x.mean((0, 2, 3))  # PyTorch's own statistics of contiguous channels are scalar
         deviation = torch.linalg.vector_norm((x - _spread(mean)).flatten(2), dim=2)
         return mean, deviation.square().sum(0) / (x.numel() // x.shape[1])
+
+
+def _statistics_plain(x) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in operations that anything can trace, with their gradients."""
+    mean = x.mean((0, 2, 3))
+    return mean, (x - _spread(mean)).square().mean((0, 2, 3))
 
 
 def _sample_sums(grad, x, mean, rstd) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,7 +102,7 @@ def _sample_sums(grad, x, mean, rstd) -> tuple[torch.Tensor, torch.Tensor]:
 def _channel_sums(grad, x, mean, rstd) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums (C,) of grad and of grad * xhat in one pass: what F.batch_norm's backward calls d bias and d weight."""
     rows, wanted = (None, None, None, mean, rstd), (True, 0.0, [False, True, True])
-    _, products, sums = torch.ops.aten.native_batch_norm_backward(grad, x, *rows, *wanted)
+    _, products, sums = native_batch_norm_backward(grad, x, *rows, *wanted)
     return sums, products
 
 
@@ -112,7 +119,12 @@ class _MixedBatchNorm(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, bias, mean, var = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody wants the gradient's own gradient: autograd writes that graph
-            return *_grad_of_plain(ctx, x, weight, bias, mean, var, grad), *[None] * 4
+
+            def plain(x, weight, bias):
+                seen_mean, seen_var = _statistics_plain(x) if ctx.is_batch else (mean, var)
+                return _mixed_plain(x, weight, bias, seen_mean, seen_var, ctx.eps)
+
+            return *traced_gradients(plain, (x, weight, bias), grad, ctx.needs_input_grad), *[None] * 4
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         rstd = torch.rsqrt(var + ctx.eps)
         layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
@@ -127,14 +139,3 @@ class _MixedBatchNorm(torch.autograd.Function):
             offset = (weight * sums).sum(0) * rstd / -count - mean * slope
             grad_x = _affine(x, slope, offset).addcmul_(grad, _spread(weight * rstd))
         return grad_x, products if need_weight else None, sums if need_bias else None, *[None] * 4
-
-
-def _grad_of_plain(ctx, x, weight, bias, mean, var, grad) -> list[torch.Tensor | None]:
-    needed = [t for t, need in zip((x, weight, bias), ctx.needs_input_grad) if need]
-    if ctx.is_batch:
-        mean = x.mean((0, 2, 3))
-        var = (x - _spread(mean)).square().mean((0, 2, 3))
-    grads = iter(
-        torch.autograd.grad(_mixed_plain(x, weight, bias, mean, var, ctx.eps), needed, grad, create_graph=True)
-    )
-    return [next(grads) if need else None for need in ctx.needs_input_grad[:3]]

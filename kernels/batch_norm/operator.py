@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..common.autograd import needs_grad
 from ..common.checks import check_devices, check_dtype, check_row_dtype
-from ..common.launch import Rows
-from ..common.operator import contiguous, dense_columns, filled, is_plain, needs_grad
+from ..common.operator import register, register_differentiable
+from ..common.rows import dense_rows
 from .launch import Needs, Norm, launch_backward, launch_forward, launch_statistics
 
 
@@ -30,7 +31,7 @@ def _dense(x: torch.Tensor, *others: torch.Tensor | None) -> list[torch.Tensor |
 
 def _norm(weight, bias, task_ids, mean, var, eps, act) -> Norm:
     mean, var = mean.float().contiguous(), var.float().contiguous()
-    return Norm(Rows(dense_columns(weight), dense_columns(bias), contiguous(task_ids)), mean, var, eps, act)
+    return Norm(dense_rows(weight, bias, task_ids), mean, var, eps, act)
 
 
 def _forward(x, weight, bias, task_ids, mean, var, eps, act, residual, residual_after_act, is_batch):
@@ -52,73 +53,34 @@ def _statistics(x):
         return launch_statistics(x.contiguous(memory_format=_format(x)))
 
 
-NORM = "Tensor x, Tensor weight, Tensor bias, Tensor? task_ids, Tensor mean, Tensor var, float eps, str act"
-torch.library.define(
-    "hyperclip_fast::batch_norm_act",
-    f"({NORM}, Tensor? residual, bool residual_after_act, bool is_batch) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    "hyperclip_fast::batch_norm_act_backward",
-    f"(Tensor grad_out, {NORM}, Tensor? residual, bool is_batch, bool need_x, bool need_weight, bool need_bias, "
-    "bool need_residual) -> (Tensor grad_x, Tensor grad_residual, Tensor grad_rows)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    "hyperclip_fast::batch_norm_statistics",
-    "(Tensor x) -> (Tensor mean, Tensor var)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-@torch.library.impl("hyperclip_fast::batch_norm_act", "default")
-def _forward_op(x, *rest):
-    return _forward(x, *rest)
-
-
-@torch.library.impl("hyperclip_fast::batch_norm_act_backward", "default")
-def _backward_op(grad_out, *rest):
-    return filled(_backward(grad_out, *rest), grad_out)
-
-
-@torch.library.impl("hyperclip_fast::batch_norm_statistics", "default")
-def _statistics_op(x):
-    return _statistics(x)
-
-
-@torch.library.register_fake("hyperclip_fast::batch_norm_act")
 def _forward_fake(x, *rest):
     return torch.empty_like(x, memory_format=_format(x))
 
 
-@torch.library.register_fake("hyperclip_fast::batch_norm_act_backward")
-def _backward_fake(
-    grad_out,
-    x,
-    weight,
-    bias,
-    task_ids,
-    mean,
-    var,
-    eps,
-    act,
-    residual,
-    is_batch,
-    need_x,
-    need_weight,
-    need_bias,
-    need_residual,
-):
+def _backward_fake(grad_out, x, weight, *rest):
+    need_x, need_weight, need_bias, need_residual = rest[-4:]
     grad_x, grad_residual = (
         torch.empty_like(x, memory_format=_format(x)) if need else None for need in (need_x, need_residual)
     )
     kinds = need_weight + need_bias
-    return filled((grad_x, grad_residual, weight.new_empty(kinds, *weight.shape) if kinds else None), grad_out)
+    return grad_x, grad_residual, weight.new_empty(kinds, *weight.shape) if kinds else None
 
 
-@torch.library.register_fake("hyperclip_fast::batch_norm_statistics")
 def _statistics_fake(x):
     return tuple(x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+
+
+NORM = "Tensor x, Tensor weight, Tensor bias, Tensor? task_ids, Tensor mean, Tensor var, float eps, str act"
+_batch_norm_statistics = register(
+    "batch_norm_statistics", "(Tensor x) -> (Tensor mean, Tensor var)", _statistics, _statistics_fake
+)
+_batch_norm_act_backward = register(
+    "batch_norm_act_backward",
+    f"(Tensor grad_out, {NORM}, Tensor? residual, bool is_batch, bool need_x, bool need_weight, bool need_bias, "
+    "bool need_residual) -> (Tensor grad_x, Tensor grad_residual, Tensor grad_rows)",
+    _backward,
+    _backward_fake,
+)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -139,9 +101,8 @@ def _gradients(ctx, grad_out):
     need_residual = ctx.needs_input_grad[8]
     grads: tuple[Any, Any, Any] = (None, None, None)
     if need_x or need_weight or need_bias or ctx.is_seen:
-        backward = _backward if is_plain(grad_out) else torch.ops.hyperclip_fast.batch_norm_act_backward
         needed = need_x, need_weight, need_bias, need_residual and ctx.is_seen
-        grads = backward(grad_out, *tensors, eps, act, residual, is_batch, *needed)
+        grads = _batch_norm_act_backward(grad_out, *tensors, eps, act, residual, is_batch, *needed)
     grad_x, grad_residual, grad_rows = grads
     return (
         grad_x if need_x else None,
@@ -153,19 +114,14 @@ def _gradients(ctx, grad_out):
     )
 
 
-torch.library.register_autograd("hyperclip_fast::batch_norm_act", _gradients, setup_context=_setup_context)
-
-
-class _BatchNormAct(torch.autograd.Function):
-    """The same for eager calls; an own setup_context method would bind arguments by signature, at 30 us a call."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_gradients)  # type: ignore[assignment]  # one argument an output, not *grads
+_batch_norm_act = register_differentiable(
+    "batch_norm_act",
+    f"({NORM}, Tensor? residual, bool residual_after_act, bool is_batch) -> Tensor",
+    _forward,
+    _forward_fake,
+    _setup_context,
+    _gradients,
+)
 
 
 def fused_batch_norm_act(
@@ -194,10 +150,7 @@ def fused_batch_norm_act(
         task_ids = None
     is_batch = mean is None or var is None
     if mean is None or var is None:
-        statistics = _statistics if is_plain(x) else torch.ops.hyperclip_fast.batch_norm_statistics
-        mean, var = statistics(x.detach())
-    arguments = (x, weight, bias, task_ids, mean, var, eps, act, residual, residual_after_act, is_batch)
-    if not is_plain(x):
-        return torch.ops.hyperclip_fast.batch_norm_act(*arguments), mean, var
-    differentiable = needs_grad(x, weight, bias, residual)
-    return (_BatchNormAct.apply(*arguments) if differentiable else _forward(*arguments)), mean, var
+        mean, var = _batch_norm_statistics(x.detach())
+    options = (eps, act, residual, residual_after_act, is_batch)
+    out = _batch_norm_act(needs_grad(x, weight, bias, residual), x, weight, bias, task_ids, mean, var, *options)
+    return out, mean, var

@@ -3,6 +3,7 @@
 import torch
 
 from ..dispatch import TRITON_DTYPES
+from .rows import Rows
 
 
 def check_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:
@@ -11,26 +12,17 @@ def check_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) 
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
-def check_rows(
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    task_ids: torch.Tensor | None,
-    batch: int,
-    width: int,
-    letter: str = "D",
-    prefix: str = "",
-) -> None:
+def check_rows(rows: Rows, batch: int, width: int, letter: str = "D", prefix: str = "") -> None:
     """Raise ValueError unless weight and bias are tables of rows, and task_ids say which row each sample uses.
 
     Args:
-        weight: (T, D).
-        bias: (T, D), weight's dtype.
-        task_ids: (B,) int64 or int32, or None where T is 1 or B.
+        rows: weight (T, D); bias (T, D), weight's dtype; task_ids (B,) int64 or int32, or None where T is 1 or B.
         batch: B.
         width: D.
         letter: what the operation calls D.
-        prefix: of the arguments' names.
+        prefix: of the tables' names.
     """
+    weight, bias, task_ids = rows
     if weight.dim() != 2 or weight.shape[1] != width:
         raise ValueError(
             f"{prefix}weight must be (T, {letter}) with {letter} = {width}, got shape {tuple(weight.shape)}"

@@ -6,10 +6,15 @@
 Shapes: x, delta, out, total (B, N, D); weight, bias (T, D) with any row stride; task_ids (B,) or None (T is 1 or B).
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
+from ..common.autograd import traced_gradients
 from ..common.checks import check_rows
+from ..common.private_api import native_layer_norm, native_layer_norm_backward
+from ..common.rows import Rows
 from ..dispatch import has_triton, is_traced, use_triton
 
 if has_triton():
@@ -47,7 +52,7 @@ def layer_norm_reference(
 def _normalize(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x - mean) * rstd, mean, rstd."""
     D = x.shape[-1]
-    return torch.native_layer_norm(x, (D,), x.new_ones(D), x.new_zeros(D), eps)  # given None, the CPU kernel is scalar
+    return native_layer_norm(x, (D,), x.new_ones(D), x.new_zeros(D), eps)  # given None, the CPU kernel is scalar
 
 
 def _mixed_layer_norm(x, weight, bias, eps) -> torch.Tensor:
@@ -75,7 +80,8 @@ class _MixedLayerNorm(torch.autograd.Function):
     def backward(ctx, grad):
         x, mean, rstd, weight, bias = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody wants the gradient's own gradient: autograd writes that graph
-            return *_grad_of_plain(ctx, x, weight, bias, grad), None
+            plain = functools.partial(_mixed_layer_norm, eps=ctx.eps)
+            return *traced_gradients(plain, (x, weight, bias), grad, ctx.needs_input_grad), None
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         grad_x, grad_weight, scratch = None, None, None
         if need_weight:
@@ -84,15 +90,8 @@ class _MixedLayerNorm(torch.autograd.Function):
         if need_x:
             scaled = torch.mul(grad, weight.unsqueeze(1), out=scratch)
             one, statistics = x.new_ones(x.shape[-1]), (x, x.shape[-1:], mean, rstd)
-            grad_x = torch.ops.aten.native_layer_norm_backward(scaled, *statistics, one, None, [True, False, False])[0]
+            grad_x = native_layer_norm_backward(scaled, *statistics, one, None, [True, False, False])[0]
         return grad_x, grad_weight, grad.sum(1) if need_bias else None, None
-
-
-def _grad_of_plain(ctx, x, weight, bias, grad) -> list[torch.Tensor | None]:
-    needed = [t for t, need in zip((x, weight, bias), ctx.needs_input_grad) if need]
-    out = _mixed_layer_norm(x, weight, bias, ctx.eps)
-    grads = iter(torch.autograd.grad(out, needed, grad, create_graph=True))
-    return [next(grads) if need else None for need in ctx.needs_input_grad[:3]]
 
 
 def add_layer_norm_reference(
@@ -109,13 +108,40 @@ def add_layer_norm_reference(
     return layer_norm_reference(total, weight, bias, task_ids, eps, out_dtype), total
 
 
-def check_arguments(x, weight, bias, task_ids, delta=None, prefix="") -> None:
+def check_arguments(x: torch.Tensor, delta: torch.Tensor | None, rows: Rows, prefix: str = "") -> None:
     """Raise ValueError for shapes that `add_layer_norm` does not take; `prefix`: of the rows' names."""
     if x.dim() != 3:
         raise ValueError(f"x must be (B, N, D), got shape {tuple(x.shape)}")
     if delta is not None and delta.shape != x.shape:
         raise ValueError(f"delta must have x's shape {tuple(x.shape)}, got {tuple(delta.shape)}")
-    check_rows(weight, bias, task_ids, x.shape[0], x.shape[2], prefix=prefix)
+    check_rows(rows, x.shape[0], x.shape[2], prefix=prefix)
+
+
+def run_layer_norm(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    rows: Rows,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+    fused: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`add_layer_norm`, or `layer_norm` and x itself where delta is None, for a caller that may know who computes it.
+
+    Args:
+        x: (B, N, D), as all others of `add_layer_norm`.
+        delta: (B, N, D), or None.
+        rows: weight and bias (T, D), and task_ids (B,) or None.
+        eps: added to the variance.
+        out_dtype: dtype of the normalised output, x's by default.
+        fused: what `use_triton` said of x; None: ask it.
+    """
+    check_arguments(x, delta, rows)
+    if use_triton(x) if fused is None else fused:
+        out, total = fused_layer_norm(x, delta, rows, eps, out_dtype or x.dtype)
+        return out, x if total is None else total
+    if delta is None:
+        return layer_norm_reference(x, *rows, eps, out_dtype), x
+    return add_layer_norm_reference(x, delta, *rows, eps, out_dtype)
 
 
 def layer_norm(
@@ -142,10 +168,7 @@ def layer_norm(
     Raises:
         ValueError: for shapes and dtypes other than these.
     """
-    check_arguments(x, weight, bias, task_ids)
-    if use_triton(x):
-        return fused_layer_norm(x, None, weight, bias, task_ids, eps, out_dtype or x.dtype)[0]
-    return layer_norm_reference(x, weight, bias, task_ids, eps, out_dtype)
+    return run_layer_norm(x, None, Rows(weight, bias, task_ids), eps, out_dtype)[0]
 
 
 def add_layer_norm(
@@ -174,8 +197,4 @@ def add_layer_norm(
     Raises:
         ValueError: for shapes and dtypes other than these.
     """
-    check_arguments(x, weight, bias, task_ids, delta)
-    if use_triton(x):
-        out, total = fused_layer_norm(x, delta, weight, bias, task_ids, eps, out_dtype or x.dtype)
-        return out, x if total is None else total
-    return add_layer_norm_reference(x, delta, weight, bias, task_ids, eps, out_dtype)
+    return run_layer_norm(x, delta, Rows(weight, bias, task_ids), eps, out_dtype)

@@ -8,14 +8,15 @@ Kept for backward: total (x itself without delta), mean and rstd (B, N) float32;
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..common.autograd import needs_grad
 from ..common.checks import check_devices, check_dtype, check_row_dtype
-from ..common.launch import Rows
-from ..common.operator import contiguous, dense_columns, filled, is_plain, needs_grad
+from ..common.operator import contiguous, register, register_differentiable
+from ..common.rows import Rows, dense_columns, dense_rows
 from .launch import MAX_WIDTH, Kept, Needs, launch_backward, launch_forward
 
 
 def _forward(x, delta, weight, bias, task_ids, eps, out_dtype, keep):
-    rows = Rows(dense_columns(weight), dense_columns(bias), contiguous(task_ids))
+    rows = dense_rows(weight, bias, task_ids)
     with torch.cuda.device_of(x):
         return launch_forward(x.contiguous(), contiguous(delta), rows, eps, out_dtype, keep)
 
@@ -27,48 +28,30 @@ def _backward(grad_out, grad_total, total, mean, rstd, weight, task_ids, need_x,
         return launch_backward(grad_out.contiguous(), contiguous(grad_total), kept, needs)
 
 
-torch.library.define(
-    "hyperclip_fast::layer_norm",
-    "(Tensor x, Tensor? delta, Tensor weight, Tensor bias, Tensor? task_ids, float eps, ScalarType out_dtype, "
-    "bool keep) -> (Tensor out, Tensor total, Tensor mean, Tensor rstd)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    "hyperclip_fast::layer_norm_backward",
-    "(Tensor grad_out, Tensor? grad_total, Tensor total, Tensor mean, Tensor rstd, Tensor weight, Tensor? task_ids, "
-    "bool need_x, ScalarType? delta_dtype, bool need_weight, bool need_bias) "
-    "-> (Tensor grad_x, Tensor grad_delta, Tensor grad_rows)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-@torch.library.impl("hyperclip_fast::layer_norm", "default")
-def _forward_op(x, *rest):
-    return filled(_forward(x, *rest), x)
-
-
-@torch.library.impl("hyperclip_fast::layer_norm_backward", "default")
-def _backward_op(grad_out, *rest):
-    return filled(_backward(grad_out, *rest), grad_out)
-
-
-@torch.library.register_fake("hyperclip_fast::layer_norm")
 def _forward_fake(x, delta, weight, bias, task_ids, eps, out_dtype, keep):
     out = x.new_empty(x.shape, dtype=out_dtype)
     total = None if delta is None else x.new_empty(x.shape)
     mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) if keep else None for _ in range(2))
-    return filled((out, total, mean, rstd), x)
+    return out, total, mean, rstd
 
 
-@torch.library.register_fake("hyperclip_fast::layer_norm_backward")
 def _backward_fake(
     grad_out, grad_total, total, mean, rstd, weight, task_ids, need_x, delta_dtype, need_weight, need_bias
 ):
     grad_x = total.new_empty(total.shape) if need_x else None
     grad_delta = None if delta_dtype is None else total.new_empty(total.shape, dtype=delta_dtype)
     kinds = need_weight + need_bias
-    grad_rows = weight.new_empty(kinds, *weight.shape) if kinds else None
-    return filled((grad_x, grad_delta, grad_rows), grad_out)
+    return grad_x, grad_delta, weight.new_empty(kinds, *weight.shape) if kinds else None
+
+
+_layer_norm_backward = register(
+    "layer_norm_backward",
+    "(Tensor grad_out, Tensor? grad_total, Tensor total, Tensor mean, Tensor rstd, Tensor weight, Tensor? task_ids, "
+    "bool need_x, ScalarType? delta_dtype, bool need_weight, bool need_bias) "
+    "-> (Tensor grad_x, Tensor grad_delta, Tensor grad_rows)",
+    _backward,
+    _backward_fake,
+)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -84,18 +67,17 @@ def _setup_context(ctx, inputs, output) -> None:
 
 @once_differentiable
 def _gradients(ctx, grad_out, grad_total, _grad_mean, _grad_rstd):
-    total, mean, rstd, weight, task_ids = ctx.saved_tensors
+    dtype = ctx.saved_tensors[0].dtype
     need_x, need_delta, need_weight, need_bias = ctx.needs_input_grad[:4]
     if ctx.delta_dtype is None:
         grad_total = None  # the operator's placeholder for total
     if grad_out is None:  # only total was used: the gradient of a plain addition
         grad_delta = None if grad_total is None or not need_delta else grad_total.to(ctx.delta_dtype)
         return grad_total, grad_delta, *[None] * 6
-    same = need_delta and ctx.delta_dtype == total.dtype
+    same = need_delta and ctx.delta_dtype == dtype
     delta_dtype = ctx.delta_dtype if need_delta and not same else None
-    backward = _backward if is_plain(total) else torch.ops.hyperclip_fast.layer_norm_backward
-    tensors = (grad_out, grad_total, total, mean, rstd, weight, task_ids)
-    grad_x, grad_delta, grad_rows = backward(*tensors, need_x or same, delta_dtype, need_weight, need_bias)
+    tensors, needs = (grad_out, grad_total, *ctx.saved_tensors), (need_x or same, delta_dtype, need_weight, need_bias)
+    grad_x, grad_delta, grad_rows = _layer_norm_backward(*tensors, *needs)
     return (
         grad_x if need_x else None,
         (grad_x if same else grad_delta) if need_delta else None,
@@ -105,39 +87,33 @@ def _gradients(ctx, grad_out, grad_total, _grad_mean, _grad_rstd):
     )
 
 
-torch.library.register_autograd("hyperclip_fast::layer_norm", _gradients, setup_context=_setup_context)
+_layer_norm = register_differentiable(
+    "layer_norm",
+    "(Tensor x, Tensor? delta, Tensor weight, Tensor bias, Tensor? task_ids, float eps, ScalarType out_dtype, "
+    "bool keep) -> (Tensor out, Tensor total, Tensor mean, Tensor rstd)",
+    _forward,
+    _forward_fake,
+    _setup_context,
+    _gradients,
+)
 
 
-class _LayerNorm(torch.autograd.Function):
-    """The same for eager calls; an own setup_context method would bind arguments by signature, at 30 us a call."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_gradients)  # type: ignore[assignment]  # one argument an output, not *grads
-
-
-def check_fused(x, delta, weight, bias, task_ids, out_dtype, prefix="") -> None:
+def check_fused(
+    x: torch.Tensor, delta: torch.Tensor | None, rows: Rows, out_dtype: torch.dtype, prefix: str = ""
+) -> None:
+    """Raise ValueError for dtypes, widths and devices that the kernels do not take; `prefix`: of the rows' names."""
     check_dtype("x", x.dtype)
     check_dtype("delta", x.dtype if delta is None else delta.dtype)
     check_dtype("out_dtype", out_dtype)
     if not 1 <= x.shape[2] <= MAX_WIDTH:
         raise ValueError(f"x must be (B, N, D) with D in 1..{MAX_WIDTH} for the Triton kernel, got D = {x.shape[2]}")
+    weight, bias, task_ids = rows
     check_row_dtype(f"{prefix}weight", weight, x)
     check_devices(x, **{"delta": delta, f"{prefix}weight": weight, f"{prefix}bias": bias, "task_ids": task_ids})
 
 
 def fused_layer_norm(
-    x: torch.Tensor,
-    delta: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    task_ids: torch.Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype,
+    x: torch.Tensor, delta: torch.Tensor | None, rows: Rows, eps: float, out_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`add_layer_norm`, or `layer_norm` where delta is None, by the Triton kernels; the caller has checked the shapes.
 
@@ -146,13 +122,10 @@ def fused_layer_norm(
     Raises:
         ValueError: for dtypes, widths and devices that the kernels do not take.
     """
-    check_fused(x, delta, weight, bias, task_ids, out_dtype)
+    check_fused(x, delta, rows, out_dtype)
+    weight, bias, task_ids = rows
     if weight.shape[0] == 1:
         task_ids = None
     keep = needs_grad(x, delta, weight, bias)
-    arguments = (x, delta, weight, bias, task_ids, eps, out_dtype, keep)
-    if not is_plain(x):
-        out, total, _, _ = torch.ops.hyperclip_fast.layer_norm(*arguments)
-    else:
-        out, total, _, _ = _LayerNorm.apply(*arguments) if keep else _forward(*arguments)
+    out, total, _, _ = _layer_norm(keep, x, delta, weight, bias, task_ids, eps, out_dtype, keep)
     return out, None if delta is None else total

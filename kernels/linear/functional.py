@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..common.checks import check_shape
-from ..dispatch import get_backend, has_triton, use_triton
-from ..tables import is_chosen
+from ..dispatch import has_triton, prefers_triton
 
 if has_triton():
     from .operator import fused_linear_add, fused_linear_gelu
@@ -56,16 +55,36 @@ def check_arguments(x, weight, bias) -> None:
     check_shape("bias", bias, (weight.shape[0],))
 
 
-def prefers_triton(operation: str, x: torch.Tensor, width: int, dtype: torch.dtype | None = None) -> bool:
-    """Whether Triton computes an operation: because it was asked for, or because the table expects it to be faster.
+def run_linear_gelu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, fused: bool | None = None
+) -> torch.Tensor:
+    """`linear_gelu`; `fused`: what `prefers_triton` said, for a caller that has asked it."""
+    check_arguments(x, weight, bias)
+    if prefers_triton("linear_gelu", x, min(weight.shape)) if fused is None else fused:
+        return fused_linear_gelu(x, weight.to(x.dtype), bias)
+    return linear_gelu_reference(x, weight, bias)
 
-    Args:
-        operation: a key of tables.WIDEST.
-        x: (B, N, K), the operation's input.
-        width: D, the narrower side of the product.
-        dtype: what the product computes in, x's by default.
-    """
-    return use_triton(x) and (get_backend() == "triton" or is_chosen(operation, x, width, dtype))
+
+def run_linear_add(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    scale: torch.Tensor | None,
+    keep: torch.Tensor | None,
+    fused: bool | None = None,
+) -> torch.Tensor:
+    """`linear_add`; `fused`: what `prefers_triton` said, for a caller that has asked it."""
+    check_arguments(x, weight, bias)
+    check_shape("residual", residual, (*x.shape[:2], weight.shape[0]))
+    check_shape("scale", scale, (weight.shape[0],))
+    check_shape("keep", keep, (x.shape[0],))
+    if keep is not None and (keep.dtype != torch.float32 or keep.requires_grad):
+        kind = f"{keep.dtype} with requires_grad={keep.requires_grad}"
+        raise ValueError(f"keep must be torch.float32 without a gradient, got {kind}")
+    if prefers_triton("linear_add", x, min(weight.shape)) if fused is None else fused:
+        return fused_linear_add(x, weight.to(x.dtype), bias, residual, scale, keep)
+    return linear_add_reference(x, weight, bias, residual, scale, keep)
 
 
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -82,10 +101,7 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     Raises:
         ValueError: for shapes and dtypes other than these.
     """
-    check_arguments(x, weight, bias)
-    if prefers_triton("linear_gelu", x, min(weight.shape)):
-        return fused_linear_gelu(x, weight.to(x.dtype), bias)
-    return linear_gelu_reference(x, weight, bias)
+    return run_linear_gelu(x, weight, bias)
 
 
 def linear_add(
@@ -112,13 +128,4 @@ def linear_add(
     Raises:
         ValueError: for shapes and dtypes other than these.
     """
-    check_arguments(x, weight, bias)
-    check_shape("residual", residual, (*x.shape[:2], weight.shape[0]))
-    check_shape("scale", scale, (weight.shape[0],))
-    check_shape("keep", keep, (x.shape[0],))
-    if keep is not None and (keep.dtype != torch.float32 or keep.requires_grad):
-        kind = f"{keep.dtype} with requires_grad={keep.requires_grad}"
-        raise ValueError(f"keep must be torch.float32 without a gradient, got {kind}")
-    if prefers_triton("linear_add", x, min(weight.shape)):
-        return fused_linear_add(x, weight.to(x.dtype), bias, residual, scale, keep)
-    return linear_add_reference(x, weight, bias, residual, scale, keep)
+    return run_linear_add(x, weight, bias, residual, scale, keep)

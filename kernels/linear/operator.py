@@ -6,77 +6,62 @@ and d weight, are torch's own, cuBLAS, in both. Kept for backward: x and weight;
 enough to compute it again (tables.py); y only where scale has a gradient; nothing where no backward will come.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..common.autograd import needs_grad
 from ..common.checks import check_devices, check_dtype
-from ..common.operator import filled, is_plain, needs_grad
+from ..common.operator import register, register_differentiable
 from ..tables import WIDEST_RECOMPUTED
 from .launch import launch_linear_add, launch_linear_add_backward, launch_linear_gelu, launch_linear_gelu_backward
 
 
-def _launch(launch, like: torch.Tensor, *arguments):
-    """A launch on `like`'s device, every tensor made contiguous."""
-    dense = (a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments)
-    with torch.cuda.device_of(like):
-        return launch(*dense)
+def _launching(launch: Callable) -> Callable:
+    """A launch on its first argument's device, every tensor made contiguous."""
+
+    def run(*arguments):
+        dense = (a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments)
+        with torch.cuda.device_of(arguments[0]):
+            return launch(*dense)
+
+    return run
 
 
-def _define(name: str, schema: str, launch) -> None:
-    torch.library.define(f"hyperclip_fast::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
-
-    @torch.library.impl(f"hyperclip_fast::{name}", "default")
-    def run(first, *rest):
-        return filled(_launch(launch, first, first, *rest), first)
-
-
-_define(
-    "linear_gelu",
-    "(Tensor x, Tensor weight, Tensor? bias, bool keep_pre) -> (Tensor out, Tensor pre)",
-    launch_linear_gelu,
-)
-_define(
-    "linear_gelu_backward",
-    "(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, Tensor? pre, bool need_bias) "
-    "-> (Tensor grad_pre, Tensor grad_bias)",
-    launch_linear_gelu_backward,
-)
-_define(
-    "linear_add",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? scale, Tensor? keep, bool keep_y) "
-    "-> (Tensor out, Tensor y)",
-    launch_linear_add,
-)
-_define(
-    "linear_add_backward",
-    "(Tensor grad_out, Tensor? y, Tensor? scale, Tensor? keep, ScalarType? y_dtype, ScalarType? bias_dtype) "
-    "-> (Tensor grad_y, Tensor grad_bias, Tensor grad_scale)",
-    launch_linear_add_backward,
-)
-
-
-@torch.library.register_fake("hyperclip_fast::linear_gelu")
 def _linear_gelu_fake(x, weight, bias, keep_pre):
     out = x.new_empty(*x.shape[:2], weight.shape[0])
-    return filled((out, torch.empty_like(out) if keep_pre else None), x)
+    return out, torch.empty_like(out) if keep_pre else None
 
 
-@torch.library.register_fake("hyperclip_fast::linear_gelu_backward")
 def _linear_gelu_backward_fake(grad_out, x, weight, bias, pre, need_bias):
-    return filled((x.new_empty(grad_out.shape), torch.empty_like(bias) if need_bias else None), grad_out)
+    return x.new_empty(grad_out.shape), torch.empty_like(bias) if need_bias else None
 
 
-@torch.library.register_fake("hyperclip_fast::linear_add")
 def _linear_add_fake(x, weight, bias, residual, scale, keep, keep_y):
-    return filled((residual.new_empty(residual.shape), x.new_empty(residual.shape) if keep_y else None), x)
+    return residual.new_empty(residual.shape), x.new_empty(residual.shape) if keep_y else None
 
 
-@torch.library.register_fake("hyperclip_fast::linear_add_backward")
 def _linear_add_backward_fake(grad_out, y, scale, keep, y_dtype, bias_dtype):
     grad_y = None if y_dtype is None else grad_out.new_empty(grad_out.shape, dtype=y_dtype)
     grad_bias = None if bias_dtype is None else grad_out.new_empty(grad_out.shape[2], dtype=bias_dtype)
-    grad_scale = None if y is None else scale.new_empty(scale.shape)
-    return filled((grad_y, grad_bias, grad_scale), grad_out)
+    return grad_y, grad_bias, None if y is None else scale.new_empty(scale.shape)
+
+
+_linear_gelu_backward = register(
+    "linear_gelu_backward",
+    "(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, Tensor? pre, bool need_bias) "
+    "-> (Tensor grad_pre, Tensor grad_bias)",
+    _launching(launch_linear_gelu_backward),
+    _linear_gelu_backward_fake,
+)
+_linear_add_backward = register(
+    "linear_add_backward",
+    "(Tensor grad_out, Tensor? y, Tensor? scale, Tensor? keep, ScalarType? y_dtype, ScalarType? bias_dtype) "
+    "-> (Tensor grad_y, Tensor grad_bias, Tensor grad_scale)",
+    _launching(launch_linear_add_backward),
+    _linear_add_backward_fake,
+)
 
 
 def _product_gradients(grad_y, x, weight, need_x, need_weight):
@@ -101,11 +86,7 @@ def _linear_gelu_gradients(ctx, grad_out, _grad_pre):
     if grad_out is None:
         return (None,) * 4
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    arguments = (grad_out, x, weight, bias, pre, need_bias)
-    if is_plain(x):
-        grad_pre, grad_bias = _launch(launch_linear_gelu_backward, x, *arguments)
-    else:
-        grad_pre, grad_bias = torch.ops.hyperclip_fast.linear_gelu_backward(*arguments)
+    grad_pre, grad_bias = _linear_gelu_backward(grad_out, x, weight, bias, pre, need_bias)
     products = _product_gradients(grad_pre, x, weight, need_x, need_weight)
     return *products, grad_bias if need_bias else None, None
 
@@ -132,11 +113,7 @@ def _linear_add_gradients(ctx, grad_out, _grad_y):
     y_dtype, bias_dtype = x.dtype if need_y and scaled else None, ctx.bias_dtype if need_bias else None
     grad_y = grad_bias = grad_scale = None
     if y_dtype is not None or need_bias or need_scale:
-        arguments = (grad_out, y, scale, keep, y_dtype, bias_dtype)
-        if is_plain(grad_out):
-            grad_y, grad_bias, grad_scale = _launch(launch_linear_add_backward, grad_out, *arguments)
-        else:
-            grad_y, grad_bias, grad_scale = torch.ops.hyperclip_fast.linear_add_backward(*arguments)
+        grad_y, grad_bias, grad_scale = _linear_add_backward(grad_out, y, scale, keep, y_dtype, bias_dtype)
     products = (None, None)
     if need_y:
         products = _product_gradients(grad_y if scaled else grad_out, x, weight, need_x, need_weight)
@@ -144,28 +121,23 @@ def _linear_add_gradients(ctx, grad_out, _grad_y):
     return *products, *(grad if need else None for need, grad in needed), None, None
 
 
-torch.library.register_autograd("hyperclip_fast::linear_gelu", _linear_gelu_gradients, setup_context=_setup_linear_gelu)
-torch.library.register_autograd("hyperclip_fast::linear_add", _linear_add_gradients, setup_context=_setup_linear_add)
-
-
-class _LinearGelu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _launch(launch_linear_gelu, inputs[0], *inputs)
-        _setup_linear_gelu(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_linear_gelu_gradients)  # type: ignore[assignment]  # one argument an output, not *grads
-
-
-class _LinearAdd(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _launch(launch_linear_add, inputs[0], *inputs)
-        _setup_linear_add(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_linear_add_gradients)  # type: ignore[assignment]  # one argument an output, not *grads
+_linear_gelu = register_differentiable(
+    "linear_gelu",
+    "(Tensor x, Tensor weight, Tensor? bias, bool keep_pre) -> (Tensor out, Tensor pre)",
+    _launching(launch_linear_gelu),
+    _linear_gelu_fake,
+    _setup_linear_gelu,
+    _linear_gelu_gradients,
+)
+_linear_add = register_differentiable(
+    "linear_add",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? scale, Tensor? keep, bool keep_y) "
+    "-> (Tensor out, Tensor y)",
+    _launching(launch_linear_add),
+    _linear_add_fake,
+    _setup_linear_add,
+    _linear_add_gradients,
+)
 
 
 def check_fused(x: torch.Tensor, **others: torch.Tensor | None) -> None:
@@ -183,11 +155,8 @@ def fused_linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
         ValueError: for dtypes and devices that the kernels do not take.
     """
     check_fused(x, weight=weight, bias=bias)
-    differentiable = needs_grad(x, weight, bias)
-    arguments = (x, weight, bias, differentiable and x.shape[2] > WIDEST_RECOMPUTED)
-    if not is_plain(x):
-        return torch.ops.hyperclip_fast.linear_gelu(*arguments)[0]
-    return (_LinearGelu.apply(*arguments) if differentiable else _launch(launch_linear_gelu, x, *arguments))[0]
+    with_gradient = needs_grad(x, weight, bias)
+    return _linear_gelu(with_gradient, x, weight, bias, with_gradient and x.shape[2] > WIDEST_RECOMPUTED)[0]
 
 
 def fused_linear_add(
@@ -204,8 +173,5 @@ def fused_linear_add(
         ValueError: for dtypes and devices that the kernels do not take.
     """
     check_fused(x, weight=weight, bias=bias, residual=residual, scale=scale, keep=keep)
-    arguments = (x, weight, bias, residual, scale, keep, needs_grad(scale))
-    if not is_plain(x):
-        return torch.ops.hyperclip_fast.linear_add(*arguments)[0]
-    differentiable = needs_grad(x, weight, bias, residual, scale)
-    return (_LinearAdd.apply(*arguments) if differentiable else _launch(launch_linear_add, x, *arguments))[0]
+    with_gradient, keep_y = needs_grad(x, weight, bias, residual, scale), needs_grad(scale)
+    return _linear_add(with_gradient, x, weight, bias, residual, scale, keep, keep_y)[0]

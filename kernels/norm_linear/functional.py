@@ -14,11 +14,12 @@ nothing is saved but memory, and the norm and the product run one after the othe
 
 import torch
 
-from ..common.operator import needs_grad
-from ..dispatch import has_triton
+from ..common.autograd import needs_grad
+from ..common.rows import Rows
+from ..dispatch import has_triton, is_preferred, use_triton
 from ..layer_norm.functional import check_arguments as check_norm_arguments
 from ..layer_norm.functional import layer_norm, layer_norm_reference
-from ..linear.functional import check_arguments, linear, linear_gelu, linear_gelu_reference, prefers_triton
+from ..linear.functional import check_arguments, linear, linear_gelu, linear_gelu_reference
 from ..tables import choose_norm_tiles
 
 if has_triton():
@@ -55,6 +56,51 @@ def norm_linear_gelu_reference(
     return linear_gelu_reference(h, weight, bias)
 
 
+def run_norm_linear(
+    x: torch.Tensor,
+    rows: Rows,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+    gelu: bool,
+    fused: bool | None = None,
+) -> torch.Tensor:
+    """`norm_linear_gelu`, or `norm_linear`, for a caller that may know who computes it.
+
+    Args:
+        x: (B, N, D), as all others of `norm_linear`.
+        rows: norm_weight and norm_bias (T, D), and task_ids (B,) or None.
+        eps: added to the variance.
+        weight: (F, D).
+        bias: (F,) or None.
+        out_dtype: dtype of the normalised x, of the product and of the output, x's by default.
+        gelu: whether the GELU follows.
+        fused: whether one kernel computes it: `use_triton` and `fits_one_kernel` said so, and no gradient is needed;
+            None: ask.
+    """
+    check_norm_arguments(x, None, rows, prefix="norm_")
+    check_arguments(x, weight, bias)
+    out_dtype = out_dtype or x.dtype
+    if fused is None:
+        fused = not needs_grad(x, rows.weight, rows.bias, weight, bias)
+        fused = fused and use_triton(x) and fits_one_kernel(x, out_dtype, gelu)
+    if fused:
+        return fused_norm_linear(x, rows, eps, weight, bias, out_dtype, gelu)
+    h = layer_norm(x, *rows, eps, out_dtype)
+    return linear_gelu(h, weight, bias) if gelu else linear(h, weight, bias)
+
+
+def fits_one_kernel(x: torch.Tensor, dtype: torch.dtype, gelu: bool) -> bool:
+    """Whether one Triton kernel is to compute norm and product of x in `dtype`, where no gradient is needed."""
+    width = x.shape[-1]
+    return (
+        is_preferred("norm_linear_gelu" if gelu else "norm_linear", x, width, dtype)
+        and dtype.itemsize == 2
+        and choose_norm_tiles(x.device, width) is not None
+    )
+
+
 def norm_linear(
     x: torch.Tensor,
     norm_weight: torch.Tensor,
@@ -83,9 +129,7 @@ def norm_linear(
     Raises:
         ValueError: for shapes and dtypes other than these.
     """
-    if _is_fused("norm_linear", x, norm_weight, norm_bias, task_ids, weight, bias, out_dtype):
-        return fused_norm_linear(x, norm_weight, norm_bias, task_ids, eps, weight, bias, out_dtype or x.dtype, False)
-    return linear(layer_norm(x, norm_weight, norm_bias, task_ids, eps, out_dtype), weight, bias)
+    return run_norm_linear(x, Rows(norm_weight, norm_bias, task_ids), eps, weight, bias, out_dtype, gelu=False)
 
 
 def norm_linear_gelu(
@@ -116,20 +160,4 @@ def norm_linear_gelu(
     Raises:
         ValueError: for shapes and dtypes other than these.
     """
-    if _is_fused("norm_linear_gelu", x, norm_weight, norm_bias, task_ids, weight, bias, out_dtype):
-        return fused_norm_linear(x, norm_weight, norm_bias, task_ids, eps, weight, bias, out_dtype or x.dtype, True)
-    return linear_gelu(layer_norm(x, norm_weight, norm_bias, task_ids, eps, out_dtype), weight, bias)
-
-
-def _is_fused(operation, x, norm_weight, norm_bias, task_ids, weight, bias, out_dtype) -> bool:
-    """Checks the arguments: whether one kernel computes the norm and the product."""
-    check_norm_arguments(x, norm_weight, norm_bias, task_ids, prefix="norm_")
-    check_arguments(x, weight, bias)
-    if needs_grad(x, norm_weight, norm_bias, weight, bias):
-        return False
-    dtype, width = out_dtype or x.dtype, x.shape[2]
-    return (
-        prefers_triton(operation, x, width, dtype)
-        and dtype.itemsize == 2
-        and choose_norm_tiles(x.device, width) is not None
-    )
+    return run_norm_linear(x, Rows(norm_weight, norm_bias, task_ids), eps, weight, bias, out_dtype, gelu=True)

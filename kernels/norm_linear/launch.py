@@ -2,7 +2,8 @@
 
 import torch
 
-from ..common.launch import Rows, cdiv, row_stride
+from ..common.launch import cdiv
+from ..common.rows import Rows, row_stride
 from ..tables import choose_norm_tiles
 from .triton_kernels import _norm_linear_kernel
 

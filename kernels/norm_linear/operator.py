@@ -6,38 +6,35 @@ Eager calls go straight to the launch; what traces (torch.compile, export, fake 
 
 import torch
 
-from ..common.launch import Rows
-from ..common.operator import contiguous, dense_columns, is_plain
+from ..common.operator import contiguous, register
+from ..common.rows import Rows, dense_rows
 from ..layer_norm.operator import check_fused as check_norm_fused
 from ..linear.operator import check_fused
 from .launch import launch_norm_linear
 
 
 def _forward(x, norm_weight, norm_bias, task_ids, eps, weight, bias, gelu):
-    rows = Rows(dense_columns(norm_weight), dense_columns(norm_bias), contiguous(task_ids))
+    rows = dense_rows(norm_weight, norm_bias, task_ids)
     with torch.cuda.device_of(x):
         return launch_norm_linear(x.contiguous(), rows, eps, weight.contiguous(), contiguous(bias), gelu)
 
 
-torch.library.define(
-    "hyperclip_fast::norm_linear",
-    "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor? task_ids, float eps, Tensor weight, Tensor? bias, "
-    "bool gelu) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.impl("hyperclip_fast::norm_linear", "default")(_forward)
-
-
-@torch.library.register_fake("hyperclip_fast::norm_linear")
 def _forward_fake(x, norm_weight, norm_bias, task_ids, eps, weight, bias, gelu):
     return weight.new_empty(*x.shape[:2], weight.shape[0])
 
 
+_norm_linear = register(
+    "norm_linear",
+    "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor? task_ids, float eps, Tensor weight, Tensor? bias, "
+    "bool gelu) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+
+
 def fused_norm_linear(
     x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    task_ids: torch.Tensor | None,
+    rows: Rows,
     eps: float,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -51,9 +48,9 @@ def fused_norm_linear(
     Raises:
         ValueError: for dtypes and devices that the kernel does not take.
     """
-    check_norm_fused(x, None, norm_weight, norm_bias, task_ids, out_dtype, prefix="norm_")
+    check_norm_fused(x, None, rows, out_dtype, prefix="norm_")
     check_fused(x, weight=weight, bias=bias)
+    norm_weight, norm_bias, task_ids = rows
     if norm_weight.shape[0] == 1:
         task_ids = None
-    forward = _forward if is_plain(x) else torch.ops.hyperclip_fast.norm_linear
-    return forward(x, norm_weight, norm_bias, task_ids, eps, weight.to(out_dtype), bias, gelu)
+    return _norm_linear(x, norm_weight, norm_bias, task_ids, eps, weight.to(out_dtype), bias, gelu)

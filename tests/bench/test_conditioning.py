@@ -29,7 +29,7 @@ from hyperclip_fast.bench.conditioning.scores import SCENES, SHUFFLED, SceneTask
 from hyperclip_fast.bench.conditioning.tuning import METHODS, tune
 from hyperclip_fast.bench.conditioning.width import schedule, width_table, widths
 from hyperclip_fast.data.scenes import ATTRIBUTES, CHANCES, COMBINATIONS, scene_tasks
-from hyperclip_fast.training.trainer import TrainConfig
+from hyperclip_fast.training.config import TrainConfig
 from tests.data.test_scenes import blocks
 from tests.towers import patch_text_tower, tiny_model
 

@@ -1,16 +1,15 @@
 """The first seconds of a command: light parsers, our own lines alone on stderr, and quiet ends."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from PIL import Image
 
 import hyperclip_fast
 from hyperclip_fast.cli.console import shortened
+from hyperclip_fast.cli.main import main
 
 COMMANDS = ("", "demo", "classify", "train", "evaluate", "specialize", "export", "serve", "embed", "clip-benchmark")
 COMMANDS += ("bench", "bench kernels", "bench model", "bench encoders", "bench serving")
@@ -66,14 +65,14 @@ def test_a_reader_that_has_had_enough_ends_it_quietly(photos):
     assert run.returncode == 141
 
 
-@pytest.mark.parametrize("wait", [0.6, 1.5])
-def test_an_interrupt_in_the_first_seconds_is_one_line(photos, wait):
-    arguments = hyperclip("classify", photos, "--labels", "cat,dog")
-    with subprocess.Popen(**arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        time.sleep(wait)
-        run.send_signal(signal.SIGINT)
-        _, errors = run.communicate(timeout=60)
-    assert errors.strip() == "interrupted" and run.returncode == 130
+@pytest.mark.parametrize("step", ["silence_libraries", "_check_device"])
+def test_an_interrupt_while_libraries_load_is_one_line(step, photos, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"hyperclip_fast.cli.main.{step}", interrupted)
+    assert main(["classify", str(photos), "--labels", "cat,dog"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_long_paths_show_that_their_beginning_is_left_out():

@@ -261,6 +261,13 @@ def test_another_run_is_not_overwritten(source, tmp_path):
     assert files(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("tasks", [{"pets": ["cat", "cat"]}, {"pets": "cat"}, {" ": ["cat"]}, {}])
+def test_bad_tasks_leave_no_folder(source, tmp_path, tasks):
+    with pytest.raises(ValueError, match="task"):
+        embed([source / "photos"], tasks, tmp_path / "out", model=source / "model")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_bank_that_tasks_were_removed_from_goes_on(source, tmp_path):
     bank = TaskBank(tiny_model(text_tower=TEXT))
     bank.add_many({"gone": ["x"], **TASKS, "more": ["y", "z"]})

@@ -49,13 +49,13 @@ LISTENERS = {  # on a block: sub-layers whose product still writes the stream it
 @pytest.fixture
 def epilogues(monkeypatch):
     """The sub-layers whose last product was a linear_add, in order."""
-    calls, original = [], hyper_block.linear_add
+    calls, original = [], hyper_block.run_linear_add
 
-    def counting(h, *rest):
+    def counting(h, *rest, **more):
         calls.append("mlp" if h.shape[2] == 4 * D else "attn")
-        return original(h, *rest)
+        return original(h, *rest, **more)
 
-    monkeypatch.setattr(hyper_block, "linear_add", counting)
+    monkeypatch.setattr(hyper_block, "run_linear_add", counting)
     return calls
 
 
@@ -203,15 +203,13 @@ def test_attention_copies_nothing_on_its_way(option, mask):
 @pytest.fixture
 def prologues(monkeypatch):
     """The products that took a norm as their prologue, in order."""
-    calls = []
-    for name in ("norm_linear", "norm_linear_gelu"):
-        original = getattr(hyper_block, name)
+    calls, original = [], hyper_block.run_norm_linear
 
-        def counting(*args, name=name, original=original):
-            calls.append(name)
-            return original(*args)
+    def counting(*args, gelu, fused):
+        calls.append("norm_linear_gelu" if gelu else "norm_linear")
+        return original(*args, gelu=gelu, fused=fused)
 
-        monkeypatch.setattr(hyper_block, name, counting)
+    monkeypatch.setattr(hyper_block, "run_norm_linear", counting)
     return calls
 
 
@@ -256,5 +254,5 @@ def test_a_norm_stays_apart_where(reason, prologues, triton_backend):
     pytest.importorskip("triton")
     _, hyper, x = make()
     with kernel_run():
-        STAYS[reason](hyper, x.to(DEVICE))
+        STAYS[reason](hyper.half(), x.half().to(DEVICE))
     assert prologues == (["norm_linear_gelu"] if "left to add" in reason else [])

@@ -9,6 +9,7 @@ from torch import nn
 
 from hyperclip_fast import hyper_block
 from hyperclip_fast.hyper_block import HyperBlock
+from hyperclip_fast.kernels.dispatch import use_triton
 from tests.helpers import DEVICE, assert_close, kernel_run
 
 B, N, D = 2, 5, 24
@@ -33,13 +34,13 @@ OTHERS = {
 @pytest.fixture
 def fused(monkeypatch):
     """The shapes of linear_gelu's calls."""
-    calls, original = [], hyper_block.linear_gelu
+    calls, original = [], hyper_block.run_linear_gelu
 
-    def counting(h, weight, bias):
+    def counting(h, weight, bias, is_fused):
         calls.append(tuple(weight.shape))
-        return original(h, weight, bias)
+        return original(h, weight, bias, is_fused)
 
-    monkeypatch.setattr(hyper_block, "linear_gelu", counting)
+    monkeypatch.setattr(hyper_block, "run_linear_gelu", counting)
     return calls
 
 
@@ -63,7 +64,7 @@ def run(mlp, h):
     """What a block adds to a stream of zeros."""
     block = HyperBlock(D, 2, device="meta")
     block.mlp, block.norm2 = mlp, Given(h)
-    x, delta = block.feed_forward(torch.zeros_like(h), None)
+    x, delta = block.feed_forward(torch.zeros_like(h), None, None, use_triton(h))
     return x if delta is None else delta
 
 

@@ -15,6 +15,7 @@ from timm.layers import LayerScale, Mlp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperclip_fast import set_backend
+from hyperclip_fast.kernels import dispatch
 from hyperclip_fast.kernels.linear import functional as linear
 from hyperclip_fast.kernels.linear import (
     linear_add,
@@ -423,7 +424,7 @@ def test_the_table_decides_under_auto(monkeypatch):
     monkeypatch.setitem(WIDEST["linear_add"], "large", 192)
     assert is_chosen("linear_add", x, 192)
     calls = []
-    monkeypatch.setattr(linear, "use_triton", lambda x: True)  # as on a GPU
+    monkeypatch.setattr(dispatch, "use_triton", lambda x: True)  # as on a GPU
     monkeypatch.setattr(linear, "fused_linear_gelu", lambda *_: calls.append("gelu"))
     linear_gelu(x, torch.zeros(4, 8, dtype=BF16))
     assert calls == ["gelu"]
@@ -534,7 +535,7 @@ def test_compiles_to_one_graph_with_a_dynamic_batch(recompute):
 
 def test_the_choice_is_made_while_tracing(monkeypatch):
     # As on a GPU under "auto": the table is asked inside the compiled function.
-    monkeypatch.setattr(linear, "use_triton", lambda x: True)
+    monkeypatch.setattr(dispatch, "use_triton", lambda x: True)
     compiled = torch.compile(linear_gelu, fullgraph=True, backend="eager")
     x, weight = torch.randn(1, 2, 8), torch.randn(4, 8)
     assert torch.equal(compiled(x, weight), linear_gelu_reference(x, weight))

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyperclip_fast import set_backend
-from hyperclip_fast.kernels.linear import functional as linear
 from hyperclip_fast.kernels.norm_linear import functional as norm_linear
 from hyperclip_fast.kernels.tables import NORM_TILES, WIDEST, Tiles, choose_norm_tiles
 from tests.helpers import DEVICE, KERNEL_DTYPES, MODE, allocating, assert_close, kernel_run, poisoned_empty, rms
@@ -275,7 +274,7 @@ def test_what_the_kernel_does_not_take_runs_in_two(gelu, change, monkeypatch):
 @pytest.mark.parametrize("name", ["norm_linear", "norm_linear_gelu"])
 def test_the_table_decides_under_auto(name, monkeypatch):
     calls = []
-    monkeypatch.setattr(linear, "use_triton", lambda x: True)  # as on a GPU, for the choice alone
+    monkeypatch.setattr(norm_linear, "use_triton", lambda x: True)  # as on a GPU, for the choice alone
     monkeypatch.setattr(norm_linear, "fused_norm_linear", lambda *inputs: calls.append(inputs[-2:]))
     arguments = {**Case(gelu=name.endswith("gelu"), stream_dtype=F32, dtype=BF16, F=24).arguments()}
     monkeypatch.setitem(WIDEST["linear_gelu"], "large", 0)

@@ -11,7 +11,9 @@ TESTS = {
     "common/triton_rows": (*NORM_TESTS, *LINEAR_TESTS),
     "common/triton_activations": (*LINEAR_TESTS, *BATCH_TESTS),
     "common/launch": NORM_TESTS,
+    "common/autograd": NORM_TESTS,
     "common/operator": NORM_TESTS,
+    "common/rows": NORM_TESTS,
     "layer_norm/triton_kernels": NORM_TESTS,
     "layer_norm/launch": NORM_TESTS,
     "layer_norm/operator": NORM_TESTS,
@@ -104,7 +106,6 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
         "_forward": (
             ("x.contiguous(), ", "x, "),
             ("contiguous(delta)", "delta"),
-            ("dense_columns(bias)", "bias"),
         ),
         "_backward": (
             ("grad_out.contiguous(), ", "grad_out, "),
@@ -249,7 +250,7 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
         ),
     },
     "linear/operator": {
-        "_launch": (("a.contiguous() if", "a if"),),
+        "_launching": (("a.contiguous() if", "a if"),),
         "_product_gradients": (
             ("if need_x else None", "if True else None"),
             ("if need_weight else None", "if True else None"),
@@ -259,8 +260,8 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
             (" or grad_out.dtype != x.dtype", ""),
             ("grad_y if scaled else grad_out", "grad_out"),
         ),
-        "fused_linear_gelu": (("differentiable and x.shape[2] > WIDEST_RECOMPUTED", "differentiable"),),
-        "fused_linear_add": (("needs_grad(scale))\n", "needs_grad(x))\n"),),
+        "fused_linear_gelu": (("with_gradient and x.shape[2] > WIDEST_RECOMPUTED", "with_gradient"),),
+        "fused_linear_add": ((", needs_grad(scale)", ", needs_grad(x)"),),
     },
     "norm_linear/triton_kernels": {
         "_statistics": (

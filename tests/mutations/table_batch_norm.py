@@ -105,7 +105,7 @@ BATCH_NORM = {
         ),
     },
     "batch_norm/operator": {
-        "_norm": (("dense_columns(bias)", "bias"),),
+        "_norm": (("dense_rows(weight, bias", "dense_rows(bias, weight"),),
         "_setup_context": ((" and not residual_after_act", ""),),
         "_gradients": (
             ("grad_residual if ctx.is_seen else grad_out", "grad_out"),

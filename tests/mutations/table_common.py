@@ -33,11 +33,23 @@ COMMON = {
             ("o_n < F", "o_n <= F"),
         ),
     },
-    "common/operator": {
+    "common/autograd": {
         "needs_grad": (("torch.is_grad_enabled() and any", "any"),),
+        "traced_gradients": (
+            ("create_graph=True", "create_graph=False"),
+            ("next(grads) if need else None", "next(grads, None)"),
+        ),
+    },
+    "common/operator": {
+        "register": ((" if is_plain(first) else operator(first, *rest)", ""),),
+        "register_differentiable": (("eager.apply(first, *rest) if needs_grad else run", "run"),),
+        "_filled": (("first.new_empty(0) if result is None else result", "result"),),
+    },
+    "common/rows": {
+        "row_stride": (("0 if table.shape[0] == 1 else table.stride(0)", "table.stride(0)"),),
+        "dense_rows": (("dense_columns(weight)", "weight"), ("dense_columns(bias)", "bias")),
     },
     "common/launch": {
-        "row_stride": (("0 if table.shape[0] == 1 else table.stride(0)", "table.stride(0)"),),
         "reduce_partials": (
             ("(1, 2) if weight.shape[0] == 1 else 2", "(1, 2) if weight.shape[0] == 1 else 1"),
             ("cdiv(D, block_d), kinds", "cdiv(D, block_d), 1"),

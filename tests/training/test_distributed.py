@@ -7,7 +7,7 @@ import torch
 from open_clip.loss import SigLipLoss
 from torch import distributed
 
-from hyperclip_fast.training.config import TrainConfig
+from hyperclip_fast.training.config import RunConfig, TrainConfig
 from hyperclip_fast.training.distributed import gather_texts, share, whole
 from hyperclip_fast.training.losses import siglip_loss
 from hyperclip_fast.training.trainer import Trainer
@@ -39,7 +39,7 @@ def steps(folder, name, count=2):
     with pytest.MonkeyPatch.context() as patch:
         if "text_tower" not in model:
             patch_text_tower(patch)
-        trainer = Trainer(tiny_config(**model), config, folder / name, pictures())
+        trainer = Trainer(RunConfig(tiny_config(**model), config), folder / name, pictures=pictures())
         losses, grads, trained = [], [], None
         for _ in range(count):
             losses.append(trainer.measures(trainer.train_step(), 1.0))
@@ -47,7 +47,7 @@ def steps(folder, name, count=2):
             grads.append({n: whole(p.grad).clone() for n, p in parameters if p.grad is not None})
         if name in TO_THE_END:
             trainer.save()
-            again = Trainer(tiny_config(**model), config, folder / name, pictures())
+            again = Trainer(RunConfig(tiny_config(**model), config), folder / name, pictures=pictures())
             assert again.step == count
             model = again.train()
             if model is None:  # FSDP's other processes

@@ -17,7 +17,7 @@ from hyperclip_fast.cli.main import main
 from hyperclip_fast.configs import shipped_configs
 from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.hyperclip import HyperCLIP
-from hyperclip_fast.training.config import TrainConfig, load_config
+from hyperclip_fast.training.config import RunConfig, TrainConfig, load_config
 from hyperclip_fast.training.optimizer import learning_rate, part_of
 from hyperclip_fast.training.trainer import Trainer
 from tests.image_data import write_folder, write_shards
@@ -46,12 +46,12 @@ def test_a_run_stopped_in_mid_epoch_goes_on_bit_for_bit(towers, tmp_path, kind, 
     train = {"tasks_per_batch": 1, "classes_per_task": 8, "steps": 9, "ema": 0.9, "accumulate": 2}
     config = replace(CONFIG, eval_every=0, save_every=100, **train)
     model = tiny_config(drop_path_rate=0.3, train_text=True)
-    whole = Trainer(model, config, tmp_path / "whole", data=data)
-    first = Trainer(model, config, tmp_path / "parts", data=data)
+    whole = Trainer(RunConfig(model, config, data), tmp_path / "whole")
+    first = Trainer(RunConfig(model, config, data), tmp_path / "parts")
     for _ in range(3):
         first.train_step()
     first.save()
-    second = Trainer(model, config, tmp_path / "parts", data=data)
+    second = Trainer(RunConfig(model, config, data), tmp_path / "parts")
     assert second.step == 3
     whole.train(), second.train()
     equal(second.model, whole.model)
@@ -100,7 +100,9 @@ def test_sigterm_from_outside(tmp_path):
 
 @pytest.mark.parametrize("part", ["image", "text", "hypernetwork", "logit"])
 def test_a_frozen_part_stays_as_it_is(towers, tmp_path, part):
-    run = Trainer(tiny_config(train_text=True), replace(CONFIG, freeze=(part,)), tmp_path, pictures())
+    run = Trainer(
+        RunConfig(tiny_config(train_text=True), replace(CONFIG, freeze=(part,))), tmp_path, pictures=pictures()
+    )
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     for _ in range(2):
         run.train_step()
@@ -112,9 +114,8 @@ def test_a_frozen_part_stays_as_it_is(towers, tmp_path, part):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_frozen_text_tower_of_the_models_own(towers, tmp_path, accumulate):
     """Its projection is frozen with it, and what it gives is computed once."""
-    run = Trainer(
-        tiny_config(train_text=True), replace(CONFIG, freeze=("text",), accumulate=accumulate), tmp_path, pictures()
-    )
+    config = replace(CONFIG, freeze=("text",), accumulate=accumulate)
+    run = Trainer(RunConfig(tiny_config(train_text=True), config), tmp_path, pictures=pictures())
     calls = run.model.text.calls
     run.train_step(), run.train_step()
     assert run.model.text.calls == calls == 1
@@ -125,7 +126,9 @@ def test_checkpointing_a_text_tower_changes_no_gradient(tmp_path, tower):
     norms = []
     for on in (False, True):
         config = replace(CONFIG, grad_checkpointing=on, tasks_per_batch=1)
-        run = Trainer(tiny_config(text_tower=tower, train_text=True), config, tmp_path / str(on), pictures())
+        run = Trainer(
+            RunConfig(tiny_config(text_tower=tower, train_text=True), config), tmp_path / str(on), pictures=pictures()
+        )
         torch.manual_seed(0)  # dropout: the same in both runs, and in the second forward pass
         weights, saved = {p.untyped_storage().data_ptr() for p in run.model.parameters()}, []
 
@@ -143,7 +146,7 @@ def test_checkpointing_a_text_tower_changes_no_gradient(tmp_path, tower):
 
 def test_parts_have_rates_and_decay_of_their_own(towers, tmp_path):
     changes = {"image_lr": 1e-4, "hyper_lr": 0.0, "text_weight_decay": 0.5, "weight_decay": 0.1, "lr": 1e-3}
-    run = Trainer(tiny_config(), replace(CONFIG, warmup=4, **changes), tmp_path, pictures())
+    run = Trainer(RunConfig(tiny_config(), replace(CONFIG, warmup=4, **changes)), tmp_path, pictures=pictures())
     run.train_step()
     names = {id(p): name for name, p in run.model.named_parameters()}
     for group in run.optimizer.param_groups:
@@ -189,7 +192,10 @@ def test_checkpointing_and_compiling_change_no_gradient(towers, tmp_path, monkey
 
     monkeypatch.setattr(nn.Module, "compile", compile_eagerly)
     changes = [replace(CONFIG, grad_checkpointing=on, compile=on) for on in (False, True)]
-    runs = [Trainer(tiny_config(), change, tmp_path / str(i), pictures()) for i, change in enumerate(changes)]
+    runs = [
+        Trainer(RunConfig(tiny_config(), change), tmp_path / str(i), pictures=pictures())
+        for i, change in enumerate(changes)
+    ]
     losses = [[float(run.train_step()["loss"]) for _ in range(2)] for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert compiled == ["HyperViT", "HyperNetwork"] and runs[1].model.image.grad_checkpointing
@@ -234,7 +240,9 @@ def test_logs_say_what_happened(towers, tmp_path):
 
 def test_the_bias_follows_the_batch_where_asked(towers, tmp_path):
     model = tiny_config(init_logit_bias=-7.0)
-    run = Trainer(model, replace(CONFIG, balance_bias=True, classes_per_task=(2, 6)), tmp_path, pictures())
+    run = Trainer(
+        RunConfig(model, replace(CONFIG, balance_bias=True, classes_per_task=(2, 6))), tmp_path, pictures=pictures()
+    )
     assert run.model.logit_bias.item() == pytest.approx(-1.0986123)
     assert trainer(tmp_path / "other").model.logit_bias.item() == -1.0
 
@@ -257,3 +265,18 @@ def test_every_recipe_runs_as_a_rehearsal(tmp_path, config, capsys):
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     HyperCLIP.from_pretrained(str(tmp_path / "model"))
+
+
+def test_a_callback_sees_every_step_and_changes_no_run(towers, tmp_path):
+    seen = []
+
+    def look(run, metrics):
+        torch.rand(3)
+        seen.append((run.step, sorted(metrics)))
+
+    config = RunConfig(tiny_config(), replace(CONFIG, steps=3))
+    watched = Trainer(config, tmp_path / "watched", pictures=pictures(), callback=look).train()
+    plain = Trainer(config, tmp_path / "plain", pictures=pictures()).train()
+    assert seen == [(step, ["accuracy", "grad_norm", "loss"]) for step in (1, 2, 3)]
+    for ours, theirs in zip(watched.parameters(), plain.parameters()):
+        assert torch.equal(ours, theirs)

@@ -1,0 +1,29 @@
+"""What the operations share of autograd: whether a gradient is wanted, and gradients that have gradients."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether a backward may come."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def traced_gradients(
+    function: Callable[..., torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    grad: torch.Tensor,
+    needed: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """Gradients that have gradients themselves, where an autograd.Function's own backward would have none.
+
+    Args:
+        function: the forward, in operations that autograd knows.
+        inputs: what it is a function of.
+        grad: the gradient of its output.
+        needed: for each input, whether its gradient is wanted; more may follow.
+    """
+    wanted = [tensor for tensor, need in zip(inputs, needed) if need]
+    grads = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
+    return [next(grads) if need else None for need in needed[: len(inputs)]]
