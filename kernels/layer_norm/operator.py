@@ -67,7 +67,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 @once_differentiable
 def _gradients(ctx, grad_out, grad_total, _grad_mean, _grad_rstd):
-    dtype = ctx.saved_tensors[0].dtype
+    saved = ctx.saved_tensors  # once: checkpointing gives each tensor once
+    dtype = saved[0].dtype
     need_x, need_delta, need_weight, need_bias = ctx.needs_input_grad[:4]
     if ctx.delta_dtype is None:
         grad_total = None  # the operator's placeholder for total
@@ -76,7 +77,7 @@ def _gradients(ctx, grad_out, grad_total, _grad_mean, _grad_rstd):
         return grad_total, grad_delta, *[None] * 6
     same = need_delta and ctx.delta_dtype == dtype
     delta_dtype = ctx.delta_dtype if need_delta and not same else None
-    tensors, needs = (grad_out, grad_total, *ctx.saved_tensors), (need_x or same, delta_dtype, need_weight, need_bias)
+    tensors, needs = (grad_out, grad_total, *saved), (need_x or same, delta_dtype, need_weight, need_bias)
     grad_x, grad_delta, grad_rows = _layer_norm_backward(*tensors, *needs)
     return (
         grad_x if need_x else None,
