@@ -46,14 +46,15 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
         raise ValueError(f"{name} must be one of {TRITON_DTYPES} for the Triton kernel, got {dtype}")
 
 
-def check_row_dtype(name: str, weight: torch.Tensor, x: torch.Tensor) -> None:
-    """Raise ValueError unless rows have x's dtype or float32."""
+def check_row_dtype(weight: torch.Tensor, x: torch.Tensor, prefix: str = "") -> None:
+    """Raise ValueError unless rows have x's dtype or float32; `prefix`: of the rows' names."""
     if weight.dtype not in (x.dtype, torch.float32):
-        raise ValueError(f"{name} must be torch.float32 or x's {x.dtype}, got {weight.dtype}")
+        raise ValueError(f"{prefix}weight must be torch.float32 or x's {x.dtype}, got {weight.dtype}")
 
 
-def check_devices(x: torch.Tensor, **others: torch.Tensor | None) -> None:
-    """Raise ValueError for a tensor that is not where x is."""
+def check_devices(x: torch.Tensor, prefix: str = "", /, **others: torch.Tensor | None) -> None:
+    """Raise ValueError for a tensor that is not where x is; `prefix`: of the others' names."""
+    device = x.device
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{prefix}{name} must be on x's device {device}, got {tensor.device}")

@@ -104,13 +104,15 @@ def check_fused(
 ) -> None:
     """Raise ValueError for dtypes, widths and devices that the kernels do not take; `prefix`: of the rows' names."""
     check_dtype("x", x.dtype)
-    check_dtype("delta", x.dtype if delta is None else delta.dtype)
+    if delta is not None:
+        check_dtype("delta", delta.dtype)
     check_dtype("out_dtype", out_dtype)
     if not 1 <= x.shape[2] <= MAX_WIDTH:
         raise ValueError(f"x must be (B, N, D) with D in 1..{MAX_WIDTH} for the Triton kernel, got D = {x.shape[2]}")
     weight, bias, task_ids = rows
-    check_row_dtype(f"{prefix}weight", weight, x)
-    check_devices(x, **{"delta": delta, f"{prefix}weight": weight, f"{prefix}bias": bias, "task_ids": task_ids})
+    check_row_dtype(weight, x, prefix)
+    check_devices(x, prefix, weight=weight, bias=bias)
+    check_devices(x, delta=delta, task_ids=task_ids)
 
 
 def fused_layer_norm(
