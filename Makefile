@@ -5,6 +5,7 @@ RUN = $(VENV)/bin/python
 MINUTES ?= 9
 KERNEL_TESTS = PYTHONPATH=$(TOOLS) OMP_NUM_THREADS=1
 KERNEL_FILES = $(addprefix tests/kernels/test_,$(addsuffix .py,layer_norm linear norm_linear batch_norm))
+OLDEST_TESTS = tests/encoders tests/models tests/kernels/test_layer_norm.py tests/kernels/test_batch_norm_reference.py
 BYTE_FILES = $(KERNEL_FILES:.py=_bytes.py)
 
 .PHONY: demo test test-oldest types test-kernels mutate gpu-report docs lint clean
@@ -14,6 +15,11 @@ demo: $(VENV)/demo.stamp
 
 test: $(VENV)/test.stamp lint types
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+
+# Encoders, models and kernels with the oldest releases that setup.py allows, in an environment of their own.
+test-oldest:
+	$(MAKE) .venv-oldest/oldest.stamp VENV=.venv-oldest PIP_OPTIONS='--constraint tests/oldest.txt'
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 -m "not slow" $(OLDEST_TESTS)
 
 # The compiled kernels, executed on the CPU, and the guarded interpreter: TOOLS is a folder with ptxsim and interp_guard.
 test-kernels: $(VENV)/test.stamp
@@ -55,8 +61,8 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV_OPTIONS) $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/%.stamp: setup.py pyproject.toml | $(VENV)/bin/python
-	$(RUN) -m pip install --quiet --editable '.[$*]'
+	$(RUN) -m pip install --quiet $(PIP_OPTIONS) --editable '.[$*]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info
+	rm -rf $(VENV) .venv-oldest build dist site *.egg-info
