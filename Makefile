@@ -7,12 +7,12 @@ KERNEL_TESTS = PYTHONPATH=$(TOOLS) OMP_NUM_THREADS=1
 KERNEL_FILES = $(addprefix tests/kernels/test_,$(addsuffix .py,layer_norm linear norm_linear batch_norm))
 BYTE_FILES = $(KERNEL_FILES:.py=_bytes.py)
 
-.PHONY: demo test test-kernels mutate gpu-report docs lint clean
+.PHONY: demo test test-oldest types test-kernels mutate gpu-report docs lint clean
 
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/hyperclip demo
 
-test: $(VENV)/test.stamp lint
+test: $(VENV)/test.stamp lint types
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
 # The compiled kernels, executed on the CPU, and the guarded interpreter: TOOLS is a folder with ptxsim and interp_guard.
@@ -39,6 +39,16 @@ docs: $(VENV)/docs.stamp
 lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# mypy sees the package as it is installed: a folder of links, with kernels/ and bench/ in the package. user_program.py
+# stands beside it, as a program of somebody who installed the package.
+types: $(VENV)/test.stamp
+	rm -rf build/types
+	mkdir -p build/types/hyperclip_fast
+	ln -s $(CURDIR)/hyperclip_fast/* $(CURDIR)/kernels $(CURDIR)/bench build/types/hyperclip_fast
+	ln -s $(CURDIR)/tests/typing/user_program.py build/types
+	cd build/types && $(abspath $(RUN)) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir ../mypy \
+		-p hyperclip_fast -m user_program
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hyperclip_fast needs Python 3.10 or newer")'

@@ -38,7 +38,7 @@ SERVE = [
 RAY = [*SERVE, *EMBED, "ray[serve,data]>=2.60"]  # the server and the bulk on a cluster
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]  # make docs
 TEST = [*EVIDENCE, *BENCH, *EXECUTORCH, *CLIP_BENCHMARK, *RAY, "kernels>=0.15", "httpx>=0.27", "selenium>=4.20"]
-TEST += ["pytest>=8", "pytest-xdist", "hypothesis>=6.80", "ruff>=0.6"]
+TEST += ["pytest>=8", "pytest-xdist", "hypothesis>=6.80", "ruff>=0.6", "mypy>=1.18"]
 
 VERSION = re.search(r'"([\d.]+)"', (Path(__file__).parent / "hyperclip_fast/version.py").read_text(encoding="utf-8"))[1]
 PARTS = find_namespace_packages(include=["kernels*", "bench*"], exclude=["bench.results*", "*__pycache__*"])
@@ -56,7 +56,7 @@ setup(
     package_dir={"hyperclip_fast.kernels": "kernels", "hyperclip_fast.bench": "bench"},
     package_data={
         "hyperclip_fast.bench.conditioning": ["*.yaml"],
-        "hyperclip_fast": ["assets/**/*", "configs/*.yaml", "serving/static/*"],
+        "hyperclip_fast": ["py.typed", "assets/**/*", "configs/*.yaml", "serving/static/*"],
     },
     install_requires=[
         "torch>=2.8",

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -113,7 +114,7 @@ def operations(shape: Shape) -> dict[str, tuple[Callable, dict[str, Tensor], boo
     wide = {"x": tensor(), "weight": tensor(4 * D, D), "bias": tensor(4 * D)}
     back = {"x": tensor(B, shape.N, 4 * D), "weight": tensor(D, 4 * D), "bias": tensor(D)}
     pixels = {**norm, "x": tensor().transpose(1, 2).unsqueeze(2)}  # (B, C, 1, N), channels-last
-    statistics = {"mean": torch.zeros(D), "var": torch.ones(D), "act": "silu"}
+    statistics: dict[str, Any] = {"mean": torch.zeros(D), "var": torch.ones(D), "act": "silu"}
     add, scale = {"residual": tensor()}, {"scale": tensor(D)}
     rows, narrow = (
         {"norm_weight": tensor(B, D), "norm_bias": tensor(B, D)},

@@ -128,7 +128,7 @@ class HyperCLIPConfig:
         """How pictures become the images, of side `size`, that the image tower takes."""
         return Preprocessing(size, self.mean, self.std, self.interpolation, self.crop_pct)
 
-    def timm_kwargs(self) -> dict[str, int | float | str]:
+    def timm_kwargs(self) -> dict[str, Any]:
         """Arguments of timm.create_model that differ from the named tower's own; its head is the projection to E."""
         names = {"width": "embed_dim"}
         keys = ("img_size", "patch_size", "width", "depth", "num_heads", "global_pool", "drop_path_rate")
@@ -161,7 +161,7 @@ class HyperCLIP(
         super().__init__()
         config = config_from_dict(config) if isinstance(config, dict) else replace(config)
         self.config = config
-        self.image = create_encoder(config.image_tower, modulate=config.modulate, **config.timm_kwargs())
+        self.image = create_encoder(config.image_tower, False, config.modulate, **config.timm_kwargs())
         if config.freeze_statistics and isinstance(self.image, HyperEncoder):
             self.image.freeze_statistics()
         self._frozen_text: list[TextTower] = []  # a list, so that it is no submodule: neither saved nor trained
@@ -169,7 +169,7 @@ class HyperCLIP(
         if config.text_dim is None:
             config.text_dim = self.text_tower.dim
         self.text_projection = nn.Linear(config.text_dim, config.embed_dim, bias=False)
-        self.hypernetwork = self._create_hypernetwork() if config.conditioned else None
+        self.hypernetwork = self._create_hypernetwork(config.text_dim) if config.conditioned else None
         self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
         self.logit_bias = nn.Parameter(torch.tensor(config.init_logit_bias))
 
@@ -180,11 +180,11 @@ class HyperCLIP(
             raise ValueError(f"text_dim must be {tower.dim}, as {config.text_tower} has it, got {config.text_dim}")
         return tower
 
-    def _create_hypernetwork(self) -> HyperNetwork:
+    def _create_hypernetwork(self, text_dim: int) -> HyperNetwork:
         config = self.config
         return HyperNetwork(
             self.image.norm_spec,
-            text_dim=config.text_dim,
+            text_dim=text_dim,
             width=config.hyper_width,
             depth=config.hyper_depth,
             num_heads=config.hyper_heads,
@@ -211,7 +211,7 @@ class HyperCLIP(
         """
         place = _find_model(pretrained_model_name_or_path)
         if not Path(place).is_dir() and not options.get("local_files_only"):
-            options["local_files_only"] = not _hub_answers(place, options)
+            options["local_files_only"] = not _hub_answers(str(place), options)
         with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints there, where JSON may follow
             try:
                 return super().from_pretrained(place, **options)
@@ -226,7 +226,7 @@ class HyperCLIP(
         return super()._from_pretrained(model_id=model_id, strict=strict, **options)
 
     @classmethod
-    def _load_as_safetensor(cls, model: "HyperCLIP", model_file: str, map_location: str, strict: bool) -> "HyperCLIP":
+    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
         try:
             return super()._load_as_safetensor(model, model_file, map_location, strict)
         except (FileNotFoundError, RuntimeError, SafetensorError) as error:
@@ -234,7 +234,7 @@ class HyperCLIP(
             raise ValueError(f"model must hold the weights that its config.json asks for, {folder}: {error}") from error
 
     @classmethod
-    def _load_as_pickle(cls, model: "HyperCLIP", model_file: str, map_location: str, strict: bool) -> "HyperCLIP":
+    def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
         raise ValueError(f"model must hold model.safetensors, got {model_file}, which is not loaded")
 
     def generate_model_card(self, **about: Any) -> ModelCard:
@@ -261,7 +261,8 @@ class HyperCLIP(
     @property
     def image_size(self) -> int:
         """S: the side of the images it takes, in pixels."""
-        return self.config.img_size or self.image.pretrained_cfg["input_size"][-1]
+        cfg: Any = self.image.pretrained_cfg
+        return self.config.img_size or cfg["input_size"][-1]
 
     @property
     def preprocessing(self) -> Preprocessing:

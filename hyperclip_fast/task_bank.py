@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,7 +172,8 @@ class TaskBank:
         """
         hole, last = self._find(task), len(self) - 1
         self._table[hole] = self._table[last]
-        for column in (self._names, self._classes, self._embeddings):
+        columns: tuple[list[Any], ...] = (self._names, self._classes, self._embeddings)
+        for column in columns:
             column[hole] = column[last]
             column.pop()
         del self._index[task]

@@ -35,7 +35,7 @@ def _embed(args: argparse.Namespace) -> None:
 
     config = EmbedConfig(args.format, args.part_size, args.batch_size, args.device)
     if args.bank is not None:
-        tasks = TaskBank.load(args.bank, load_model(args.model, args.device))
+        tasks: TaskBank | dict[str, list[str]] = TaskBank.load(args.bank, load_model(args.model, args.device))
     else:
         tasks = {"labels": read_labels(args.labels)} if args.labels is not None else read_tasks(args.tasks)
     options = {"ray_workers": args.ray, "threads": args.threads, "progress": True}

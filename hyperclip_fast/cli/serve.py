@@ -102,7 +102,7 @@ def serve_options(args: argparse.Namespace):
     from hyperclip_fast.serving.task_registry import TaskLimits
 
     for name, value in vars(args).items():
-        least = 0 if name in ("port", "max_wait_ms", "drain_seconds", "max_ad_hoc") else 1
+        least: float = 0 if name in ("port", "max_wait_ms", "drain_seconds", "max_ad_hoc") else 1
         if name in ("max_mib", "max_seconds", "max_megapixels"):
             least = 0.001
         most = {"port": 65535, "max_classes": MAX_CLASSES, "max_length": MAX_CHARACTERS}.get(name, 10**9)

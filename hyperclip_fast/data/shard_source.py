@@ -81,7 +81,7 @@ class ShardSource:
         positions = dict(state or {})
         for batch in load(_Stream(self, start % workers, positions), self.data.workers, self.pin):
             number, position = batch.state
-            positions = {**positions, number: tuple(position)}
+            positions = {**positions, number: Position(*position)}
             yield Batch(batch.images, batch.labels, batch.counts, batch.classes, batch.broken, positions)
 
     def order(self, epoch: int, slot: int) -> list[str]:
@@ -178,8 +178,13 @@ def _in_order(source: ShardSource, slot: int, start: Position) -> Iterator[tuple
 def _shard(url: str) -> Iterator[Sample | None]:
     """The samples of one tar file; None where it cannot be read further."""
     errors: list[Exception] = []
+
+    def go_on(error: Exception) -> bool:
+        errors.append(error)
+        return True
+
     samples = require("webdataset.tariterators", "train").tarfile_samples
-    yield from samples([{"url": url}], handler=lambda error: errors.append(error) or True)
+    yield from samples([{"url": url}], handler=go_on)
     if errors:
         warnings.warn(f"skipped the rest of {url}: {errors[0]}", stacklevel=2)
         yield None

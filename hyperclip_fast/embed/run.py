@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -70,7 +71,7 @@ def embed(
     parts = -(-len(items) // config.part_size)
     missing = [number for number in range(parts) if not part_path(out, number, config).exists()]
     if ray_workers:
-        done = run_on_ray((model, items, table, config, out, threads), missing, ray_workers)
+        done: Iterable[Any] = run_on_ray((model, items, table, config, out, threads), missing, ray_workers)
     else:
         done = map(Embedder(bank, items, table, config, out, threads).write, missing)
     for _ in tqdm(done, "embed", len(missing), unit="part", disable=None if progress else True):
@@ -92,8 +93,9 @@ def _bank(tasks: Mapping[str, Sequence[str]] | TaskBank, clip: HyperCLIP, path: 
         if isinstance(tasks, TaskBank) and not all(_same(tasks[name], bank[name]) for name in tasks):
             raise ValueError(f"tasks must be the bank that the run began with, {path} holds other rows or embeddings")
         return bank
-    bank = tasks
-    if not isinstance(tasks, TaskBank):
+    if isinstance(tasks, TaskBank):
+        bank = tasks
+    else:
         bank = TaskBank(clip)
         bank.add_many(tasks)
     bank.save(path)

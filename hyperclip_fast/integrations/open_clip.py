@@ -10,6 +10,7 @@ before it (as in training); the norm row is the same in both.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,8 +81,9 @@ class OpenCLIPModel(nn.Module):
 
     def __init__(self, model: HyperCLIP, params: NormParams):
         super().__init__()
-        self.visual = model.stock_model(params)
-        self.visual.image_size = (model.image_size, model.image_size)
+        visual: Any = model.stock_model(params)
+        visual.image_size = (model.image_size, model.image_size)
+        self.visual = visual
         self.text = PromptEncoder(model.text_tower, model.text_projection)
         self.logit_scale = nn.Parameter(model.logit_scale.detach().clone())  # the logarithm, as open_clip's
         self.logit_bias = nn.Parameter(model.logit_bias.detach().clone())

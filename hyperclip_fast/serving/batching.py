@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,9 @@ class ModelThread:
 
     def __init__(self, model: HyperCLIP, threads: int | None = None):
         self.model = model
-        limit = {} if threads is None else {"initializer": torch.set_num_threads, "initargs": (threads,)}
+        limit: dict[str, Any] = {}
+        if threads is not None:
+            limit = {"initializer": torch.set_num_threads, "initargs": (threads,)}
         self._thread = ThreadPoolExecutor(1, "model", **limit)
 
     async def make(self, classes: Sequence[str]) -> AdaptedTask:

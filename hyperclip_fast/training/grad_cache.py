@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.training.objective import Inputs, Objective
+from hyperclip_fast.utils.private_api import BatchNorm
 from hyperclip_fast.utils.seeds import hash_seed
 
 
@@ -32,8 +33,8 @@ def backward_in_parts(
     images = list(zip(inputs.images.tensor_split(parts), inputs.task_ids.tensor_split(parts)))
     table = inputs.table
     if table is None:
-        table = _without_graph([lambda i=i, t=t: _texts(objective, t, hash_seed(seed, i)) for i, t in enumerate(texts)])
-    features = objective.spread(table, inputs)
+        table = _without_graph([partial(_texts, objective, t, hash_seed(seed, i)) for i, t in enumerate(texts)])
+    features = objective.gather_text_features(table, inputs)
     leaf = features.detach().requires_grad_(features.requires_grad)
     with objective.autocast():
         params, classes = model.rows(leaf, inputs.mask), model.project_text(leaf)
@@ -45,9 +46,10 @@ def backward_in_parts(
             return model.encode_image(images[i][0], NormParams(params.spec, rows, images[i][1]))
 
     with _statistics_kept(model.image):
-        embeddings = _without_graph([lambda i=i: embed(i) for i in range(parts)])
-    loss, accuracy = objective.compare(embeddings, classes, inputs)
+        embeddings = _without_graph([partial(embed, i) for i in range(parts)])
+    loss, accuracy = objective.loss_and_accuracy(embeddings, classes, inputs)
     scaled(loss).backward()
+    assert embeddings.grad is not None  # backward has just written it
     for i, grad in enumerate(embeddings.grad.tensor_split(parts)):
         if (again := embed(i)).requires_grad:
             again.backward(grad)
@@ -55,7 +57,8 @@ def backward_in_parts(
         params.table.backward(rows.grad)
     if leaf.grad is not None:
         features.backward(leaf.grad)
-        for i, (part, grad) in enumerate(zip(texts, table.grad.split([len(part) for part in texts]))):
+        grads = () if table.grad is None else table.grad.split([len(part) for part in texts])
+        for i, (part, grad) in enumerate(zip(texts, grads)):
             _texts(objective, part, hash_seed(seed, i)).backward(grad)
     return loss.detach(), accuracy
 
@@ -80,7 +83,7 @@ def _without_graph(parts: list[Callable[[], Tensor]]) -> Tensor:
 @contextmanager
 def _statistics_kept(tower: nn.Module) -> Iterator[None]:
     """BatchNorms in training mode use the batch's statistics, and their running ones stay as they are."""
-    norms = [part for part in tower.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+    norms = [part for part in tower.modules() if isinstance(part, BatchNorm) and part.track_running_stats]
     norms = [norm for norm in norms if norm.training]
     for norm in norms:
         norm.track_running_stats = False

@@ -9,6 +9,7 @@ parts, too. Running statistics of BatchNorms move in the second pass only, once 
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class Inputs:
             row[: len(task)] = torch.tensor([places[text] for text in task])
         padded = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
         paired = sizes == batch.counts and torch.equal(batch.labels, torch.cat([torch.arange(n) for n in sizes]))
-        move = {"device": device, "non_blocking": True}
+        move: dict[str, Any] = {"device": device, "non_blocking": True}
         return cls(
             images=batch.images.to(**move),
             task_ids=batch.task_ids.to(**move),
@@ -104,25 +105,25 @@ class Objective(nn.Module):
         """Loss of a batch and its accuracy within the tasks."""
         with self.autocast():
             table = self.model.text_features(inputs.texts) if inputs.table is None else inputs.table
-            out = self.model(inputs.images, self.spread(table, inputs), inputs.task_ids, inputs.mask)
-        return self.compare(out["image_features"], out["text_features"], inputs)
+            out = self.model(inputs.images, self.gather_text_features(table, inputs), inputs.task_ids, inputs.mask)
+        return self.loss_and_accuracy(out["image_features"], out["text_features"], inputs)
 
-    def spread(self, table: Tensor, inputs: Inputs) -> Tensor:
+    def gather_text_features(self, table: Tensor, inputs: Inputs) -> Tensor:
         """Features (U, E_text) of texts to those of the tasks' classes (G, K, E_text), all processes' if it spans."""
         features = table[inputs.index]
         return gather_texts(features) if self.spans else features
 
-    def compare(self, images: Tensor, classes: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def loss_and_accuracy(self, images: Tensor, classes: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Loss and accuracy of image embeddings (B, E) and class embeddings (G, K, E), in float32."""
         with torch.autocast(images.device.type, enabled=False):
-            images, classes = images.float().split(inputs.counts), classes.float()
+            pictures, classes = images.float().split(inputs.counts), classes.float()
             sizes = (classes.shape[1],) if self.spans else inputs.sizes
             texts = [task[:size] for task, size in zip(classes, sizes)]
             labels = (inputs.labels + self.share.rank * inputs.sizes[0] * self.spans).split(inputs.counts)
             known = None if inputs.paired and not self.spans else labels
             scale, bias = self.model.logit_scale.exp(), self.model.logit_bias
-            loss = siglip_loss(images, texts, scale, bias, known, self.chunk)
-            return loss, _accuracy(images, texts, labels, self.chunk)
+            loss = siglip_loss(pictures, texts, scale, bias, known, self.chunk)
+            return loss, _accuracy(pictures, texts, labels, self.chunk)
 
 
 @torch.no_grad()

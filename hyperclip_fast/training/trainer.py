@@ -84,15 +84,17 @@ class Trainer:
         self.model = HyperCLIP(run.model).to(self.device)
         freeze(self.model, config.freeze)
         train_mode(self.model, config.freeze)
-        self.source, self.pictures = source, None
+        self.pictures = None
         if source is None:
-            self.source, self.pictures = create_source(run, self.model.image_size, self.share, self.device, pictures)
+            source, self.pictures = create_source(run, self.model.image_size, self.share, self.device, pictures)
+        self.source: Source = source
         self.features = self._known_features()
         self._places = {name: i for i, name in enumerate(self.source.names)}
         self._prepare_model()
         self.optimizer = create_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
-        self.step, self.broken, self.stopped, self._images = 0, 0, None, 0
+        self.step, self.broken, self._images = 0, 0, 0
+        self.stopped: int | None = None
         self._norms: dict[str, Tensor] = {}
         self._stream: Iterator[Batch] | None = None
         self._stream_state: Any = None
@@ -114,9 +116,9 @@ class Trainer:
         """Checkpoint, average, wrap, compile: what the configuration asks for."""
         config, model = self.config, self.model
         if config.grad_checkpointing:
-            model.image.set_grad_checkpointing()
-            if self._trains_text:
-                model.text.set_grad_checkpointing()
+            towers: list[Any] = [model.image, *([model.text] if self._trains_text else [])]
+            for tower in towers:
+                tower.set_grad_checkpointing()
         self.ema = None
         if config.ema:
             self.ema = ModelEmaV3(model, decay=config.ema, use_warmup=True)
@@ -262,13 +264,14 @@ class Trainer:
         if self.step >= self.config.steps and (self.out / "model").is_dir():
             model = self.current_model()  # finished in an earlier run
             return model if model is None else model.eval()
-        is_judged = self.pictures is not None and self.share.rank == 0
-        tasks = evaluation_tasks(self.pictures, self.run.data.sets) if is_judged else []
+        tasks = []
+        if self.pictures is not None and self.share.rank == 0:
+            tasks = evaluation_tasks(self.pictures, self.run.data.sets)
         with _signals_noted() as noted:
             self._train(tasks, noted)
         self.save()
         model = self.current_model()
-        if self.stopped is None and self.share.rank == 0:
+        if self.stopped is None and model is not None and self.share.rank == 0:
             print(f"held out {self.evaluate(tasks, model)}" if tasks else f"trained {self.step} steps")
             self.folder.save_model(model.eval())
         distributed.barrier(self.share.world)
@@ -317,7 +320,7 @@ def _signals_noted() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield noted  # only the main thread may set handlers
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def note(number: int, frame: Any) -> None:
         noted.append(number)
