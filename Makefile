@@ -13,13 +13,17 @@ OLDEST_TESTS = tests/encoders tests/models tests/kernels/test_layer_norm.py test
 	--deselect tests/models/test_hyperclip_encoders.py::test_batch_norm_encoder_from_names_to_predictions
 BYTE_FILES = $(KERNEL_FILES:.py=_bytes.py)
 
-.PHONY: demo test test-oldest types test-kernels mutate gpu-report docs lint clean
+.PHONY: demo test quick test-oldest types test-kernels mutate gpu-report docs lint clean
 
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/hyperclip demo
 
 test: $(VENV)/test.stamp lint types
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
+
+# For work in progress: one case of every test that is not slow, with fewer examples of hypothesis.
+quick: $(VENV)/test.stamp
+	OMP_NUM_THREADS=1 HYPERCLIP_HYPOTHESIS=quick $(RUN) -m pytest -n 2 --dist worksteal -m quick --durations 5
 
 # Encoders, models and kernels with the oldest releases that setup.py allows, in an environment of their own.
 test-oldest:

@@ -34,7 +34,7 @@ def backward_in_parts(
     table = inputs.table
     if table is None:
         table = _without_graph([partial(_texts, objective, t, hash_seed(seed, i)) for i, t in enumerate(texts)])
-    features = objective.spread(table, inputs)
+    features = objective.gather_text_features(table, inputs)
     leaf = features.detach().requires_grad_(features.requires_grad)
     with objective.autocast():
         params, classes = model.rows(leaf, inputs.mask), model.project_text(leaf)
@@ -47,7 +47,7 @@ def backward_in_parts(
 
     with _statistics_kept(model.image):
         embeddings = _without_graph([partial(embed, i) for i in range(parts)])
-    loss, accuracy = objective.compare(embeddings, classes, inputs)
+    loss, accuracy = objective.loss_and_accuracy(embeddings, classes, inputs)
     scaled(loss).backward()
     assert embeddings.grad is not None  # backward has just written it
     for i, grad in enumerate(embeddings.grad.tensor_split(parts)):

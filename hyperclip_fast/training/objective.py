@@ -105,15 +105,15 @@ class Objective(nn.Module):
         """Loss of a batch and its accuracy within the tasks."""
         with self.autocast():
             table = self.model.text_features(inputs.texts) if inputs.table is None else inputs.table
-            out = self.model(inputs.images, self.spread(table, inputs), inputs.task_ids, inputs.mask)
-        return self.compare(out["image_features"], out["text_features"], inputs)
+            out = self.model(inputs.images, self.gather_text_features(table, inputs), inputs.task_ids, inputs.mask)
+        return self.loss_and_accuracy(out["image_features"], out["text_features"], inputs)
 
-    def spread(self, table: Tensor, inputs: Inputs) -> Tensor:
+    def gather_text_features(self, table: Tensor, inputs: Inputs) -> Tensor:
         """Features (U, E_text) of texts to those of the tasks' classes (G, K, E_text), all processes' if it spans."""
         features = table[inputs.index]
         return gather_texts(features) if self.spans else features
 
-    def compare(self, images: Tensor, classes: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def loss_and_accuracy(self, images: Tensor, classes: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Loss and accuracy of image embeddings (B, E) and class embeddings (G, K, E), in float32."""
         with torch.autocast(images.device.type, enabled=False):
             pictures, classes = images.float().split(inputs.counts), classes.float()

@@ -5,8 +5,6 @@ Eager calls go straight to the launches; what traces (torch.compile, export, fak
 the first's. Kept for backward: x, residual where the activation sees it, mean and var; nothing where none will come.
 """
 
-from typing import Any
-
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -99,7 +97,7 @@ def _gradients(ctx, grad_out):
     eps, act, is_batch = ctx.options
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     need_residual = ctx.needs_input_grad[8]
-    grads: tuple[Any, Any, Any] = (None, None, None)
+    grads: tuple = (None, None, None)
     if need_x or need_weight or need_bias or ctx.is_seen:
         needed = need_x, need_weight, need_bias, need_residual and ctx.is_seen
         grads = _batch_norm_act_backward(grad_out, *tensors, eps, act, residual, is_batch, *needed)
@@ -144,7 +142,7 @@ def fused_batch_norm_act(
         ValueError: for dtypes and devices that the kernels do not take.
     """
     check_dtype("x", x.dtype)
-    check_row_dtype("weight", weight, x)
+    check_row_dtype(weight, x)
     check_devices(x, weight=weight, bias=bias, task_ids=task_ids, mean=mean, var=var, residual=residual)
     if weight.shape[0] == 1:
         task_ids = None

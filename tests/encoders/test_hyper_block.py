@@ -12,6 +12,9 @@ from torch.profiler import profile
 
 from hyperclip_fast import hyper_block
 from hyperclip_fast.hyper_block import HyperBlock, run_attention
+from hyperclip_fast.kernels import dispatch
+from hyperclip_fast.kernels.layer_norm import functional as layer_norm
+from hyperclip_fast.kernels.norm_linear import functional as norm_linear
 from tests.helpers import DEVICE, KERNEL_DTYPES, assert_close, kernel_run
 
 B, N, D, HEADS = 3, 9, 32, 2
@@ -257,3 +260,18 @@ def test_a_norm_stays_apart_where(reason, prologues, triton_backend):
     with kernel_run():
         STAYS[reason](hyper.half(), x.half().to(DEVICE))
     assert prologues == (["norm_linear_gelu"] if "left to add" in reason else [])
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_a_block_asks_once_who_computes(backend, grad, monkeypatch):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    _, hyper, x = make()
+    asked = []
+    for module in (hyper_block, dispatch, layer_norm, norm_linear):
+        monkeypatch.setattr(module, "use_triton", lambda x: asked.append(x.shape) or backend == "triton")
+    monkeypatch.setattr(dispatch, "_backend", backend)
+    with kernel_run(), torch.set_grad_enabled(grad):
+        hyper.half()(x.half().to(DEVICE))
+    assert asked == [x.shape]
