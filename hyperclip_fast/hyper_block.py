@@ -171,7 +171,7 @@ def _may_join(norm: nn.Module, x: Tensor, rows: Rows | None, product: nn.Module)
 class _Way(NamedTuple):
     """What leads from a sub-layer's last product to the stream."""
 
-    product: Any  # of nn.Linear's form
+    product: Any  # a Linear; where it is another, it is called
     dropout: nn.Module
     scale: nn.Module
     drop_path: nn.Module

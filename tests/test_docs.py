@@ -37,7 +37,8 @@ def blocks(page: str, *languages: str) -> list[str]:
     return [code for language, code in FENCE.findall(PAGES[page].read_text(encoding="utf-8")) if language in languages]
 
 
-WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
+SLOW = {"docs/export.md": pytest.mark.slow}
+WITH_PYTHON = [pytest.param(page, marks=SLOW.get(page, ())) for page in PAGES if blocks(page, "python")]
 
 
 @pytest.fixture

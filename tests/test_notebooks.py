@@ -19,6 +19,7 @@ def run(name, folder, monkeypatch):
     return scope
 
 
+@pytest.mark.slow
 def test_swap_and_train(tmp_path, monkeypatch, capsys):
     accuracy = run("swap_and_train.ipynb", tmp_path, monkeypatch)["accuracy"]
     printed = capsys.readouterr().out

@@ -84,10 +84,10 @@ class Trainer:
         self.model = HyperCLIP(run.model).to(self.device)
         freeze(self.model, config.freeze)
         train_mode(self.model, config.freeze)
-        self.pictures = None
+        self.pictures: Pictures | None = None
         if source is None:
             source, self.pictures = create_source(run, self.model.image_size, self.share, self.device, pictures)
-        self.source: Source = source
+        self.source = source
         self.features = self._known_features()
         self._places = {name: i for i, name in enumerate(self.source.names)}
         self._prepare_model()
@@ -264,14 +264,13 @@ class Trainer:
         if self.step >= self.config.steps and (self.out / "model").is_dir():
             model = self.current_model()  # finished in an earlier run
             return model if model is None else model.eval()
-        tasks = []
-        if self.pictures is not None and self.share.rank == 0:
-            tasks = evaluation_tasks(self.pictures, self.run.data.sets)
+        is_first = self.share.rank == 0
+        tasks = evaluation_tasks(self.pictures, self.run.data.sets) if self.pictures is not None and is_first else []
         with _signals_noted() as noted:
             self._train(tasks, noted)
         self.save()
         model = self.current_model()
-        if self.stopped is None and model is not None and self.share.rank == 0:
+        if self.stopped is None and model is not None and is_first:
             print(f"held out {self.evaluate(tasks, model)}" if tasks else f"trained {self.step} steps")
             self.folder.save_model(model.eval())
         distributed.barrier(self.share.world)

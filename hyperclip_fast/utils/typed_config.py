@@ -2,12 +2,16 @@
 
 from dataclasses import fields
 from types import UnionType
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_origin
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
-Config = TypeVar("Config", bound="DataclassInstance")
+class Dataclass(Protocol):
+    """What every dataclass has."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+Config = TypeVar("Config", bound=Dataclass)
 
 
 def from_dict(kind: type[Config], values: dict[str, Any], name: str) -> Config:

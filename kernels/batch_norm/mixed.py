@@ -121,8 +121,8 @@ class _MixedBatchNorm(torch.autograd.Function):
         if torch.is_grad_enabled():  # somebody wants the gradient's own gradient: autograd writes that graph
 
             def plain(x, weight, bias):
-                used_mean, used_var = _statistics_plain(x) if ctx.is_batch else (mean, var)
-                return _mixed_plain(x, weight, bias, used_mean, used_var, ctx.eps)
+                seen_mean, seen_var = _statistics_plain(x) if ctx.is_batch else (mean, var)
+                return _mixed_plain(x, weight, bias, seen_mean, seen_var, ctx.eps)
 
             return *traced_gradients(plain, (x, weight, bias), grad, ctx.needs_input_grad), *[None] * 4
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]

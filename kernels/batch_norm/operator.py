@@ -142,7 +142,7 @@ def fused_batch_norm_act(
         ValueError: for dtypes and devices that the kernels do not take.
     """
     check_dtype("x", x.dtype)
-    check_row_dtype("weight", weight, x)
+    check_row_dtype(weight, x)
     check_devices(x, weight=weight, bias=bias, task_ids=task_ids, mean=mean, var=var, residual=residual)
     if weight.shape[0] == 1:
         task_ids = None

@@ -23,18 +23,17 @@ def check_rows(rows: Rows, batch: int, width: int, letter: str = "D", prefix: st
         prefix: of the tables' names.
     """
     weight, bias, task_ids = rows
-    if weight.dim() != 2 or weight.shape[1] != width:
+    shape = weight.shape  # once: each look costs 0.1 us
+    if len(shape) != 2 or shape[1] != width:
+        raise ValueError(f"{prefix}weight must be (T, {letter}) with {letter} = {width}, got shape {tuple(shape)}")
+    if bias.shape != shape or bias.dtype != weight.dtype:
         raise ValueError(
-            f"{prefix}weight must be (T, {letter}) with {letter} = {width}, got shape {tuple(weight.shape)}"
-        )
-    if bias.shape != weight.shape or bias.dtype != weight.dtype:
-        raise ValueError(
-            f"{prefix}bias must have {prefix}weight's shape and dtype {tuple(weight.shape)}, {weight.dtype}, "
+            f"{prefix}bias must have {prefix}weight's shape and dtype {tuple(shape)}, {weight.dtype}, "
             f"got {tuple(bias.shape)}, {bias.dtype}"
         )
     if task_ids is None:
-        if weight.shape[0] not in (1, batch):
-            raise ValueError(f"task_ids must be given unless T is 1 or B: T = {weight.shape[0]}, B = {batch}")
+        if shape[0] not in (1, batch):
+            raise ValueError(f"task_ids must be given unless T is 1 or B: T = {shape[0]}, B = {batch}")
     elif task_ids.dim() != 1 or task_ids.shape[0] != batch:
         raise ValueError(f"task_ids must be (B,) with B = {batch}, got shape {tuple(task_ids.shape)}")
     elif task_ids.dtype not in (torch.int64, torch.int32):
@@ -47,14 +46,15 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
         raise ValueError(f"{name} must be one of {TRITON_DTYPES} for the Triton kernel, got {dtype}")
 
 
-def check_row_dtype(name: str, weight: torch.Tensor, x: torch.Tensor) -> None:
-    """Raise ValueError unless rows have x's dtype or float32."""
+def check_row_dtype(weight: torch.Tensor, x: torch.Tensor, prefix: str = "") -> None:
+    """Raise ValueError unless rows have x's dtype or float32; `prefix`: of the rows' names."""
     if weight.dtype not in (x.dtype, torch.float32):
-        raise ValueError(f"{name} must be torch.float32 or x's {x.dtype}, got {weight.dtype}")
+        raise ValueError(f"{prefix}weight must be torch.float32 or x's {x.dtype}, got {weight.dtype}")
 
 
-def check_devices(x: torch.Tensor, **others: torch.Tensor | None) -> None:
-    """Raise ValueError for a tensor that is not where x is."""
+def check_devices(x: torch.Tensor, prefix: str = "", /, **others: torch.Tensor | None) -> None:
+    """Raise ValueError for a tensor that is not where x is; `prefix`: of the others' names."""
+    device = x.device
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{prefix}{name} must be on x's device {device}, got {tensor.device}")

@@ -37,8 +37,8 @@ def register(name: str, schema: str, run: Callable, fake: Callable) -> Callable:
     """
     operator = _define(name, schema, run, fake)
 
-    def call(first: torch.Tensor, *rest: Any) -> Any:
-        return run(first, *rest) if is_plain(first) else operator(first, *rest)
+    def call(*arguments: Any) -> Any:
+        return run(*arguments) if is_plain(arguments[0]) else operator(*arguments)
 
     return call
 
@@ -70,10 +70,10 @@ def register_differentiable(
     methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
     eager: Any = type(name, (torch.autograd.Function,), methods)
 
-    def call(needs_grad: bool, first: torch.Tensor, *rest: Any) -> Any:
-        if not is_plain(first):
-            return operator(first, *rest)
-        return eager.apply(first, *rest) if needs_grad else run(first, *rest)
+    def call(needs_grad: bool, *arguments: Any) -> Any:
+        if not is_plain(arguments[0]):
+            return operator(*arguments)
+        return eager.apply(*arguments) if needs_grad else run(*arguments)
 
     return call
 

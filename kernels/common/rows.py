@@ -15,8 +15,14 @@ class Rows(NamedTuple):
     def arguments(self) -> dict[str, Any]:
         """What every kernel that applies rows takes of them."""
         weight, bias, task_ids = self
-        tables = {"weight": weight, "bias": bias, "task_ids": task_ids, "T": weight.shape[0]}
-        return {**tables, "weight_stride": row_stride(weight), "bias_stride": row_stride(bias)}
+        return {
+            "weight": weight,
+            "bias": bias,
+            "task_ids": task_ids,
+            "T": weight.shape[0],
+            "weight_stride": row_stride(weight),
+            "bias_stride": row_stride(bias),
+        }
 
 
 def row_stride(table: torch.Tensor) -> int:

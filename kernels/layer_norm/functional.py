@@ -32,10 +32,9 @@ def layer_norm_reference(
     """The specification of `layer_norm` in plain PyTorch; with one row it is F.layer_norm, bit for bit."""
     out_dtype, width = out_dtype or x.dtype, (x.shape[-1],)
     if weight.shape[0] == 1:
-        compute = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), out_dtype)
-        if weight.dtype != compute or x.dtype != compute:
-            x = x.to(compute)
-            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        if not x.dtype == weight.dtype == out_dtype:
+            compute = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), out_dtype)
+            x, weight, bias = x.to(compute), weight.to(compute), bias.to(compute)
         return F.layer_norm(x, width, weight[0], bias[0], eps).to(out_dtype)
     if task_ids is not None:
         weight, bias = weight[task_ids], bias[task_ids]
@@ -110,11 +109,12 @@ def add_layer_norm_reference(
 
 def check_arguments(x: torch.Tensor, delta: torch.Tensor | None, rows: Rows, prefix: str = "") -> None:
     """Raise ValueError for shapes that `add_layer_norm` does not take; `prefix`: of the rows' names."""
-    if x.dim() != 3:
-        raise ValueError(f"x must be (B, N, D), got shape {tuple(x.shape)}")
-    if delta is not None and delta.shape != x.shape:
-        raise ValueError(f"delta must have x's shape {tuple(x.shape)}, got {tuple(delta.shape)}")
-    check_rows(rows, x.shape[0], x.shape[2], prefix=prefix)
+    shape = x.shape
+    if len(shape) != 3:
+        raise ValueError(f"x must be (B, N, D), got shape {tuple(shape)}")
+    if delta is not None and delta.shape != shape:
+        raise ValueError(f"delta must have x's shape {tuple(shape)}, got {tuple(delta.shape)}")
+    check_rows(rows, shape[0], shape[2], prefix=prefix)
 
 
 def run_layer_norm(

@@ -67,7 +67,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 @once_differentiable
 def _gradients(ctx, grad_out, grad_total, _grad_mean, _grad_rstd):
-    dtype = ctx.saved_tensors[0].dtype
+    saved = ctx.saved_tensors  # once: checkpointing gives each tensor once
+    dtype = saved[0].dtype
     need_x, need_delta, need_weight, need_bias = ctx.needs_input_grad[:4]
     if ctx.delta_dtype is None:
         grad_total = None  # the operator's placeholder for total
@@ -76,7 +77,7 @@ def _gradients(ctx, grad_out, grad_total, _grad_mean, _grad_rstd):
         return grad_total, grad_delta, *[None] * 6
     same = need_delta and ctx.delta_dtype == dtype
     delta_dtype = ctx.delta_dtype if need_delta and not same else None
-    tensors, needs = (grad_out, grad_total, *ctx.saved_tensors), (need_x or same, delta_dtype, need_weight, need_bias)
+    tensors, needs = (grad_out, grad_total, *saved), (need_x or same, delta_dtype, need_weight, need_bias)
     grad_x, grad_delta, grad_rows = _layer_norm_backward(*tensors, *needs)
     return (
         grad_x if need_x else None,
@@ -103,13 +104,15 @@ def check_fused(
 ) -> None:
     """Raise ValueError for dtypes, widths and devices that the kernels do not take; `prefix`: of the rows' names."""
     check_dtype("x", x.dtype)
-    check_dtype("delta", x.dtype if delta is None else delta.dtype)
+    if delta is not None:
+        check_dtype("delta", delta.dtype)
     check_dtype("out_dtype", out_dtype)
     if not 1 <= x.shape[2] <= MAX_WIDTH:
         raise ValueError(f"x must be (B, N, D) with D in 1..{MAX_WIDTH} for the Triton kernel, got D = {x.shape[2]}")
     weight, bias, task_ids = rows
-    check_row_dtype(f"{prefix}weight", weight, x)
-    check_devices(x, **{"delta": delta, f"{prefix}weight": weight, f"{prefix}bias": bias, "task_ids": task_ids})
+    check_row_dtype(weight, x, prefix)
+    check_devices(x, prefix, weight=weight, bias=bias)
+    check_devices(x, delta=delta, task_ids=task_ids)
 
 
 def fused_layer_norm(

@@ -118,6 +118,7 @@ def paired(run):
     return schedule(asdict(run.model), asdict(run.train)), run.seed
 
 
+@pytest.mark.slow
 def test_run_and_report(plan, tmp_path, capsys):
     assert conditioning.main(["run", *plan]) == 2  # the rivals' baseline belongs to another group
     assert "needs its group's baseline" in capsys.readouterr().err
@@ -461,6 +462,7 @@ def test_logs_without_a_position_scale_have_the_queues():
     assert "start at 3 or 10 times timm's" in report("logs", grouped([old, {**new, "position_scale": 3.0}]), (), 10.0)
 
 
+@pytest.mark.slow
 def test_the_committed_report_is_of_the_committed_logs(tmp_path, monkeypatch):
     config, committed = Path(conditioning.CONFIG).resolve(), Path(conditioning.RESULTS).resolve()
     shutil.copytree(committed, tmp_path / conditioning.RESULTS)

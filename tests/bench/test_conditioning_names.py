@@ -110,6 +110,7 @@ def test_queue(tmp_path):
             load_runs(tmp_path / "plan.yaml")
 
 
+@pytest.mark.slow
 def test_run_and_report(plan, tmp_path, capsys):
     assert conditioning.main(["run", *plan, "--only", "n"]) == 0
     assert conditioning.main(["report", *plan[:4]]) == 2  # the report's head is of scenes

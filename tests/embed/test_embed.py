@@ -167,6 +167,7 @@ def test_a_run_stopped_before_any_rename_goes_on_to_the_same_bytes(source, tmp_p
     assert stops == len(whole)
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_to_the_same_bytes(source, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -191,6 +192,7 @@ def test_a_killed_process_goes_on_to_the_same_bytes(source, tmp_path):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_on_ray_the_bytes_are_the_same(source, tmp_path):
     ray = pytest.importorskip("ray")
     threads = torch.get_num_threads()

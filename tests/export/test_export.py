@@ -70,7 +70,7 @@ def bank(monkeypatch):
     return bank
 
 
-@pytest.mark.parametrize("format", ["onnx", "torch", "executorch"])
+@pytest.mark.parametrize("format", ["onnx", "torch", pytest.param("executorch", marks=pytest.mark.slow)])
 def test_specialized(bank, tmp_path, format):
     run, metadata = written(specialized_graph(bank.model, TASKS["pets"]), tmp_path, format)
     expected = bank.logits(IMAGES, ["pets"] * 5)
@@ -79,7 +79,7 @@ def test_specialized(bank, tmp_path, format):
     assert json.loads(metadata["labels"]) == TASKS["pets"] and metadata["image_size"] == "32"
 
 
-@pytest.mark.parametrize("format", ["onnx", "torch", "aoti"])
+@pytest.mark.parametrize("format", ["onnx", "torch", pytest.param("aoti", marks=pytest.mark.slow)])
 def test_mixed_serves_every_task_of_a_bank(bank, tmp_path, format):
     run, metadata = written(mixed_graph(bank.model), tmp_path, format)
     scale, bias = float(metadata["logit_scale"]), float(metadata["logit_bias"])
@@ -95,7 +95,9 @@ def test_mixed_serves_every_task_of_a_bank(bank, tmp_path, format):
     torch.testing.assert_close(alone, run(IMAGES[:2], bank.params.table, torch.tensor([1, 1]))[0], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("format, templates", [("onnx", ()), ("torch", ("a {}", "the {} here"))])
+@pytest.mark.parametrize(
+    "format, templates", [pytest.param("onnx", (), marks=pytest.mark.slow), ("torch", ("a {}", "the {} here"))]
+)
 def test_text_makes_a_task(tmp_path, format, templates):
     model = tiny_model(text_tower=TEXT, templates=templates, depth=1)
     run, metadata = written(text_graph(model), tmp_path, format)

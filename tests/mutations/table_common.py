@@ -41,8 +41,8 @@ COMMON = {
         ),
     },
     "common/operator": {
-        "register": ((" if is_plain(first) else operator(first, *rest)", ""),),
-        "register_differentiable": (("eager.apply(first, *rest) if needs_grad else run", "run"),),
+        "register": ((" if is_plain(arguments[0]) else operator(*arguments)", ""),),
+        "register_differentiable": (("eager.apply(*arguments) if needs_grad else run", "run"),),
         "_filled": (("first.new_empty(0) if result is None else result", "result"),),
     },
     "common/rows": {

@@ -11,6 +11,7 @@ from hyperclip_fast.training.config import RunConfig, TrainConfig
 from hyperclip_fast.training.distributed import gather_texts, share, whole
 from hyperclip_fast.training.losses import siglip_loss
 from hyperclip_fast.training.trainer import Trainer
+from tests.helpers import run_twice
 from tests.towers import patch_text_tower, tiny_config
 from tests.training.test_training import pictures
 
@@ -90,7 +91,7 @@ def worker(rank, folder):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(worker, (folder,), nprocs=2)
+    run_twice(worker, folder)
     return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

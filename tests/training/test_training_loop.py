@@ -82,6 +82,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(towers, tmp_path
     equal(again.model, whole.model)
 
 
+@pytest.mark.slow
 def test_sigterm_from_outside(tmp_path):
     """The command as it is run: workers end with it, its status tells the signal, and it goes on."""
     command = [sys.executable, "-m", "hyperclip_fast.cli", "train", "--config", "folder", "--smoke"]
