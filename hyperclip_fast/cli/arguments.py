@@ -1,6 +1,7 @@
 """Arguments that several commands take, and what they read."""
 
 import argparse
+import textwrap
 from pathlib import Path
 
 from hyperclip_fast.utils.class_names import check_named_tasks, check_task
@@ -8,15 +9,48 @@ from hyperclip_fast.utils.class_names import check_named_tasks, check_task
 EXAMPLE = '{"pets": ["cat", "dog"]}'
 
 
+def add_command(commands, name: str, summary: str, description: str, ending: str) -> argparse.ArgumentParser:
+    """A command's parser.
+
+    Args:
+        commands: what `add_subparsers` returned.
+        name: of the command.
+        summary: its line in the list of commands.
+        description: sentences at the head of its help.
+        ending: the end of its help, as it is; an example.
+    """
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=textwrap.fill(description, 96),
+        epilog=ending,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def add_model_path(parser: argparse.ArgumentParser) -> None:
     """Which model a command runs."""
-    parser.add_argument("--model", metavar="DIR", help="a trained model's folder or hub id; default: the demo model")
+    text = "a trained model's folder or hub id; default: demo, the shipped model"
+    parser.add_argument("--model", help=text)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Which model a command runs, and where."""
     add_model_path(parser)
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where a command runs its model."""
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps, ...; default: %(default)s")
+
+
+def add_tasks(parser: argparse.ArgumentParser):
+    """Which tasks a command runs; one way to say it is required, and the group that is returned takes others."""
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--labels", metavar="A,B,C", help="class names of a single task")
+    group.add_argument("--tasks", metavar="FILE", help="YAML or JSON file that maps tasks to lists of class names")
+    return group
 
 
 def read_labels(text: str) -> list[str]:
