@@ -14,7 +14,6 @@ import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -37,6 +36,7 @@ from hyperclip_fast.kernels.linear import linear_add, linear_gelu
 from hyperclip_fast.kernels.linear import operator as linear_op
 from hyperclip_fast.kernels.norm_linear import launch as norm_linear_launch
 from hyperclip_fast.kernels.norm_linear import norm_linear, norm_linear_gelu
+from hyperclip_fast.utils.files import write_file
 
 INFERENCE_ONLY = ("norm_linear", "norm_linear_gelu")  # in training they are layer_norm and a product
 SHARED = ("weight", "bias", "scale", "task_ids", "norm_weight", "norm_bias", "mean", "var")
@@ -366,7 +366,7 @@ def main() -> None:
     if args.json:
         rows = [{**vars(line), "ratio": line.ratio} for line in lines]
         report = {"shape": vars(shape), "operations": rows, "inference": inference, "training": training}
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+        write_file(args.json, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,17 +20,17 @@ from hyperclip_fast.bench.conditioning.scores import (
     all_scores,
     right_scores,
 )
-from hyperclip_fast.bench.conditioning.tuning import tune_all
+from hyperclip_fast.bench.conditioning.tuning import finish, tune_all
 from hyperclip_fast.bench.harness.machine import device_name
 from hyperclip_fast.data.batch import Share
-from hyperclip_fast.data.picture_source import TaskSource, picture_source
+from hyperclip_fast.data.picture_source import picture_source
 from hyperclip_fast.data.pictures import load_pictures
 from hyperclip_fast.data.preprocessing import Preprocessing
-from hyperclip_fast.data.scenes import ATTRIBUTES, SceneSampler, scene_tasks
+from hyperclip_fast.data.scenes import ATTRIBUTES, scene_source, scene_tasks
 from hyperclip_fast.evaluation.eval_sets import load_eval_set
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
 from hyperclip_fast.training.config import RunConfig
-from hyperclip_fast.training.trainer import Trainer
+from hyperclip_fast.training.trainer import Trainer, new_model
 from hyperclip_fast.utils.files import write_file
 
 RESULTS = "bench/results/conditioning"
@@ -66,9 +66,7 @@ class Experiment:
     def fit(self, run: Run) -> list[dict[str, Any]]:
         """The log of a training; its model is saved."""
         trainer = self.trainer(run)
-        trainer.train()
-        if trainer.stopped is not None:
-            raise KeyboardInterrupt
+        finish(trainer)
         scores = self.scores(run, trainer.model.eval())
         lines = [json.loads(line) for line in (self.work / run.name / "log.jsonl").read_text().splitlines()]
         return [_about(run, trainer.model), *lines, {"step": trainer.step, "scores": _rounded(scores)}]
@@ -95,7 +93,7 @@ class Experiment:
             raise ValueError(f"the run {run.name} needs its group's baseline of the same seed, the queue has none")
         model = self.trained(baseline)
         before = right_scores(model, self.scenes)
-        result = tune_all(model, run, self.pictures, self.scenes, self.reworded)
+        result = tune_all(model, run, self.pictures, self.scenes, self.reworded, self.work / run.name)
         scores = _rounded({**result["scores"], "before": before})
         return [_about(run, model), {"step": run.train.steps * len(ATTRIBUTES), **result, "scores": scores}]
 
@@ -109,12 +107,12 @@ class Experiment:
 
     def trainer(self, run: Run) -> Trainer:
         """A trainer on the run's kind of data; position embeddings start at the run's scale."""
-        side, shape = run.model.img_size, run.train.batch_shape
-        if run.data == "names":
-            source = picture_source(self.names.pictures, shape, side, Share())
-        else:
-            sampler = SceneSampler(self.pictures, shape.tasks_per_batch, shape.class_range[1], shape.seed, side)
-            source = TaskSource(sampler, sampler.names, shape, side, Share())
+        config = RunConfig(run.model, run.train)
+        model = new_model(config)
+        if hasattr(model.image, "pos_embed"):
+            model.image.pos_embed.data.mul_(run.position_scale)
+        draw, pictures = (picture_source, self.names.pictures) if run.data == "names" else (scene_source, self.pictures)
+        source = draw(pictures, run.train.batch_shape, model.image_size, Share())
         look = max(1, run.train.steps // LOOKS)
 
         def looks(trainer: Trainer, metrics: dict[str, Tensor]) -> None:
@@ -122,11 +120,7 @@ class Experiment:
                 trainer.log({"held_out": _rounded(self.look(run, trainer.model))})
                 trainer.save()
 
-        config = RunConfig(run.model, run.train)
-        trainer = Trainer(config, self.work / run.name, source=source, callback=looks)
-        if trainer.step == 0 and hasattr(trainer.model.image, "pos_embed"):
-            trainer.model.image.pos_embed.data.mul_(run.position_scale)
-        return trainer
+        return Trainer(config, self.work / run.name, source=source, model=model, callback=looks)
 
 
 def _about(run: Run, model: HyperCLIP) -> dict[str, Any]:

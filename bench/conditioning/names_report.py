@@ -23,6 +23,7 @@ from hyperclip_fast.data.held_out import group_of
 from hyperclip_fast.evaluation.corruptions import CORRUPTIONS
 from hyperclip_fast.evaluation.swapping import ROW_SOURCES
 from hyperclip_fast.utils.extras import require
+from hyperclip_fast.utils.files import written_file
 
 Arms = dict[str, dict[int, Log]]
 
@@ -148,7 +149,8 @@ def draw_numbers(group: str, arms: Arms, folder: str | Path) -> str:
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(Path(folder) / f"{group}-numbers.png", dpi=110, bbox_inches="tight")
+    with written_file(Path(folder) / f"{group}-numbers.png") as beside:
+        figure.savefig(beside, dpi=110, bbox_inches="tight")
     plt.close(figure)
     return f"{group}-numbers.png"
 

@@ -34,7 +34,6 @@ def save_specialized(model: HyperCLIP, class_names: Sequence[str], out: str | Pa
     with written_folder(out) as beside:
         encoder = _specialized(model, class_names)
         save_for_hf(encoder, str(beside), model_args=_model_args(model), safe_serialization=True)
-        (beside / "model.safetensors").chmod(0o644)  # safetensors' own writer lets only us read it
         _save_classes(model, class_names, beside)
     return out
 

@@ -1,12 +1,9 @@
-"""One training step's forward and backward: class names -> rows -> images -> loss, in one pass or in parts.
+"""One training step's forward pass: class names -> rows -> images -> loss.
 
-In parts, the gradients are still those of the whole batch, though every image is compared with every class of its task:
-all images are embedded without a graph, the loss gives the gradient at each embedding, and each part is then run again
-with a graph that starts from its share of that gradient (GradCache, arXiv 2101.06983). Rows are generated once; the
-parts' gradients at the rows add up and go through the hypernetwork in one pass. A text tower that is trained runs in
-parts, too. Running statistics of BatchNorms move in the second pass only, once a part.
+`Objective.forward` runs its stages one after the other; `grad_cache` runs the same stages in parts.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +13,7 @@ from torch import Tensor, nn
 
 from hyperclip_fast.data.batch import Batch, Share
 from hyperclip_fast.hyperclip import HyperCLIP
+from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.training.distributed import gather_texts
 from hyperclip_fast.training.losses import siglip_loss
 
@@ -96,17 +94,32 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.share, self.spans, self.chunk, self.precision = model, share, spans, chunk, precision
 
-    def autocast(self) -> AbstractContextManager:
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Loss of a batch and its accuracy within the tasks."""
+        table = self.text_features(inputs.texts) if inputs.table is None else inputs.table
+        params, classes = self.rows_and_classes(self.gather_text_features(table, inputs), inputs.mask)
+        images = self.embed_images(inputs.images, params[inputs.task_ids])
+        return self.loss_and_accuracy(images, classes, inputs)
+
+    def _autocast(self) -> AbstractContextManager:
         """The precision of the towers."""
         dtype = AUTOCAST.get(self.precision)
         return torch.autocast(self.model.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
-    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Loss of a batch and its accuracy within the tasks."""
-        with self.autocast():
-            table = self.model.text_features(inputs.texts) if inputs.table is None else inputs.table
-            out = self.model(inputs.images, self.gather_text_features(table, inputs), inputs.task_ids, inputs.mask)
-        return self.loss_and_accuracy(out["image_features"], out["text_features"], inputs)
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Texts to features (U, E_text)."""
+        with self._autocast():
+            return self.model.text_features(texts)
+
+    def rows_and_classes(self, features: Tensor, mask: Tensor | None) -> tuple[NormParams, Tensor]:
+        """Features (G, K, E_text) of the tasks' classes to a row a task and class embeddings (G, K, E)."""
+        with self._autocast():
+            return self.model.rows(features, mask), self.model.project_text(features)
+
+    def embed_images(self, images: Tensor, params: NormParams) -> Tensor:
+        """Images (B, 3, S, S), each with its row, to embeddings (B, E)."""
+        with self._autocast():
+            return self.model.encode_image(images, params)
 
     def gather_text_features(self, table: Tensor, inputs: Inputs) -> Tensor:
         """Features (U, E_text) of texts to those of the tasks' classes (G, K, E_text), all processes' if it spans."""

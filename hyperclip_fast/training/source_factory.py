@@ -1,4 +1,4 @@
-"""The source that a configuration asks for."""
+"""The source that a configuration asks for, and what it holds out."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +8,11 @@ import torch
 from hyperclip_fast.data.batch import BatchShape, Share, Source
 from hyperclip_fast.data.config import SCENES, DataConfig
 from hyperclip_fast.data.file_source import ImageSetSource, read_folder, read_table
-from hyperclip_fast.data.picture_source import JoinedSource, TaskSource, picture_source
+from hyperclip_fast.data.held_out import EvalTask
+from hyperclip_fast.data.picture_source import JoinedSource, picture_source
 from hyperclip_fast.data.pictures import Pictures, load_pictures
 from hyperclip_fast.data.preprocessing import HALF
-from hyperclip_fast.data.scenes import MOST_VALUES, SceneSampler
+from hyperclip_fast.data.scenes import MOST_VALUES, evaluation_tasks, scene_source
 from hyperclip_fast.data.shard_source import ShardSource
 from hyperclip_fast.data.transforms import create_reader
 from hyperclip_fast.training.config import RunConfig
@@ -19,8 +20,8 @@ from hyperclip_fast.training.config import RunConfig
 
 def create_source(
     run: RunConfig, image_size: int, share: Share, device: torch.device, pictures: Pictures | None = None
-) -> tuple[Source, Pictures | None]:
-    """The source of a run's batches, and the pictures that some are held out of, where it is made of such.
+) -> tuple[Source, list[EvalTask]]:
+    """The source of a run's batches, and tasks of what it holds out of them: nothing of files.
 
     Args:
         run: the configuration.
@@ -41,19 +42,21 @@ def create_source(
         named = tuple(name for name in data.sets if name != SCENES)
         pictures = pictures or load_pictures(named or ("openmoji",), run.train.picture_size, progress=share.rank == 0)
         if SCENES not in data.sets:
-            return picture_source(pictures, shape, image_size, share), pictures
-        return _with_scenes(pictures, bool(named), shape, image_size, share), pictures
+            source: Source = picture_source(pictures, shape, image_size, share)
+        else:
+            source = _with_scenes(pictures, bool(named), shape, image_size, share)
+        return source, evaluation_tasks(pictures, data.sets)
     if not data.path:
         raise ValueError(f"data.path must say where the {data.kind} is, as --set data.path=..., got nothing")
     reader = create_reader(data, preprocessing)
     if data.kind == "shards":
-        return ShardSource(shape, data, reader, share, pin), None
+        return ShardSource(shape, data, reader, share, pin), []
     names = _class_names(data)
     if data.kind == "folder":
         images = read_folder(data.path, names)
     else:
         images = read_table(data.path, data.image_column, data.text_column, names)
-    return ImageSetSource(images, shape, data, reader, share, pin), None
+    return ImageSetSource(images, shape, data, reader, share, pin), []
 
 
 def _with_scenes(pictures: Pictures, is_named: bool, shape: BatchShape, image_size: int, share: Share) -> Source:
@@ -64,8 +67,7 @@ def _with_scenes(pictures: Pictures, is_named: bool, shape: BatchShape, image_si
         wanted = "at least 2" if share.world == 1 else f"a multiple of twice the number of processes, {share.world},"
         raise ValueError(f"tasks_per_batch must be {wanted} for scenes beside other pictures, got {tasks}")
     ours = replace(shape, tasks_per_batch=count, classes_per_task=(min(low, MOST_VALUES), min(high, MOST_VALUES)))
-    sampler = SceneSampler(pictures, count, ours.class_range[1], shape.seed, image_size)
-    scenes = TaskSource(sampler, sampler.names, ours, image_size, share)
+    scenes = scene_source(pictures, ours, image_size, share)
     if not is_named:
         return scenes
     others = replace(shape, tasks_per_batch=tasks - count)

@@ -219,18 +219,18 @@ def test_one_adapter_a_block(tower, widths):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_tuning_moves_what_it_should_and_nothing_else(baseline, method):
+def test_tuning_moves_what_it_should_and_nothing_else(baseline, method, tmp_path):
     run = Run(
         "g", method, baseline.config, TrainConfig(steps=3, tasks_per_batch=2, classes_per_task=2, lr=1e-2), method
     )
     torch.manual_seed(run.seed)
     start = METHODS[method](baseline.specialize(["any"]), baseline).state_dict()  # with BatchNorm's statistics
-    encoder, count = tune(baseline, run, "colour", blocks())
+    encoder, count = tune(baseline, run, "colour", blocks(), tmp_path / "run")
     state = encoder.state_dict()
     assert {name for name in state if not torch.equal(state[name], start[name])} == tuned_names(encoder)
     assert count == sum(state[name].numel() for name in tuned_names(encoder))
     with pytest.raises(ValueError, match="tune must be one of"):
-        tune(baseline, replace(run, tune="prompts"), "colour", blocks())
+        tune(baseline, replace(run, tune="prompts"), "colour", blocks(), tmp_path / "other")
 
 
 def test_a_stopped_run_goes_on_where_it_was(plan, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hyperclip_fast.data.batch import Share
+from hyperclip_fast.data.batch import BatchShape, Share
 from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.data.file_source import read_folder
 from hyperclip_fast.data.image_files import load_image
@@ -147,7 +147,7 @@ def test_a_sampler_of_ones_own_gives_float_images_as_they_are(tmp_path):
             images = torch.full((4, 3, SIDE, SIDE), step / 10)
             return TaskBatch(images, torch.tensor([0, 0, 1, 1]), torch.tensor([[0, 1], [2, 0]]), torch.ones(4) > 0)
 
-    batch = take(TaskSource(Own(), Own.names, TrainConfig(), SIDE, Share()), 1, start=3)[0]
+    batch = take(TaskSource(Own(), Own.names, BatchShape(), SIDE, Share()), 1, start=3)[0]
     assert torch.equal(batch.images, torch.full((4, 3, SIDE, SIDE), 0.3))
     assert batch.classes == (("a", "b"), ("c", "a")) and batch.labels.tolist() == [0, 1, 0, 1]
 

@@ -7,13 +7,12 @@ import torch
 from open_clip.loss import SigLipLoss
 from torch import distributed
 
-from hyperclip_fast.training.config import RunConfig, TrainConfig
+from hyperclip_fast.training.config import TrainConfig
 from hyperclip_fast.training.distributed import gather_texts, share, whole
 from hyperclip_fast.training.losses import siglip_loss
-from hyperclip_fast.training.trainer import Trainer
 from tests.helpers import run_twice
 from tests.towers import patch_text_tower, tiny_config
-from tests.training.test_training import pictures
+from tests.training.test_training import trainer_of
 
 ONE_TASK = {"tasks_per_batch": 1, "classes_per_task": 8}
 TWO_TASKS = {"tasks_per_batch": 2, "classes_per_task": 4}
@@ -40,7 +39,7 @@ def steps(folder, name, count=2):
     with pytest.MonkeyPatch.context() as patch:
         if "text_tower" not in model:
             patch_text_tower(patch)
-        trainer = Trainer(RunConfig(tiny_config(**model), config), folder / name, pictures=pictures())
+        trainer = trainer_of(tiny_config(**model), config, folder / name)
         losses, grads, trained = [], [], None
         for _ in range(count):
             losses.append(trainer.measures(trainer.train_step(), 1.0))
@@ -48,7 +47,7 @@ def steps(folder, name, count=2):
             grads.append({n: whole(p.grad).clone() for n, p in parameters if p.grad is not None})
         if name in TO_THE_END:
             trainer.save()
-            again = Trainer(RunConfig(tiny_config(**model), config), folder / name, pictures=pictures())
+            again = trainer_of(tiny_config(**model), config, folder / name)
             assert again.step == count
             model = again.train()
             if model is None:  # FSDP's other processes
