@@ -3,8 +3,12 @@
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import sys
+
+import pytest
 for name in ("fastapi", "starlette", "prometheus_client", "uvicorn", "pydantic"):
     sys.modules[name] = None
 import hyperclip_fast.serving.batching, hyperclip_fast.serving.task_registry
