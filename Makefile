@@ -5,15 +5,30 @@ RUN = $(VENV)/bin/python
 MINUTES ?= 9
 KERNEL_TESTS = PYTHONPATH=$(TOOLS) OMP_NUM_THREADS=1
 KERNEL_FILES = $(addprefix tests/kernels/test_,$(addsuffix .py,layer_norm linear norm_linear batch_norm))
+# Left out are a test that pretends to a GPU, whose driver PyTorch 2.9 asks for, one of a folder that timm cannot read
+# before 1.0.29, and the widest norms, which take most of the time.
+OLDEST_TESTS = tests/encoders tests/models tests/kernels/test_layer_norm.py tests/kernels/test_batch_norm_reference.py \
+	--deselect tests/kernels/test_layer_norm.py::test_float64_on_a_gpu_takes_the_reference \
+	--deselect tests/kernels/test_layer_norm.py::test_widths_of_real_encoders \
+	--deselect tests/models/test_hyperclip_encoders.py::test_batch_norm_encoder_from_names_to_predictions
 BYTE_FILES = $(KERNEL_FILES:.py=_bytes.py)
 
-.PHONY: demo test test-kernels mutate gpu-report lint clean
+.PHONY: demo test quick test-oldest types test-kernels mutate gpu-report docs lint clean
 
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/hyperclip demo
 
-test: $(VENV)/test.stamp lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+test: $(VENV)/test.stamp lint types
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
+
+# For work in progress: one case of every test that is not slow, with fewer examples of hypothesis.
+quick: $(VENV)/test.stamp
+	OMP_NUM_THREADS=1 HYPERCLIP_HYPOTHESIS=quick $(RUN) -m pytest -n 2 --dist worksteal -m quick --durations 5
+
+# Encoders, models and kernels with the oldest releases that setup.py allows, in an environment of their own.
+test-oldest:
+	$(MAKE) .venv-oldest/oldest.stamp VENV=.venv-oldest PIP_OPTIONS='--constraint tests/oldest.txt'
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 -m "not slow" $(OLDEST_TESTS)
 
 # The compiled kernels, executed on the CPU, and the guarded interpreter: TOOLS is a folder with ptxsim and interp_guard.
 test-kernels: $(VENV)/test.stamp
@@ -32,17 +47,31 @@ gpu-report: VENV_OPTIONS = --system-site-packages
 gpu-report: $(VENV)/report.stamp
 	$(RUN) -m hyperclip_fast.bench.gpu_report --minutes $(MINUTES) --tests $(KERNEL_FILES)
 
+# The documentation as a site, in site/; a broken link or reference fails.
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+
 lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# mypy sees the package as it is installed: a folder of links, with kernels/ and bench/ in the package. user_program.py
+# stands beside it, as a program of somebody who installed the package.
+types: $(VENV)/test.stamp
+	rm -rf build/types
+	mkdir -p build/types/hyperclip_fast
+	ln -s $(CURDIR)/hyperclip_fast/* $(CURDIR)/kernels $(CURDIR)/bench build/types/hyperclip_fast
+	ln -s $(CURDIR)/tests/typing/user_program.py build/types
+	cd build/types && $(abspath $(RUN)) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir ../mypy \
+		-p hyperclip_fast -m user_program
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hyperclip_fast needs Python 3.10 or newer")'
 	$(PYTHON) -m venv $(VENV_OPTIONS) $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/%.stamp: setup.py pyproject.toml | $(VENV)/bin/python
-	$(RUN) -m pip install --quiet --editable '.[$*]'
+	$(RUN) -m pip install --quiet $(PIP_OPTIONS) --editable '.[$*]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest build dist site *.egg-info

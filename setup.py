@@ -36,8 +36,10 @@ SERVE = [
     "python-multipart>=0.0.18",
 ]
 RAY = [*SERVE, *EMBED, "ray[serve,data]>=2.60"]  # the server and the bulk on a cluster
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]  # make docs
+OLDEST = [*CLIP, "pytest>=8", "pytest-xdist", "hypothesis>=6.80"]  # what make test-oldest needs, beside old releases
 TEST = [*EVIDENCE, *BENCH, *EXECUTORCH, *CLIP_BENCHMARK, *RAY, "kernels>=0.15", "httpx>=0.27", "selenium>=4.20"]
-TEST += ["pytest>=8", "pytest-xdist", "hypothesis>=6.80", "ruff>=0.6"]
+TEST += ["pytest>=8", "pytest-xdist", "hypothesis>=6.80", "ruff>=0.6", "mypy>=1.18"]
 
 VERSION = re.search(r'"([\d.]+)"', (Path(__file__).parent / "hyperclip_fast/version.py").read_text(encoding="utf-8"))[1]
 PARTS = find_namespace_packages(include=["kernels*", "bench*"], exclude=["bench.results*", "*__pycache__*"])
@@ -55,17 +57,17 @@ setup(
     package_dir={"hyperclip_fast.kernels": "kernels", "hyperclip_fast.bench": "bench"},
     package_data={
         "hyperclip_fast.bench.conditioning": ["*.yaml"],
-        "hyperclip_fast": ["assets/**/*", "configs/*.yaml", "serving/static/*"],
+        "hyperclip_fast": ["py.typed", "assets/**/*", "configs/*.yaml", "serving/static/*"],
     },
     install_requires=[
-        "torch>=2.8",
+        "torch>=2.9",
         "timm>=1.0.26",
         "einops>=0.7",
         "safetensors>=0.4.3",
         "huggingface_hub>=0.24",
         "tqdm",
         "pyyaml",
-        "triton>=3.4; platform_system == 'Linux'",
+        "triton>=3.5; platform_system == 'Linux'",
     ],
     extras_require={
         "clip": CLIP,
@@ -81,6 +83,8 @@ setup(
         "serve": SERVE,
         "ray": RAY,
         "report": REPORT,
+        "docs": DOCS,
+        "oldest": OLDEST,
         "test": TEST,
     },
     entry_points={"console_scripts": ["hyperclip = hyperclip_fast.cli.main:main"]},

@@ -15,9 +15,9 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+
+from hyperclip_fast.utils.private_api import TorchDispatchMode, tree_leaves, written_arguments
 
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
@@ -159,9 +159,7 @@ class _Operators(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if not self.log.launched and name not in ALLOCATIONS:
             inputs, outputs = _tensors((args, kwargs)), _tensors(result)
-            written = _tensors(
-                [a for a, s in zip(args, func._schema.arguments) if s.alias_info and s.alias_info.is_write]
-            )
+            written = _tensors([a for a, is_written in zip(args, written_arguments(func)) if is_written])
             storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
             views = all(tensor.untyped_storage().data_ptr() in storages for tensor in outputs)
             if written or not views:

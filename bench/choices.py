@@ -3,6 +3,8 @@
 tests/bench/test_benchmark.py holds these to what the cases really have.
 """
 
+from typing import Any
+
 STEPS = ("forward", "training")
 MIXES = ("identical", "uniform", "skewed", "distinct")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -41,7 +43,7 @@ ENCODERS = (
     "vit_tiny_patch16_224",
 )
 # What is measured where nothing is said: a GPU has the time for all of it.
-DEFAULTS = {
+DEFAULTS: dict[str, dict[str, dict[str, list[Any]]]] = {
     "cpu": {
         "kernels": {"widths": [192, 384], "batches": [16], "tasks": [16], "mixes": ["distinct"]},
         "model": {"models": list(MODELS[:2]), "batches": [1, 16, 64], "tasks": [16], "mixes": ["distinct"]},

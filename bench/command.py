@@ -7,7 +7,7 @@ import torch
 
 from hyperclip_fast.bench.cases import kernels as kernel_cases
 from hyperclip_fast.bench.cases import models as model_cases
-from hyperclip_fast.bench.choices import DEFAULTS
+from hyperclip_fast.bench.choices import DEFAULTS, OPERATIONS, STEPS
 from hyperclip_fast.bench.harness import plots
 from hyperclip_fast.bench.harness.machine import default_device, describe
 from hyperclip_fast.bench.harness.report import Report, header
@@ -52,5 +52,5 @@ def _options(args: argparse.Namespace, device: torch.device) -> dict[str, list]:
     if args.seconds <= 0:
         raise ValueError(f"--seconds must be positive, got {args.seconds}")
     engines = ["eager", "compiled"] + (["graph"] if device.type == "cuda" and args.what == "model" else [])
-    more = {"operations": args.operations} if args.what == "kernels" else {"img_size": args.img_size}
-    return {**options, **more, "steps": args.steps, "engines": args.engines or engines}
+    more = {"operations": args.operations or OPERATIONS} if args.what == "kernels" else {"img_size": args.img_size}
+    return {**options, **more, "steps": args.steps or STEPS, "engines": args.engines or engines}

@@ -28,6 +28,7 @@ from hyperclip_fast.bench.harness.mixes import MIXES
 from hyperclip_fast.bench.harness.report import Report, header, markdown
 from hyperclip_fast.bench.harness.runner import Case, Provider, run_case
 from hyperclip_fast.kernels import tables
+from hyperclip_fast.utils.files import write_file
 
 TI, S, B = "vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224"
 NORMS = ["layer_norm", "add_layer_norm"]
@@ -202,10 +203,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.more["widest"] = widest(report.rows)
     report.write()
     record = report.record()
-    (args.out / f"{label}.md").write_text(markdown(record), encoding="utf-8")
+    write_file(args.out / f"{label}.md", markdown(record))
     if report.more["widest"]:
         table = kernel_table(report.more["widest"], device)
-        (args.out / f"{label}-table.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        write_file(args.out / f"{label}-table.json", json.dumps(table, indent=1) + "\n")
     try:
         paths = plots.draw(record, args.out, f"{label}-")
     except ImportError as error:  # a host that has no matplotlib still has its figures

@@ -14,7 +14,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -36,6 +36,7 @@ from hyperclip_fast.kernels.linear import linear_add, linear_gelu
 from hyperclip_fast.kernels.linear import operator as linear_op
 from hyperclip_fast.kernels.norm_linear import launch as norm_linear_launch
 from hyperclip_fast.kernels.norm_linear import norm_linear, norm_linear_gelu
+from hyperclip_fast.utils.files import write_file
 
 INFERENCE_ONLY = ("norm_linear", "norm_linear_gelu")  # in training they are layer_norm and a product
 SHARED = ("weight", "bias", "scale", "task_ids", "norm_weight", "norm_bias", "mean", "var")
@@ -113,7 +114,7 @@ def operations(shape: Shape) -> dict[str, tuple[Callable, dict[str, Tensor], boo
     wide = {"x": tensor(), "weight": tensor(4 * D, D), "bias": tensor(4 * D)}
     back = {"x": tensor(B, shape.N, 4 * D), "weight": tensor(D, 4 * D), "bias": tensor(D)}
     pixels = {**norm, "x": tensor().transpose(1, 2).unsqueeze(2)}  # (B, C, 1, N), channels-last
-    statistics = {"mean": torch.zeros(D), "var": torch.ones(D), "act": "silu"}
+    statistics: dict[str, Any] = {"mean": torch.zeros(D), "var": torch.ones(D), "act": "silu"}
     add, scale = {"residual": tensor()}, {"scale": tensor(D)}
     rows, narrow = (
         {"norm_weight": tensor(B, D), "norm_bias": tensor(B, D)},
@@ -365,7 +366,7 @@ def main() -> None:
     if args.json:
         rows = [{**vars(line), "ratio": line.ratio} for line in lines]
         report = {"shape": vars(shape), "operations": rows, "inference": inference, "training": training}
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+        write_file(args.json, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hyperclip_fast.utils.lazy import after_import, lazy_names
-from hyperclip_fast.version import __version__ as __version__
+from hyperclip_fast.version import __version__
 
 if TYPE_CHECKING:
     from hyperclip_fast.hyper_encoder import HyperEncoder
@@ -31,6 +31,7 @@ __all__ = [
     "NormParams",
     "NormSpec",
     "TaskBank",
+    "__version__",
     "get_backend",
     "set_backend",
 ]
@@ -60,4 +61,6 @@ __getattr__, __dir__ = lazy_names(
         "task_bank": ("TaskBank",),
     },
 )
-after_import("timm.models", lambda: importlib.import_module("hyperclip_fast.hyper_vit"))  # registers hyper_* models
+# Importing hyper_vit registers hyper_* models with timm. Stubs in timm's registry would need its private tables.
+# The hook costs nothing before somebody imports timm, and whoever does has waited for PyTorch anyway.
+after_import("timm.models", lambda: importlib.import_module("hyperclip_fast.hyper_vit"))

@@ -5,12 +5,14 @@ the norm alone reads what the convolution wrote.
 """
 
 from collections import Counter
+from typing import Any
 
 import torch
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from hyperclip_fast.utils.private_api import BatchNorm, TorchDispatchMode, tree_leaves
 
 FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -27,7 +29,8 @@ def fuse_batch_norms(model: nn.Module, image: Tensor) -> nn.Module:
     dtype = next(model.parameters()).dtype
     model = reparameterize_model(model).to(dtype).eval()  # some of timm's own make float32 convolutions
     for conv_name, norm_name in _pairs(model, image):
-        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
+        conv: Any = model.get_submodule(conv_name)
+        norm: Any = model.get_submodule(norm_name)
         model.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
         model.set_submodule(norm_name, _behind(norm))
     return model
@@ -50,7 +53,7 @@ def _pairs(model: nn.Module, image: Tensor) -> list[tuple[str, str]]:
 
 
 def _is_foldable(norm: nn.Module) -> bool:
-    is_plain = isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    is_plain = isinstance(norm, BatchNorm)
     return is_plain and norm.weight is not None and norm.running_mean is not None
 
 
@@ -75,7 +78,7 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         out = operator(*args, **(kwargs or {}))
-        self.reads.update(id(each) for each in torch.utils._pytree.tree_leaves((args, kwargs)) if torch.is_tensor(each))
+        self.reads.update(id(each) for each in tree_leaves((args, kwargs)) if torch.is_tensor(each))
         self.kept.append((args, kwargs, out))
         if operator is torch.ops.aten.convolution.default:
             self.convolved[id(out)] = id(args[1])

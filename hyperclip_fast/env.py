@@ -8,10 +8,10 @@ import os
 import platform
 
 import torch
-from torch.nn.attention import SDPBackend
 
 from hyperclip_fast.kernels.dispatch import get_backend, has_triton, prefers_triton, use_triton
 from hyperclip_fast.kernels.tables import WIDEST, device_kind
+from hyperclip_fast.utils.private_api import chosen_attention
 from hyperclip_fast.version import __version__
 
 WIDTHS = {"Ti": 192, "S": 384, "B": 768, "L": 1024}
@@ -32,7 +32,7 @@ def implementation(operation: str, device: torch.device, dtype: torch.dtype, wid
     if operation == "attention":
         packed = torch.empty(1, TOKENS, 3, width // HEAD_WIDTH, HEAD_WIDTH, device=device, dtype=dtype)
         q, k, v = (heads.transpose(1, 2) for heads in packed.unbind(2))
-        return SDPBackend(torch._fused_sdp_choice(q, k, v)).name.lower().removesuffix("_attention")
+        return chosen_attention(q, k, v)
     x = torch.empty(0, device=device, dtype=dtype)
     chosen = prefers_triton(operation, x, width) if operation in WIDEST else use_triton(x)
     return "triton" if chosen else "pytorch"
@@ -59,7 +59,7 @@ def rows(device: torch.device) -> list[tuple[str, ...]]:
     """The table's lines: operation, the dtypes that share one fate, the implementation for each width, the reason."""
     found = []
     for operation in OPERATIONS:
-        fates = {}
+        fates: dict[tuple[str, ...], list[str]] = {}
         for name, dtype in DTYPES.items():
             fate = [implementation(operation, device, dtype, width) for width in WIDTHS.values()]
             fates.setdefault((*fate, reason(operation, device, dtype)), []).append(name)

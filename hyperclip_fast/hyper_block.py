@@ -14,7 +14,7 @@ whether the Triton kernels run (`fused`), and tells its steps and the kernels' f
 without calling the module does so only for timm's own class, and only where nobody listens to it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from hyperclip_fast.kernels.dispatch import is_preferred, is_traced, use_triton
 from hyperclip_fast.kernels.layer_norm.functional import run_layer_norm
 from hyperclip_fast.kernels.linear.functional import run_linear_add, run_linear_gelu
 from hyperclip_fast.kernels.norm_linear.functional import fits_one_kernel, run_norm_linear
+from hyperclip_fast.utils.private_api import has_forward_hooks, has_hooks, is_fast_norm, own_children
 
 MODULATED_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
 PLAIN_MLP = (nn.Linear, nn.GELU, nn.Dropout, nn.Identity)  # timm's Mlp up to fc2: fc1, act, drop1, norm
@@ -57,11 +58,12 @@ def add_norm(
     if rows is None and not (fused and _is_fusable(norm)):
         x = x if delta is None else x + delta
         return norm(x), x
+    assert isinstance(norm, nn.LayerNorm)
     out_dtype = out_dtype or norm_dtype(norm, x)
     return run_layer_norm(x, delta, rows or _own_rows(norm), norm.eps, out_dtype, fused)
 
 
-def _own_rows(norm: nn.Module) -> Rows:
+def _own_rows(norm: nn.LayerNorm) -> Rows:
     """The module's weight and bias as the one row."""
     return Rows(norm.weight.unsqueeze(0), norm.bias.unsqueeze(0), None)
 
@@ -70,7 +72,7 @@ def _is_fusable(norm: nn.Module) -> bool:
     """Whether a norm with its own weights may skip its forward on Triton's path: a plain LayerNorm without hooks."""
     if type(norm) not in MODULATED_NORMS or norm.weight is None or norm.bias is None:
         return False
-    return not (norm._forward_hooks or norm._forward_pre_hooks)
+    return not has_forward_hooks(norm)
 
 
 def norm_dtype(norm: nn.Module, x: Tensor) -> torch.dtype:
@@ -78,7 +80,7 @@ def norm_dtype(norm: nn.Module, x: Tensor) -> torch.dtype:
     kind = x.device.type
     if type(norm) is LayerNormFp32 or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return x.dtype
-    if getattr(norm, "_fast_norm", False):
+    if is_fast_norm(norm):
         return torch.get_autocast_dtype(kind)
     return x.dtype if kind == "cpu" else torch.float32
 
@@ -90,17 +92,10 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
-def has_hooks(*modules: nn.Module) -> bool:
-    """Whether a hook, or a forward of its own, makes calling one of the modules more than running its class's code."""
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
-        for m in modules
-    )
-
-
 def _is_plain_mlp(mlp: nn.Module) -> bool:
     """Whether `mlp` is timm's Linear, exact GELU, Linear with nothing in between, and nobody listens inside."""
-    parts = tuple(mlp._modules.values())[:4]  # read without nn.Module's __getattr__: this runs once a block
+    # read without nn.Module's __getattr__: this runs once a block
+    parts: tuple[Any, ...] = tuple(own_children(mlp).values())[:4]
     if type(mlp) is not Mlp or tuple(map(type, parts)) != PLAIN_MLP:
         return False
     _, act, drop, _ = parts
@@ -176,7 +171,7 @@ def _may_join(norm: nn.Module, x: Tensor, rows: Rows | None, product: nn.Module)
 class _Way(NamedTuple):
     """What leads from a sub-layer's last product to the stream."""
 
-    product: nn.Module
+    product: Any  # a Linear; where it is another, it is called
     dropout: nn.Module
     scale: nn.Module
     drop_path: nn.Module
@@ -191,7 +186,7 @@ def _add(x: Tensor, h: Tensor, way: _Way, fused: bool) -> tuple[Tensor, Tensor |
     product, dropout, scale, drop_path = way
     if not (fused and _has_epilogue(h, way)):
         return x, drop_path(scale(dropout(product(h))))
-    gamma = None if type(scale) is nn.Identity else scale.gamma
+    gamma = scale.gamma if isinstance(scale, LayerScale) else None
     keep = None
     if type(drop_path) is DropPath and drop_path.training and drop_path.drop_prob:
         dtype = h.dtype if gamma is None else torch.promote_types(h.dtype, gamma.dtype)
@@ -214,7 +209,12 @@ def _has_epilogue(h: Tensor, way: _Way) -> bool:
 class HyperBlock(Block):
     """timm's pre-norm Block with the residual adds moved into the norms, and rows for both norms."""
 
-    def forward(
+    attn: Attention
+    mlp: Mlp
+    norm1: nn.LayerNorm
+    norm2: nn.LayerNorm
+
+    def forward(  # type: ignore[override]  # the stream comes in two parts, and rows with it
         self,
         x: Tensor,
         delta: Tensor | None = None,
@@ -251,8 +251,8 @@ class HyperBlock(Block):
             `tokens`, N is that.
         """
         fused = use_triton(x)
-        rows1 = None if weight1 is None else Rows(weight1, bias1, task_ids)
-        rows2 = None if weight2 is None else Rows(weight2, bias2, task_ids)
+        rows1 = None if weight1 is None or bias1 is None else Rows(weight1, bias1, task_ids)
+        rows2 = None if weight2 is None or bias2 is None else Rows(weight2, bias2, task_ids)
         if tokens is None:
             x, delta = self.attend(x, delta, rows1, fused, attn_mask, is_causal)
         else:
@@ -309,7 +309,8 @@ class HyperBlock(Block):
         """`attend` for the first tokens alone: all tokens give keys and values, only these a query."""
         attn = self.attn
         h, x = add_norm(self.norm1, x, delta, rows, _product_dtype(x), fused)
-        weights, biases = attn.qkv.weight.tensor_split((attn.attn_dim,)), (None, None)
+        weights = attn.qkv.weight.tensor_split((attn.attn_dim,))
+        biases: tuple[Tensor | None, ...] = (None, None)
         if attn.qkv.bias is not None:
             biases = attn.qkv.bias.tensor_split((attn.attn_dim,))
         q, packed = (F.linear(t, w, b) for t, w, b in zip((h[:, :tokens], h), weights, biases))

@@ -11,11 +11,10 @@ import copy
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperclip_fast.hyper_vit import HyperViT
 from hyperclip_fast.kernels.dispatch import is_traced, use_triton
@@ -24,11 +23,18 @@ from hyperclip_fast.modulated_norms import (
     Rows,
     bind_rows,
     precompute_affine,
-    shallow_copy,
     use_local_statistics,
 )
 from hyperclip_fast.norm_params import NormParams, NormSpec, check_params
 from hyperclip_fast.timm_models import create_timm_model
+from hyperclip_fast.utils.private_api import (
+    BatchNorm,
+    forget_compiled,
+    own_children,
+    own_parameters,
+    set_own,
+    shallow_copy,
+)
 
 EVERY_NORM = ("*",)
 Path = dict[str, "Path | int"]  # names of children that hold modulated norms; a norm's place in the spec
@@ -42,6 +48,9 @@ class HyperEncoder(nn.Module):
     """
 
     _is_frozen = False
+    _stock: Any  # the timm model's class
+    _spec: NormSpec
+    _path: Path
 
     @classmethod
     def from_timm(
@@ -75,8 +84,8 @@ class HyperEncoder(nn.Module):
             if not fnmatch.filter(norms, pattern):
                 raise ValueError(f"modulate must match norms of {self._stock.__name__}, got {pattern!r}")
         norms = {n: m for n, m in norms.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in modulate)}
-        widths = tuple(norm.weight.shape[0] for norm in norms.values())
-        biases = tuple(_has(norm, "bias") for norm in norms.values())
+        widths = tuple(self.get_parameter(f"{name}.weight").shape[0] for name in norms)
+        biases = tuple(own_parameters(norm).get("bias") is not None for norm in norms.values())
         self._spec = NormSpec(tuple(norms), widths, modulate, biases)
         self._path = _path(self, {norm: i for i, norm in enumerate(norms.values())})
 
@@ -127,7 +136,7 @@ class HyperEncoder(nn.Module):
         """timm's `train`; frozen BatchNorms stay in evaluation."""
         super().train(mode)
         for module in self.modules() if self._is_frozen else ():
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, BatchNorm):
                 module.eval()
         return self
 
@@ -153,9 +162,9 @@ class HyperEncoder(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that timm leaves without weight decay."""
-        return super().no_weight_decay() if hasattr(self._stock, "no_weight_decay") else set()
+        return self._stock.no_weight_decay(self) if hasattr(self._stock, "no_weight_decay") else set()
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
         """Pickled by the timm model's class: this one's own is made when it is needed."""
         return _blank, (self._stock,), self.__dict__
 
@@ -191,7 +200,7 @@ def _encoder_class(stock: type[nn.Module]) -> type[HyperEncoder]:
 
 def _blank(stock: type[nn.Module]) -> HyperEncoder:
     """What unpickling fills."""
-    return object.__new__(_encoder_class(stock))
+    return object.__new__(_encoder_class(stock))  # type: ignore[arg-type]  # as in to_hyper_encoder
 
 
 class _Binding:
@@ -209,14 +218,18 @@ class _Binding:
     def bind(self, module: nn.Module, kind: type[nn.Module], path: Path) -> nn.Module:
         """A module's copy of class `kind` whose modulated norms hold their rows; what has none is shared."""
         twin = shallow_copy(module, kind)
-        own = twin.__dict__
-        own["_compiled_call_impl"] = None  # a part compiled by itself would run the original
-        own["_modules"] = children = module._modules.copy()
+        forget_compiled(twin)
+        children = own_children(module).copy()
+        set_own(twin, children=children)
         for name, place in path.items():
             child = children[name]
+            if child is None:
+                continue
             if "forward" in child.__dict__:
                 raise ValueError(f"params cannot pass {name} ({type(child).__name__}), whose forward was replaced")
-            children[name] = self._bound(child, place) if type(place) is int else self.bind(child, type(child), place)
+            children[name] = (
+                self._bound(child, place) if isinstance(place, int) else self.bind(child, type(child), place)
+            )
         return twin
 
     def _bound(self, norm: nn.Module, place: int) -> nn.Module:
@@ -227,7 +240,7 @@ class _Binding:
 
 def _path(module: nn.Module, places: dict[nn.Module, int]) -> Path:
     """The way from a module to the norms in it, which may be more than one to the same."""
-    children = ((name, child) for name, child in module._modules.items() if child is not None)
+    children = ((name, child) for name, child in own_children(module).items() if child is not None)
     steps = ((name, places[child] if child in places else _path(child, places)) for name, child in children)
     return {name: step for name, step in steps if step != {}}
 
@@ -238,8 +251,8 @@ def reestimated(encoder: HyperEncoder, batches: Iterable[Tensor], params: NormPa
     check_params(params, encoder.norm_spec, 1)
     model = copy.deepcopy(encoder).eval()
     model.load_state_dict(params.state_dict(0), strict=False)
-    norms = {name: model.get_submodule(name) for name in encoder.norm_spec.names}
-    norms = {name: norm for name, norm in norms.items() if isinstance(norm, _BatchNorm)}
+    modules = {name: model.get_submodule(name) for name in encoder.norm_spec.names}
+    norms = {name: norm for name, norm in modules.items() if isinstance(norm, BatchNorm)}
     if not norms:
         raise ValueError(f"params must be rows of an encoder with BatchNorm, got one of {encoder._stock.__name__}")
     for norm in norms.values():
@@ -252,23 +265,24 @@ def reestimated(encoder: HyperEncoder, batches: Iterable[Tensor], params: NormPa
         raise ValueError("images must hold at least one batch, got none")
     row = params.state_dict(0)
     for name, norm in norms.items():
-        shared = encoder.get_submodule(name)
-        scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-        shift = norm.bias.double() - norm.running_mean.double() * scale
-        row[f"{name}.weight"] = (scale * (shared.running_var.double() + norm.eps).sqrt()).to(params.table.dtype)
-        row[f"{name}.bias"] = (shift + shared.running_mean.double() * scale).to(params.table.dtype)
+        mean, var, shared_mean, shared_var = (
+            each.get_buffer(f"{name}.{statistic}").double()
+            for each in (model, encoder)
+            for statistic in ("running_mean", "running_var")
+        )
+        scale = norm.weight.double() / (var + norm.eps).sqrt()
+        shift = norm.bias.double() - mean * scale
+        row[f"{name}.weight"] = (scale * (shared_var + norm.eps).sqrt()).to(params.table.dtype)
+        row[f"{name}.bias"] = (shift + shared_mean * scale).to(params.table.dtype)
     return NormParams(params.spec, params.spec.row(row).unsqueeze(0))
 
 
 def _affine_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Norms with a weight vector that can be modulated."""
     for name, module in model.named_modules():
-        if type(module) in ROW_NORMS and _has(module, "weight") and module.weight.dim() == 1:
+        weight = own_parameters(module).get("weight")
+        if type(module) in ROW_NORMS and weight is not None and weight.dim() == 1:
             yield name, module
-
-
-def _has(module: nn.Module, name: str) -> bool:
-    return module._parameters.get(name) is not None
 
 
 def to_hyper_encoder(model: nn.Module, modulate: Iterable[str] | None) -> HyperEncoder:
@@ -276,6 +290,7 @@ def to_hyper_encoder(model: nn.Module, modulate: Iterable[str] | None) -> HyperE
     if isinstance(model, HyperViT):
         raise ValueError("model must be a timm model, got a HyperViT, which takes params already")
     if not isinstance(model, HyperEncoder):
-        model.__class__ = _encoder_class(type(model))
+        model.__class__ = _encoder_class(type(model))  # type: ignore[arg-type]  # mypy checks an instance's hash
+    assert isinstance(model, HyperEncoder)
     model.set_modulate(EVERY_NORM if modulate is None else modulate)
     return model

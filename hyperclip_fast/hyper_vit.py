@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from einops import rearrange
 from timm.models import VisionTransformer, checkpoint, list_models, model_entrypoint, register_model
-from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import default_cfgs as timm_cfgs
 from torch import Tensor, nn
 
-from hyperclip_fast.hyper_block import MODULATED_NORMS, HyperBlock, add_norm, has_hooks
+from hyperclip_fast.hyper_block import MODULATED_NORMS, HyperBlock, add_norm
 from hyperclip_fast.kernels.common.rows import Rows
 from hyperclip_fast.kernels.dispatch import use_triton
 from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams, NormSpec, check_params
 from hyperclip_fast.timm_models import create_timm_model
+from hyperclip_fast.utils.private_api import FeatureGetterNet, add_positions, feature_take_indices, has_hooks
 
 NO_ROWS = (None, None, None)  # in the place of Rows: the module's own weight and bias
 
@@ -34,7 +34,7 @@ class HyperViT(VisionTransformer):
     """
 
     def __init__(self, *args: Any, block_fn: type[nn.Module] = HyperBlock, **kwargs: Any):
-        super().__init__(*args, block_fn=block_fn, **kwargs)
+        super().__init__(*args, **{"block_fn": block_fn, **kwargs})
         to_hyper_vit(self, DEFAULT_MODULATE)
 
     @classmethod
@@ -82,8 +82,7 @@ class HyperViT(VisionTransformer):
     @property
     def base_params(self) -> NormParams:
         """The encoder's own weights and biases as one row; gradients flow into them."""
-        modules = [self.get_submodule(name) for name in self.norm_spec.names]
-        row = torch.cat([piece for module in modules for piece in (module.weight, module.bias)])
+        row = torch.cat([self.get_parameter(key) for key in self.norm_spec.keys])
         return NormParams(self.norm_spec, row.unsqueeze(0))
 
     def _rows(self, x: Tensor, params: NormParams | None) -> dict[str, Rows]:
@@ -97,14 +96,15 @@ class HyperViT(VisionTransformer):
             params = params.gather()
         elif params.table.dtype not in (x.dtype, torch.float32):
             params = params.to(dtype=torch.float32)  # the kernels take rows of the stream's dtype, or float32
-        return {name: Rows(*row, params.task_ids) for name, row in zip(params.spec.names, params.layers())}
+        layers = zip(params.spec.names, params.layers())
+        return {name: Rows(weight, bias, params.task_ids) for name, (weight, bias) in layers if bias is not None}
 
     def _fits(self, spec: NormSpec) -> bool:
         """Whether rows of another spec serve this encoder: once pruned, those of the encoder it came from."""
         return self._is_pruned and set(zip(self._spec.names, self._spec.widths)) <= set(zip(spec.names, spec.widths))
 
     def _embed(self, x: Tensor, rows: dict[str, Rows]) -> Tensor:
-        x = self.patch_drop(self._pos_embed(self.patch_embed(x)))
+        x = self.patch_drop(add_positions(self, self.patch_embed(x)))
         return add_norm(self.norm_pre, x, None, rows.get("norm_pre"))[0]
 
     def _run_block(
@@ -120,7 +120,7 @@ class HyperViT(VisionTransformer):
     def _final_norm(self, x, delta, rows) -> Tensor:
         return add_norm(self.norm, x, delta, rows.get("norm"))[0]
 
-    def forward_features(
+    def forward_features(  # type: ignore[override]  # params stand where timm has a mask
         self,
         x: Tensor,
         params: NormParams | None = None,
@@ -151,7 +151,7 @@ class HyperViT(VisionTransformer):
         x = self.head_drop(x.squeeze(1) if pooled else x)
         return x if pre_logits else self.head(x)
 
-    def forward(
+    def forward(  # type: ignore[override]  # params stand where timm has a mask
         self,
         x: Tensor,
         params: NormParams | None = None,
@@ -189,7 +189,7 @@ class HyperViT(VisionTransformer):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | list[int] | None = None,
+        indices: int | list[int] | tuple[int, ...] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
@@ -218,7 +218,7 @@ class HyperViT(VisionTransformer):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f'output_fmt must be "NCHW" or "NLC", got {output_fmt!r}')
         rows = self._rows(x, params)
-        take, last = feature_take_indices(len(self.blocks), indices)
+        take, last = feature_take_indices(len(self.blocks), list(indices) if isinstance(indices, tuple) else indices)
         height, width = x.shape[-2:]
         x, delta, taken = self._embed(x, rows), None, []
         for i in range(last + 1 if stop_early else len(self.blocks)):
@@ -245,7 +245,7 @@ class HyperViT(VisionTransformer):
         params: NormParams | None = None,
     ) -> list[Tensor]:
         """timm's DINO-style interface to `forward_intermediates`, with `params`."""
-        return self.forward_intermediates(
+        return self.forward_intermediates(  # type: ignore[return-value]  # intermediates_only
             x,
             n,
             return_prefix_tokens=return_prefix_tokens,
@@ -271,7 +271,8 @@ class HyperFeatures(FeatureGetterNet):
 
     def forward(self, x: Tensor, params: NormParams | None = None) -> list[Tensor]:
         """Images (B, C, H, W) to the list of feature maps, by default (B, D, H', W')."""
-        return self.model.forward_intermediates(
+        model: Any = self.model
+        return model.forward_intermediates(
             x,
             indices=self.out_indices,
             norm=self.norm,
@@ -295,24 +296,30 @@ def _pack(taken, prefix, final, output_dict):
     return taken if final is None else (final, taken)
 
 
-def to_hyper_vit(model: nn.Module, modulate: Iterable[str]) -> nn.Module:
-    """Change the classes of a timm VisionTransformer's parts, in place: modules, names and weights stay."""
+def to_hyper_vit(model: nn.Module, modulate: Iterable[str]) -> Any:
+    """Change the classes of a timm VisionTransformer's parts, in place: modules, names and weights stay.
+
+    Returns:
+        The model, now a HyperViT, or HyperFeatures where it is timm's wrapper for `features_only`.
+    """
     if isinstance(model, FeatureGetterNet) and isinstance(model.model, VisionTransformer):
         to_hyper_vit(model.model, modulate)._is_pruned = True  # timm has pruned it: rows of the whole encoder fit
         model.__class__ = HyperFeatures
         return model
     if type(model) is not VisionTransformer and not isinstance(model, HyperViT):
         raise ValueError(f"model must be a timm VisionTransformer, got {type(model).__name__}")
-    for block in model.blocks:
+    blocks: Any = model.blocks
+    for block in blocks:
         if type(block) not in (Block, HyperBlock):
             raise ValueError(
                 f"block_fn must be timm's pre-norm Block, got {type(block).__name__}: parallel and post-norm blocks "
                 "have no residual add before a norm to fuse"
             )
-    for block in model.blocks:
+    for block in blocks:
         block.__class__ = HyperBlock
     if not isinstance(model, HyperViT):
         model.__class__ = HyperViT
+    assert isinstance(model, HyperViT)
     model.set_modulate(modulate)
     return model
 
@@ -326,7 +333,8 @@ def _register(name: str) -> None:
     entrypoint.__name__ = entrypoint.__qualname__ = f"hyper_{name}"
     entrypoint.__doc__ = f"HyperViT with the architecture and pretrained weights of timm's {name}."
     globals()[entrypoint.__name__] = entrypoint
-    default_cfgs[entrypoint.__name__] = cfgs = copy.deepcopy(timm_cfgs[name])
+    cfgs: Any = copy.deepcopy(timm_cfgs[name])
+    default_cfgs[entrypoint.__name__] = cfgs
     for tag, cfg in cfgs.cfgs.items():
         if cfg.hf_hub_id == "timm/":  # timm would complete it with our name
             cfgs.cfgs[tag] = replace(cfg, hf_hub_id=f"timm/{name}.{tag}")

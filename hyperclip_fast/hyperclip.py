@@ -8,11 +8,13 @@ train through the rows, and there is one copy of them.
 """
 
 import contextlib
+import inspect
 import io
+import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,8 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.utils import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, http_backoff
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -34,12 +36,14 @@ from hyperclip_fast.model_card import ModelFacts, model_card
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.text import TextTower, create_text_tower
 from hyperclip_fast.timm_models import model_options
-from hyperclip_fast.utils.class_names import check_tasks
-from hyperclip_fast.utils.files import save_safetensors
+from hyperclip_fast.utils.class_names import check_class_lists, check_task
+from hyperclip_fast.utils.files import save_safetensors, write_file
 from hyperclip_fast.utils.typed_config import check_types, from_dict
 
 DEMO = "demo"  # the name of the checkpoint that this package ships
 DEMO_MODEL = Path(__file__).with_name("assets") / "demo"
+MODEL_SUFFIXES = (".bin", ".ckpt", ".json", ".pt", ".pth", ".safetensors", ".yaml")  # of files; no hub id ends so
+OPTIONAL = ("mean", "std", "interpolation", "crop_pct")  # left out of config.json, as before there were such fields
 WANTED = f'a folder with config.json and model.safetensors, a hub id "owner/name", or "{DEMO}"'
 
 
@@ -110,8 +114,21 @@ class HyperCLIPConfig:
 
     def __post_init__(self):
         check_types(self)
+        self.preprocessing(1)  # refuses numbers out of range
 
-    def timm_kwargs(self) -> dict[str, int | float | str]:
+    def to_json(self) -> str:
+        """What config.json holds: every field, but of those in OPTIONAL only what differs from its default."""
+        values = asdict(self)
+        for field in fields(self):
+            if field.name in OPTIONAL and values[field.name] == field.default:
+                del values[field.name]
+        return json.dumps(values, sort_keys=True, indent=2)
+
+    def preprocessing(self, size: int) -> Preprocessing:
+        """How pictures become the images, of side `size`, that the image tower takes."""
+        return Preprocessing(size, self.mean, self.std, self.interpolation, self.crop_pct)
+
+    def timm_kwargs(self) -> dict[str, Any]:
         """Arguments of timm.create_model that differ from the named tower's own; its head is the projection to E."""
         names = {"width": "embed_dim"}
         keys = ("img_size", "patch_size", "width", "depth", "num_heads", "global_pool", "drop_path_rate")
@@ -143,8 +160,8 @@ class HyperCLIP(
     def __init__(self, config: HyperCLIPConfig | dict[str, Any]):
         super().__init__()
         config = config_from_dict(config) if isinstance(config, dict) else replace(config)
-        self.config = self._hub_mixin_config = config  # the second is what save_pretrained writes
-        self.image = create_encoder(config.image_tower, modulate=config.modulate, **config.timm_kwargs())
+        self.config = config
+        self.image = create_encoder(config.image_tower, False, config.modulate, **config.timm_kwargs())
         if config.freeze_statistics and isinstance(self.image, HyperEncoder):
             self.image.freeze_statistics()
         self._frozen_text: list[TextTower] = []  # a list, so that it is no submodule: neither saved nor trained
@@ -152,7 +169,7 @@ class HyperCLIP(
         if config.text_dim is None:
             config.text_dim = self.text_tower.dim
         self.text_projection = nn.Linear(config.text_dim, config.embed_dim, bias=False)
-        self.hypernetwork = self._create_hypernetwork() if config.conditioned else None
+        self.hypernetwork = self._create_hypernetwork(config.text_dim) if config.conditioned else None
         self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
         self.logit_bias = nn.Parameter(torch.tensor(config.init_logit_bias))
 
@@ -163,11 +180,11 @@ class HyperCLIP(
             raise ValueError(f"text_dim must be {tower.dim}, as {config.text_tower} has it, got {config.text_dim}")
         return tower
 
-    def _create_hypernetwork(self) -> HyperNetwork:
+    def _create_hypernetwork(self, text_dim: int) -> HyperNetwork:
         config = self.config
         return HyperNetwork(
             self.image.norm_spec,
-            text_dim=config.text_dim,
+            text_dim=text_dim,
             width=config.hyper_width,
             depth=config.hyper_depth,
             num_heads=config.hyper_heads,
@@ -178,6 +195,7 @@ class HyperCLIP(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_safetensors(self.state_dict(), save_directory / "model.safetensors", {"format": "pt"})
+        write_file(save_directory / "config.json", self.config.to_json())
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "HyperCLIP":
@@ -185,15 +203,21 @@ class HyperCLIP(
 
         Args:
             pretrained_model_name_or_path: a folder that `save_pretrained` wrote, a hub id "owner/name", or "demo", the
-                checkpoint that this package ships.
+                checkpoint that this package ships ("./demo" is a folder of that name).
             **options: as huggingface_hub's mixin takes them: revision, token, cache_dir, local_files_only, ...
 
         Raises:
-            ValueError: for a folder that is not there, or not whole.
+            ValueError: for a folder that is not there, or not whole, or a hub that cannot be reached.
         """
         place = _find_model(pretrained_model_name_or_path)
+        if not Path(place).is_dir() and not options.get("local_files_only"):
+            options["local_files_only"] = not _hub_answers(str(place), options)
         with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints there, where JSON may follow
-            return super().from_pretrained(place, **options)
+            try:
+                return super().from_pretrained(place, **options)
+            except FileNotFoundError as error:
+                lacking = "which is no folder nor in the hub's cache, and the hub was not asked or did not answer"
+                raise ValueError(f"model must be {WANTED}, got {place}, {lacking}") from error
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options: Any) -> "HyperCLIP":
@@ -202,15 +226,15 @@ class HyperCLIP(
         return super()._from_pretrained(model_id=model_id, strict=strict, **options)
 
     @classmethod
-    def _load_as_safetensor(cls, model: "HyperCLIP", model_file: str, map_location: str, strict: bool) -> "HyperCLIP":
+    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
         try:
             return super()._load_as_safetensor(model, model_file, map_location, strict)
-        except (RuntimeError, SafetensorError) as error:
+        except (FileNotFoundError, RuntimeError, SafetensorError) as error:
             folder = Path(model_file).parent
             raise ValueError(f"model must hold the weights that its config.json asks for, {folder}: {error}") from error
 
     @classmethod
-    def _load_as_pickle(cls, model: "HyperCLIP", model_file: str, map_location: str, strict: bool) -> "HyperCLIP":
+    def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
         raise ValueError(f"model must hold model.safetensors, got {model_file}, which is not loaded")
 
     def generate_model_card(self, **about: Any) -> ModelCard:
@@ -237,13 +261,13 @@ class HyperCLIP(
     @property
     def image_size(self) -> int:
         """S: the side of the images it takes, in pixels."""
-        return self.config.img_size or self.image.pretrained_cfg["input_size"][-1]
+        cfg: Any = self.image.pretrained_cfg
+        return self.config.img_size or cfg["input_size"][-1]
 
     @property
     def preprocessing(self) -> Preprocessing:
         """How pictures become the images that it takes."""
-        config = self.config
-        return Preprocessing(self.image_size, config.mean, config.std, config.interpolation, config.crop_pct)
+        return self.config.preprocessing(self.image_size)
 
     @property
     def text_tower(self) -> TextTower:
@@ -277,9 +301,9 @@ class HyperCLIP(
         """Class names of T tasks to text features (T, K, E_text) and mask (T, K); every text is encoded once.
 
         Raises:
-            ValueError: if there is no task, a task has no class, or is a string rather than a list of them.
+            ValueError: if there is no task, or class names that `check_class_lists` refuses; one may come twice.
         """
-        check_tasks(tasks)
+        check_class_lists(tasks)
         unique = {text: i for i, text in enumerate(dict.fromkeys(chain.from_iterable(tasks)))}
         features = self.text_features(list(unique))
         return pad_classes([features[[unique[text] for text in task]] for task in tasks])
@@ -311,8 +335,9 @@ class HyperCLIP(
             images: (B, 3, S, S) unlabelled images of the task whose statistics its BatchNorms shall use.
 
         Raises:
-            ValueError: for no class names, or images for an encoder without BatchNorm.
+            ValueError: for class names that `check_task` refuses, or images for an encoder without BatchNorm.
         """
+        check_task(class_names)
         params = self.adapt([class_names])
         if images is not None:
             params = self._encoder_with_statistics().reestimate(images, params)
@@ -376,13 +401,17 @@ def config_from_dict(values: dict) -> HyperCLIPConfig:
 
 
 def load_model(path: str | Path | None = None, device: str | torch.device = "cpu") -> HyperCLIP:
-    """A HyperCLIP in eval mode from a folder or hub id; None: the demo checkpoint of this package.
+    """A HyperCLIP in eval mode; None: the demo checkpoint of this package.
+
+    Args:
+        path: as `HyperCLIP.from_pretrained` takes it.
+        device: where to run.
 
     Raises:
         ValueError: for a folder without a whole model, or an id that the hub does not have.
     """
     try:
-        return HyperCLIP.from_pretrained(path or DEMO).to(device).eval()
+        return HyperCLIP.from_pretrained(DEMO if path is None else path).to(device).eval()
     except (OSError, HFValidationError) as error:
         raise ValueError(f"model must be {WANTED}, got {path}: {error}") from error
 
@@ -396,6 +425,21 @@ def _find_model(place: str | Path) -> str | Path:
         return DEMO_MODEL
     owner, *rest = str(place).split("/")
     is_hub_id = isinstance(place, str) and len(rest) == 1 and re.fullmatch(r"[\w-][\w.-]*", owner) and rest[0]
-    if not Path(place).is_dir() and (not is_hub_id or Path(owner).is_dir()):
-        raise ValueError(f"model must be {WANTED}, got {place}, which is no folder")
+    if is_hub_id and (Path(owner).is_dir() or Path(place).suffix in MODEL_SUFFIXES):
+        is_hub_id = False
+    if not str(place) or not (Path(place).is_dir() or is_hub_id):
+        raise ValueError(f"model must be {WANTED}, got {str(place) or 'nothing'}, which is no folder")
     return place
+
+
+def _hub_answers(repo: str, options: dict[str, Any]) -> bool:
+    """Whether the hub answers, whatever it says; asked once, for the hub's own loader tries for 23 seconds."""
+    unreachable = inspect.signature(http_backoff).parameters["retry_on_exceptions"].default  # as its HTTP client has it
+    url = hf_hub_url(repo, "config.json", revision=options.get("revision"))
+    try:
+        get_hf_file_metadata(url, token=options.get("token"))
+    except (OfflineModeIsEnabled, *unreachable):
+        return False
+    except HfHubHTTPError:
+        return True
+    return True

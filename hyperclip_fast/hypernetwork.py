@@ -48,10 +48,11 @@ class CrossPool(nn.Module):
         self.attn = nn.MultiheadAttention(width, num_heads, batch_first=True)
         self.norm = nn.LayerNorm(width)
         self.bottleneck = nn.Linear(width, bottleneck)
-        self.heads = nn.ModuleList(nn.Linear(bottleneck, size) for size in spec.layer_sizes)
-        for head in self.heads:
+        heads = [nn.Linear(bottleneck, size) for size in spec.layer_sizes]
+        for head in heads:
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
+        self.heads = nn.ModuleList(heads)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x (T, K, width), mask (T, K) or None -> (T, P)."""
@@ -126,6 +127,7 @@ class HyperNetwork(nn.Module):
         self.embed = nn.Linear(text_dim, width) if not learned_tokens else None
         self.tokens = nn.Parameter(torch.randn(1, learned_tokens, width)) if learned_tokens else None
         self.blocks = nn.ModuleList(Block(width, num_heads, qkv_bias=True) for _ in range(depth))
+        self.pool: CrossPool | MeanPool
         if pool == "cross":
             self.pool = CrossPool(spec, width, bottleneck, num_heads)
         else:
@@ -147,9 +149,9 @@ class HyperNetwork(nn.Module):
                 looking at another would synchronise the device).
         """
         self._check(class_embeddings, mask, base)
-        if self.tokens is None:
+        if self.embed is not None:
             x = self.embed(class_embeddings)
-        else:
+        elif self.tokens is not None:
             x, mask = self.tokens.expand(len(class_embeddings), -1, -1), None
         attn_mask = None if mask is None else mask[:, None, None, :]
         for block in self.blocks:

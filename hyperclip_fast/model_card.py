@@ -12,7 +12,7 @@ from hyperclip_fast import HyperCLIP, TaskBank
 model = HyperCLIP.from_pretrained("{repo}")
 bank = TaskBank(model)
 bank.add("pets", ["cat", "dog", "parrot"])
-bank.classify(images, tasks=["pets"] * len(images))  # images (B, 3, {size}, {size}) in [-1, 1]
+bank.classify(images, tasks=["pets"] * len(images))  # images (B, 3, {size}, {size}) by model.preprocessing
 ```"""
 UNKNOWN = "Not stated by whoever saved this model."
 

@@ -15,12 +15,21 @@ import torch
 from timm import layers
 from torch import Tensor, distributed, nn
 from torch.distributed.nn.functional import all_reduce
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from hyperclip_fast.hyper_block import has_hooks, norm_dtype
+from hyperclip_fast.hyper_block import norm_dtype
 from hyperclip_fast.kernels.batch_norm import batch_norm_act, batch_norm_act_train
 from hyperclip_fast.kernels.batch_norm.mixed import is_flat
 from hyperclip_fast.kernels.layer_norm import layer_norm
+from hyperclip_fast.utils.private_api import (
+    AnyBatchNorm,
+    BatchNorm,
+    has_hooks,
+    own_buffers,
+    own_children,
+    own_parameters,
+    set_own,
+    shallow_copy,
+)
 
 
 class Rows(NamedTuple):
@@ -64,12 +73,13 @@ class Rows(NamedTuple):
         return torch.zeros_like(self.weight) if self.bias is None else self.bias
 
 
-class LayerRows:
+class LayerRows(nn.Module):
     """LayerNorm over the last dimension, or over channels (B, D, H, W)."""
 
     channels_first = False
     stock: type[nn.Module]
     rows: Rows
+    eps: float
 
     def forward(self, x: Tensor) -> Tensor:
         if self.channels_first:
@@ -84,7 +94,7 @@ class LayerRows:
         return layer_norm(tokens, rows.weight, rows.biases(), rows.task_ids, self.eps, dtype).view(x.shape)
 
 
-class AffineRows:
+class AffineRows(nn.Module):
     """Any other norm: the stock one as if not affine, each sample's weight and bias, then its activation."""
 
     channels_first = False
@@ -103,15 +113,17 @@ class AffineRows:
 
     def _normed(self, x: Tensor) -> Tensor:
         """The stock norm with weights 1 and biases 0: without them its dtype may be another, its kernel a slow one."""
-        bare, own = shallow_copy(self, self.stock), self._parameters.items()
+        bare, own = shallow_copy(self, self.stock), own_parameters(self).items()
         neutral = {name: None if p is None else torch.full_like(p, name == "weight") for name, p in own}
-        bare.__dict__["_parameters"] = neutral
-        bare.__dict__["_modules"] = dict.fromkeys(self._modules, _IDENTITY)  # dropout and activation come later
+        set_own(bare, neutral, dict.fromkeys(own_children(self), _IDENTITY))  # dropout and activation come later
         return bare.forward(x)
 
 
 class GroupRows(AffineRows):
     """GroupNorm over (B, D, ...); where channels are contiguous, one GroupNorm over (1, B * D, ...) does all of it."""
+
+    num_groups: int
+    eps: float
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.rows
@@ -123,19 +135,27 @@ class GroupRows(AffineRows):
         return apply_drop_and_act(self, out.view(x.shape))
 
 
-class BatchRows:
+class BatchRows(nn.Module):
     """BatchNorm over (B, D), (B, D, L) or (B, D, H, W), with the activation that timm keeps in it."""
 
     rows: Rows
+    eps: float
+    momentum: float | None
+    track_running_stats: bool
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor
+    process_group: distributed.ProcessGroup | None  # of SyncBatchNorm
     flat: tuple[Any, ...] | None = None  # arguments of torch.batch_norm behind the input
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = None if self.flat is None else self._wide(x)
-        if wide is not None:
-            out = torch.batch_norm(wide, *self.flat)
+        flat = self.flat
+        wide = None if flat is None else self._wide(x)
+        if flat is not None and wide is not None:
+            out = torch.batch_norm(wide, *flat)
             return apply_drop_and_act(self, out if wide is x else out.view(x.shape))
         images, rows, act = _as_images(x), self.rows.of(x), _act_name(self)
-        if not self.training and self.running_mean is not None:
+        if not self.training and self.running_mean is not None and self.running_var is not None:
             out = batch_norm_act(images, *rows, self.running_mean, self.running_var, self.eps, act or "none")
         else:
             out = self._by_batch(images, rows, act or "none")
@@ -151,7 +171,7 @@ class BatchRows:
         return images.view(1, -1, *images.shape[2:]) if is_wide else None
 
     def _by_batch(self, x: Tensor, rows: tuple[Tensor, Tensor, Tensor | None], act: str) -> Tensor:
-        count = x.numel() // x.shape[1]
+        count: int | Tensor = x.numel() // x.shape[1]
         if _is_synchronized(self):
             normed, mean, var, count = synchronized(x, self.process_group, self.eps)
             out = batch_norm_act(normed, *rows, torch.zeros_like(mean), torch.ones_like(var), 0.0, act)
@@ -168,7 +188,8 @@ class BatchRows:
             momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
             unbiased = var * (count / (count - 1))
             for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-                running.mul_(1 - momentum).add_(new.to(running.dtype), alpha=momentum)
+                if running is not None:
+                    running.mul_(1 - momentum).add_(new.to(running.dtype), alpha=momentum)
 
 
 def synchronized(
@@ -202,26 +223,20 @@ def _is_synchronized(norm: nn.Module) -> bool:
 
 def _act_name(norm: nn.Module) -> str | None:
     """The kernel's name of what follows a BatchNorm in the same module; None: `apply_drop_and_act` runs it."""
-    drop, act = norm._modules.get("drop"), norm._modules.get("act")
+    drop, act = own_children(norm).get("drop"), own_children(norm).get("act")
     if act is None and drop is None:
         return "none"
-    if type(drop) not in (nn.Identity, type(None)) or has_hooks(act) or getattr(act, "approximate", "none") != "none":
+    is_plain = type(drop) in (nn.Identity, type(None)) and act is not None and not has_hooks(act)
+    if not is_plain or getattr(act, "approximate", "none") != "none":
         return None
     return _ACTS.get(type(act))
 
 
 def apply_drop_and_act(norm: nn.Module, x: Tensor) -> Tensor:
     """What timm keeps behind a norm in the same module: dropout and activation."""
-    for part in (norm._modules.get("drop"), norm._modules.get("act")):
+    for part in (own_children(norm).get("drop"), own_children(norm).get("act")):
         x = x if part is None else part(x)
     return x
-
-
-def shallow_copy(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    """A module of class `kind` with all that `module` has: the same parameters, buffers, parts, hooks and options."""
-    twin = object.__new__(kind)
-    object.__setattr__(twin, "__dict__", module.__dict__.copy())
-    return twin
 
 
 def use_local_statistics(norm: nn.Module) -> None:
@@ -244,9 +259,9 @@ def bind_rows(norm: nn.Module, rows: Rows, is_plain: bool = False) -> nn.Module:
     if is_shared and _is_synchronized(norm) and rows.weight.device.type == "cpu":
         task_ids = torch.zeros(rows.batch, dtype=torch.int64)
         rows, is_shared = Rows(rows.weight[None], rows.biases()[None], task_ids, rows.batch), False
-    if is_shared and not (is_plain and isinstance(norm, _BatchNorm) and _is_evaluated(norm)):
+    if is_shared and not (is_plain and isinstance(norm, BatchNorm) and _statistics(norm)):
         twin = shallow_copy(norm, type(norm))
-        twin.__dict__["_parameters"] = {**norm._parameters, "weight": rows.weight, "bias": rows.bias}
+        set_own(twin, {**own_parameters(norm), "weight": rows.weight, "bias": rows.bias})
         return twin
     twin = shallow_copy(norm, ROW_NORMS[type(norm)])
     twin.__dict__["rows"] = rows
@@ -260,38 +275,37 @@ def precompute_affine(twins: Iterable[nn.Module]) -> None:
     (1, B * D, H, W). All is made before the first layer runs: small tensors made between the large ones would break up
     the memory that those use again and again.
     """
-    twins = [twin for twin in twins if isinstance(twin, BatchRows) and _is_evaluated(twin)]
-    if not twins:
+    found = [(norm, *kept) for norm in twins if isinstance(norm, BatchRows) and (kept := _statistics(norm))]
+    if not found:
         return
-    if twins[0].rows.weight.dim() == 1:
-        for twin in twins:
-            rows, shared = twin.rows, twin._buffers
-            statistics = shared["running_mean"], shared["running_var"]
-            twin.__dict__["flat"] = (rows.weight, rows.biases(), *statistics, False, 0.0, twin.eps, False)
+    if found[0][0].rows.weight.dim() == 1:
+        for norm, mean, var in found:
+            rows = norm.rows
+            norm.__dict__["flat"] = (rows.weight, rows.biases(), mean, var, False, 0.0, norm.eps, False)
         return
-    rstds = _rstds(twins)
-    longest = max(twin.rows.weight.numel() for twin in twins)
-    mean, var = rstds[0].new_zeros(longest), rstds[0].new_ones(longest)
-    for twin, rstd in zip(twins, rstds):
-        scale = twin.rows.weight * rstd
-        shift = torch.addcmul(twin.rows.biases(), scale, twin._buffers["running_mean"], value=-1.0).view(-1)
+    rstds = _rstds([var for _, _, var in found], [norm.eps for norm, _, _ in found])
+    longest = max(norm.rows.weight.numel() for norm, _, _ in found)
+    zeros, ones = rstds[0].new_zeros(longest), rstds[0].new_ones(longest)
+    for (norm, mean, _), rstd in zip(found, rstds):
+        scale = norm.rows.weight * rstd
+        shift = torch.addcmul(norm.rows.biases(), scale, mean, value=-1.0).view(-1)
         size = shift.shape[0]
-        twin.__dict__["flat"] = (scale.view(-1), shift, mean[:size], var[:size], False, 0.0, 0.0, False)
+        norm.__dict__["flat"] = (scale.view(-1), shift, zeros[:size], ones[:size], False, 0.0, 0.0, False)
 
 
-def _rstds(twins: Sequence[nn.Module]) -> Sequence[Tensor]:
+def _rstds(variances: Sequence[Tensor], eps: Sequence[float]) -> Sequence[Tensor]:
     """1 / sqrt(running variance + eps) of each norm, float32 or wider."""
-    variances = [twin._buffers["running_var"] for twin in twins]
-    sizes, eps = [var.shape[0] for var in variances], [twin.eps for twin in twins]
-    var = torch.cat(variances)
+    sizes = [var.shape[0] for var in variances]
+    var = torch.cat(list(variances))
     var = var.to(torch.promote_types(var.dtype, torch.float32))
     added = eps[0] if len(set(eps)) == 1 else var.new_tensor(eps).repeat_interleave(torch.tensor(sizes))
     return torch.rsqrt(var + added).split(sizes)
 
 
-def _is_evaluated(norm: nn.Module) -> bool:
-    """Whether a BatchNorm uses statistics that it keeps."""
-    return not norm.training and norm._buffers["running_mean"] is not None
+def _statistics(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Mean and variance that a BatchNorm keeps and, in evaluation, uses; None where it uses the batch's."""
+    mean, var = own_buffers(norm)["running_mean"], own_buffers(norm)["running_var"]
+    return None if norm.training or mean is None or var is None else (mean, var)
 
 
 def _as_images(x: Tensor) -> Tensor:
@@ -299,14 +313,10 @@ def _as_images(x: Tensor) -> Tensor:
     return x if x.dim() == 4 else x.view(*x.shape, *[1] * (4 - x.dim()))
 
 
-class _LocalBatchNorm(_BatchNorm):
-    """BatchNorm of any number of dimensions, as SyncBatchNorm is."""
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
-
-
-_LOCAL = {nn.SyncBatchNorm: _LocalBatchNorm, layers.SyncBatchNormAct: layers.BatchNormAct2d}
+_LOCAL: dict[type[nn.Module], type[nn.Module]] = {
+    nn.SyncBatchNorm: AnyBatchNorm,
+    layers.SyncBatchNormAct: layers.BatchNormAct2d,
+}
 _IDENTITY = nn.Identity()
 _ACTS = {
     nn.Identity: "none",

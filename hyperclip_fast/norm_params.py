@@ -13,9 +13,9 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch.utils import _pytree as pytree
 
 from hyperclip_fast.utils.files import load_safetensors, save_safetensors
+from hyperclip_fast.utils.private_api import GetAttrKey, register_pytree_node
 
 DEFAULT_MODULATE = ("blocks.*.norm1", "blocks.*.norm2", "norm", "fc_norm")
 
@@ -206,9 +206,9 @@ class NormParams:
         if not sources:
             raise ValueError("sources must be at least one model or state dict, got none")
         dicts = [each.state_dict() if isinstance(each, torch.nn.Module) else each for each in sources]
-        if spec is None:
-            spec = NormSpec.from_state_dict(dicts[0]) if shared is None else getattr(shared, "norm_spec", None)
-        spec = spec or NormSpec.from_model(shared)
+        if spec is None and shared is not None:
+            spec = getattr(shared, "norm_spec", None) or NormSpec.from_model(shared)
+        spec = spec or NormSpec.from_state_dict(dicts[0])
         if shared is not None:
             for i, state_dict in enumerate(dicts):
                 _check_shared(i, state_dict, shared, spec)
@@ -270,13 +270,13 @@ class NormParams:
         return f"NormParams(T={self.num_tasks}, P={self.spec.num_params}{batch}, {place})"
 
 
-pytree.register_pytree_node(
+register_pytree_node(
     NormParams,
     lambda params: ([params.table, params.task_ids], params.spec),
     lambda leaves, spec: _unflatten(spec, *leaves),
     serialized_type_name="hyperclip_fast.NormParams",
     flatten_with_keys_fn=lambda params: (
-        [(pytree.GetAttrKey("table"), params.table), (pytree.GetAttrKey("task_ids"), params.task_ids)],
+        [(GetAttrKey("table"), params.table), (GetAttrKey("task_ids"), params.task_ids)],
         params.spec,
     ),
     to_dumpable_context=lambda spec: spec.to_json(),

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams, NormSpec
 from hyperclip_fast.tasks import AdaptedTask, adapt_tasks, class_logits, rank
-from hyperclip_fast.utils.class_names import MAX_NAMES, check_name, check_task
+from hyperclip_fast.utils.class_names import check_name, check_named_tasks, check_task
 from hyperclip_fast.utils.files import load_safetensors, save_safetensors
 
 
@@ -70,9 +71,10 @@ class TaskBank:
         Raises:
             KeyError: for an unknown name.
         """
-        if task not in self._index:
-            raise KeyError(task)
-        return self.task(task)
+        try:
+            return self.task(task)
+        except ValueError as error:
+            raise KeyError(str(error)) from error
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{task!r}: {len(self.classes(task))} classes" for task in islice(self, 4))
@@ -121,7 +123,7 @@ class TaskBank:
         """Add a task, or replace the one of that name.
 
         Raises:
-            ValueError: for an empty name or class list.
+            ValueError: for a name, or class names, that `check_named_tasks` refuses: a class name twice, for one.
         """
         self.add_many({task: class_names})
 
@@ -131,13 +133,9 @@ class TaskBank:
         """Add or replace many tasks, `chunk` of them in a pass. Nothing changes if one of them is refused.
 
         Raises:
-            ValueError: for an empty name or class list.
+            ValueError: for a name, or class names, that `check_named_tasks` refuses: a class name twice, for one.
         """
-        for name, class_names in tasks.items():
-            check_name(name)
-            check_task(class_names)
-        if (total := sum(map(len, tasks.values()))) > MAX_NAMES:
-            raise ValueError(f"tasks must have at most {MAX_NAMES} class names together, got {total}")
+        check_named_tasks(tasks)
         names, made = list(tasks), []
         for start in range(0, len(names), self.chunk):
             made += adapt_tasks(self.model, [tasks[name] for name in names[start : start + self.chunk]])
@@ -156,7 +154,7 @@ class TaskBank:
             row: the row (T = 1), of this encoder's spec.
 
         Raises:
-            ValueError: for an empty name or class list, or a row of another spec.
+            ValueError: for a name or class names that are refused, see `class_names`, or a row of another spec.
         """
         if row.spec != self.model.image.norm_spec or row.num_tasks != 1:
             raise ValueError(f"row must be one row of {self.model.image.norm_spec.num_params} parameters, got {row}")
@@ -174,7 +172,8 @@ class TaskBank:
         """
         hole, last = self._find(task), len(self) - 1
         self._table[hole] = self._table[last]
-        for column in (self._names, self._classes, self._embeddings):
+        columns: tuple[list[Any], ...] = (self._names, self._classes, self._embeddings)
+        for column in columns:
             column[hole] = column[last]
             column.pop()
         del self._index[task]

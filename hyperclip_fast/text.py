@@ -23,8 +23,14 @@ from torch import Tensor, nn
 
 from hyperclip_fast.utils.extras import package_folder, require
 
-FORMS = ("minilm", "hf:<hub id or folder>", "open_clip:<model>", "open_clip:<model>/<pretrained>")
-FORMS += ("transformer", "transformer:width=256,depth=4,heads=4,dim=256,context_length=32")
+FORMS = (
+    "minilm",
+    "hf:<hub id or folder>",
+    "open_clip:<model>",
+    "open_clip:<model>/<pretrained>",
+    "transformer",
+    "transformer:width=256,depth=4,heads=4,dim=256,context_length=32",
+)
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MAX_TOKENS = 256  # of an hf: tower, as all-MiniLM-L6-v2 has it; class names are far shorter
 BATCH = 256  # texts encoded at once
@@ -170,7 +176,7 @@ class HFTextTower(TextTower):
         enable = next(getattr(self.model, name) for name in names if hasattr(self.model, name))
         enable({"use_reentrant": False})
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]  # by name
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         weight = attention_mask[..., None].to(hidden.dtype)
         return F.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)

@@ -16,6 +16,7 @@ from tests.helpers import MODE, set_mode_environment
 set_mode_environment()
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("quick", deadline=None, derandomize=True, max_examples=8)
 hypothesis.settings.register_profile("explore", deadline=None, derandomize=False, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPERCLIP_HYPOTHESIS", "ci"))
 
@@ -24,7 +25,13 @@ def pytest_report_header(config):
     return f"triton kernels: {MODE}; torch {torch.__version__}"
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config, items):
+    """Slow tests come first, so that no process is left with one at the end; `quick` is a case of every other test."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
+    quick = {item.nodeid.partition("[")[0]: item for item in reversed(items) if "slow" not in item.keywords}
+    for item in quick.values():
+        item.add_marker("quick")
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

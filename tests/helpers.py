@@ -1,11 +1,13 @@
 """What the tests share: comparing with a reference, and running kernels where this machine can."""
 
 import contextlib
+import multiprocessing
 import os
 import types
 from unittest import mock
 
 import torch
+from torch.multiprocessing import start_processes
 
 # Bounds on rms(ours - reference) / rms(reference), the reference in float64, by the dtype that the result is stored in.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
@@ -29,6 +31,19 @@ def set_mode_environment() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     if MODE in ("interpreter", "guard"):
         os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes that import torch, too
+
+
+def examples(**by_mode: int) -> int:
+    """How many examples of hypothesis kernels afford in this MODE, or in an `other`; fewer in the profile `quick`."""
+    most = by_mode.get(MODE, by_mode["other"])
+    return min(most, 8) if os.environ.get("HYPERCLIP_HYPOTHESIS") == "quick" else most
+
+
+def run_twice(worker, folder) -> None:
+    """Run `worker(rank, folder)` in two processes, forked from one that has imported the worker's module."""
+    multiprocessing.set_forkserver_preload([worker.__module__])
+    start_processes(worker, (folder,), nprocs=2, start_method="forkserver")
 
 
 def rms(tensor: torch.Tensor) -> float:

@@ -87,20 +87,18 @@ def test_wheel_has_metadata_and_the_command(wheel):
     assert next(line for line in hard if "triton" in line).endswith('platform_system == "Linux"')
 
 
-def test_installed_package_runs_its_own_kernels(unpacked, tmp_path):
-    where = "import hyperclip_fast.kernels.layer_norm as k; print(k.__file__)"
-    out = run(FORWARD + where, path=unpacked, cwd=tmp_path)
-    assert Path(out.strip()) == unpacked / "hyperclip_fast" / "kernels" / "layer_norm" / "__init__.py"
+@pytest.mark.slow
+def test_installed_package_runs_its_own_kernels_and_benches(unpacked, tmp_path):
+    code = f"from hyperclip_fast.cli.main import main; assert main({TINY_BENCH!r}) == 0\n{FORWARD}"
+    code += "import hyperclip_fast.kernels.layer_norm as k, hyperclip_fast.bench.command as c\n"
+    out = run(f"{code}print(k.__file__, c.__file__, sep='\\n')", path=unpacked, cwd=tmp_path)
+    *lines, kernels, bench = out.splitlines()
+    assert any(line.startswith("linear_gelu  forward  D 8") for line in lines)
+    assert Path(kernels) == unpacked / "hyperclip_fast" / "kernels" / "layer_norm" / "__init__.py"
+    assert Path(bench) == unpacked / "hyperclip_fast" / "bench" / "command.py"
 
 
-def test_installed_package_benches(unpacked, tmp_path):
-    where = "import hyperclip_fast.bench.command as c; print(c.__file__)"
-    code = f"from hyperclip_fast.cli.main import main; assert main({TINY_BENCH!r}) == 0\n{where}"
-    out = run(code, path=unpacked, cwd=tmp_path)
-    assert "linear_gelu  forward  D 8" in out
-    assert Path(out.splitlines()[-1]) == unpacked / "hyperclip_fast" / "bench" / "command.py"
-
-
+@pytest.mark.slow
 def test_installed_package_leaves_the_name_kernels_to_others(unpacked, tmp_path):
     """A foreign package called `kernels` (Hugging Face has one) is neither hidden nor used."""
     (unpacked / "kernels").mkdir(exist_ok=True)
@@ -108,13 +106,15 @@ def test_installed_package_leaves_the_name_kernels_to_others(unpacked, tmp_path)
     run(FORWARD + "import kernels; assert kernels.FOREIGN", path=unpacked, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_checkout_runs_its_own_kernels(tmp_path):
     where = "import hyperclip_fast.kernels.layer_norm as k; print(k.__file__)"
     out = run(FORWARD + where, path=ROOT, cwd=tmp_path)
     assert Path(out.strip()) == ROOT / "kernels" / "layer_norm" / "__init__.py"
 
 
-@pytest.mark.parametrize("absent", [["triton"], ["open_clip", "transformers"], ["sklearn", "emoji", "matplotlib"]])
+@pytest.mark.slow
+@pytest.mark.parametrize("absent", [["triton"], ["open_clip", "transformers", "sklearn", "emoji", "matplotlib"]])
 def test_works_without(absent, tmp_path):
     hide = f"import sys\nfor name in {absent!r}: sys.modules[name] = None\n"
     check = """

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hyperclip_fast.bench.harness.runner import Unavailable
 from hyperclip_fast.export.formats import quiet
 from hyperclip_fast.utils.extras import missing
+from hyperclip_fast.utils.private_api import frozen_weights
 
 Forward = Callable[[], Tensor]
 
@@ -33,11 +34,9 @@ def _frozen(tower: nn.Module, inputs: tuple[Tensor, ...], training: bool) -> For
         raise Unavailable("frozen weights are for inference")
     if inputs[0].device.type != "cpu":
         raise Unavailable("packed weights are for a CPU")
-    from torch._inductor import config
-
     # The options keep it apart from code that is not frozen; tracing looks at the configuration.
     compiled = torch.compile(tower, fullgraph=True, options={"freezing": True})
-    with config.patch(freezing=True), torch.inference_mode():
+    with frozen_weights(), torch.inference_mode():
         compiled(*inputs)
     return lambda: compiled(*inputs)
 
@@ -57,6 +56,7 @@ def _onnxruntime(tower: nn.Module, inputs: tuple[Tensor, ...], training: bool) -
         program = torch.onnx.export(tower, inputs, input_names=names, output_names=["out"], dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    assert program is not None  # dynamo=True returns one
     model = program.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     feeds = {name: value.numpy() for name, value in zip(names, inputs)}

@@ -1,12 +1,14 @@
 """Cases of `hyperclip bench kernels`: each operation's providers on one shape, forward alone or with backward."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hyperclip_fast.bench.cases.operations import OPERATIONS, Inputs, Operation, Shape
 from hyperclip_fast.bench.harness.runner import Case, Provider, Run, relative_error
+from hyperclip_fast.utils.private_api import mark_maybe_dynamic
 from hyperclip_fast.utils.timing import ColdClock, wall_seconds
 
 TOKENS = 197  # of a 224-pixel image in patches of 16, and the class token
@@ -94,7 +96,7 @@ def _step(function: Callable, inputs: Inputs, training: bool, dtype: torch.dtype
     }
     if "task_ids" in inputs and inputs["weight"].shape[0] > 1:
         for name in ("weight", "bias"):
-            torch._dynamo.maybe_mark_dynamic(inputs[name], 0)  # one compilation for every T
+            mark_maybe_dynamic(inputs[name], 0)  # one compilation for every T
     if not training:
 
         def forward():
@@ -109,7 +111,7 @@ def _step(function: Callable, inputs: Inputs, training: bool, dtype: torch.dtype
         outputs = _tuple(function(**inputs))
         if not incoming:
             generator = torch.Generator(outputs[0].device).manual_seed(1)
-            options = {"generator": generator, "device": outputs[0].device}
+            options: dict[str, Any] = {"generator": generator, "device": outputs[0].device}
             incoming.extend(torch.randn(out.shape, **options).to(dtype).to(out.dtype) for out in outputs)
         return (*outputs, *torch.autograd.grad(outputs, leaves, incoming))
 

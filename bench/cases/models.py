@@ -11,7 +11,6 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperclip_fast.bench.cases.engines import ENGINES, captured
 from hyperclip_fast.bench.cases.towers import LoopTower, NaiveTower, OurTower, StockTower
@@ -19,6 +18,7 @@ from hyperclip_fast.bench.harness.mixes import make_task_ids
 from hyperclip_fast.bench.harness.runner import Case, Provider, Run, Unavailable, relative_error
 from hyperclip_fast.encoders import create_encoder
 from hyperclip_fast.timm_models import model_options
+from hyperclip_fast.utils.private_api import BatchNorm, mark_maybe_dynamic, own_buffers, own_parameters
 
 # Where a batch's images share statistics, random weights amplify rounding: the first gradient of stock MobileNetV3 is
 # up to 2e-3 off in float32, 0.5 in bfloat16.
@@ -76,7 +76,7 @@ class _Group:
         side = side_of(stock, side)
         self.images = torch.randn(batch, 3, side, side, dtype=dtype, device=device)
         self.base = self.hyper.base_params.table.detach()
-        norms = any(isinstance(module, _BatchNorm) for module in self.stock.modules())
+        norms = any(isinstance(module, BatchNorm) for module in self.stock.modules())
         self.is_coupled = training and norms  # an image's output depends on all images of the batch
 
     @cached_property
@@ -91,21 +91,23 @@ class _Group:
         return {name: tower.train(self.training) for name, tower in towers.items()}
 
 
-def size_options(name: str, side: int | None) -> dict[str, int]:
+def size_options(name: str, side: int | None) -> dict[str, Any]:
     """timm's option for images of this side: empty for None, as the model has it, and for models that take any size."""
     return {"img_size": side} if side is not None and "img_size" in model_options(name) else {}
 
 
 def side_of(model: nn.Module, side: int | None) -> int:
     """Side of a model's images: the one wished for, or, for None, its own."""
-    return model.pretrained_cfg["input_size"][-1] if side is None else side
+    cfg: Any = model.pretrained_cfg
+    return cfg["input_size"][-1] if side is None else side
 
 
 def _share_weights(model: nn.Module, source: nn.Module) -> None:
     """Give `model` the very tensors of `source`: where copies lie in memory is worth some per cent, at random."""
     own = dict(source.named_parameters()) | dict(source.named_buffers())
     for name, module in model.named_modules():
-        for tensors in (module._parameters, module._buffers):
+        kinds: tuple[dict[str, Any], ...] = (own_parameters(module), own_buffers(module))
+        for tensors in kinds:
             for key, value in tensors.items():
                 tensors[key] = None if value is None else own[f"{name}.{key}" if name else key]
 
@@ -121,9 +123,9 @@ class _Mixture:
         self.single = self.table[:1].detach().clone().requires_grad_(group.training)
         self.no_ids = torch.zeros_like(self.task_ids)
         if tasks > 1:
-            torch._dynamo.maybe_mark_dynamic(self.table, 0)  # one compilation for every T
+            mark_maybe_dynamic(self.table, 0)  # one compilation for every T
         self.probes = torch.linspace(0, batch - 1, min(PROBES, batch)).round().long().to(group.device)
-        width = group.stock.head_hidden_size
+        width: Any = group.stock.head_hidden_size
         generator = torch.Generator().manual_seed(2)
         self.incoming = torch.randn(batch, width, generator=generator).to(group.device, group.dtype)
         self.expected: dict[str, list[Tensor]] = {}

@@ -5,11 +5,13 @@ others the plain one, by the first row alone: the stock layer, and `single`, our
 `naive` in float64 is what the former must equal, `stock` in float64 the latter.
 """
 
+import functools
 import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +76,7 @@ class Operation:
 
 
 def _norm_inputs(shape: Shape) -> Inputs:
-    options = {"dtype": shape.dtype, "device": shape.device}
+    options: dict[str, Any] = {"dtype": shape.dtype, "device": shape.device}
     x, delta = (torch.randn(shape.batch, shape.tokens, shape.width, **options) for _ in range(2))
     weight = 1 + 0.1 * torch.randn(shape.tasks, shape.width, **options)
     bias = 0.1 * torch.randn(shape.tasks, shape.width, **options)
@@ -147,7 +149,7 @@ def _product_inputs(inner: int, outer: int) -> Callable[[Shape], Inputs]:
     """Inputs of a product from `inner` times the width to `outer` times the width."""
 
     def make(shape: Shape) -> Inputs:
-        options = {"dtype": shape.dtype, "device": shape.device}
+        options: dict[str, Any] = {"dtype": shape.dtype, "device": shape.device}
         fan_in, fan_out = inner * shape.width, outer * shape.width
         x = torch.randn(shape.batch, shape.tokens, fan_in, **options)
         weight = torch.randn(fan_out, fan_in, **options) / fan_in**0.5
@@ -277,6 +279,7 @@ def _single_batch_norm_act(x, row_weight, row_bias):
 def _triton(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Our Triton kernel even where the table would leave the operation to cuBLAS: this is how the table is measured."""
 
+    @functools.wraps(function)
     def forced(**inputs):
         if not inputs["x"].is_cuda:
             raise Unavailable("Triton's kernels need a GPU")
@@ -287,7 +290,6 @@ def _triton(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         finally:
             set_backend(before)
 
-    forced.__signature__ = inspect.signature(function)
     return forced
 
 

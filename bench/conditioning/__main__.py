@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, ImportError, OSError) as error:
         print(f"conditioning {args.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"conditioning {args.command}: stopped; the same command goes on from there", file=sys.stderr)
+        return 130
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperclip_fast.hyperclip import HyperCLIPConfig, config_from_dict
-from hyperclip_fast.training.trainer import TrainConfig
+from hyperclip_fast.training.config import TrainConfig
 from hyperclip_fast.utils.typed_config import from_dict
 
 DATA = ("scenes", "names")  # composed scenes; OpenMoji's colour pictures by name, and digits

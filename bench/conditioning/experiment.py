@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 from hyperclip_fast.bench.conditioning.arms import Run
 from hyperclip_fast.bench.conditioning.names import PICTURE_SIZE, SETS, NameData, held_out_scores, name_scores
@@ -20,13 +20,17 @@ from hyperclip_fast.bench.conditioning.scores import (
     all_scores,
     right_scores,
 )
-from hyperclip_fast.bench.conditioning.tuning import tune_all
+from hyperclip_fast.bench.conditioning.tuning import finish, tune_all
 from hyperclip_fast.bench.harness.machine import device_name
+from hyperclip_fast.data.batch import Share
+from hyperclip_fast.data.picture_source import picture_source
 from hyperclip_fast.data.pictures import load_pictures
-from hyperclip_fast.data.scenes import ATTRIBUTES, SceneSampler, scene_tasks
+from hyperclip_fast.data.preprocessing import Preprocessing
+from hyperclip_fast.data.scenes import ATTRIBUTES, scene_source, scene_tasks
 from hyperclip_fast.evaluation.eval_sets import load_eval_set
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
-from hyperclip_fast.training.trainer import Trainer
+from hyperclip_fast.training.config import RunConfig
+from hyperclip_fast.training.trainer import Trainer, new_model
 from hyperclip_fast.utils.files import write_file
 
 RESULTS = "bench/results/conditioning"
@@ -62,16 +66,16 @@ class Experiment:
     def fit(self, run: Run) -> list[dict[str, Any]]:
         """The log of a training; its model is saved."""
         trainer = self.trainer(run)
-        self.train(trainer, run)
-        trainer.model.save_pretrained(self.work / run.name / "model")
-        scores = self.scores(run, trainer.model)
+        finish(trainer)
+        scores = self.scores(run, trainer.model.eval())
         lines = [json.loads(line) for line in (self.work / run.name / "log.jsonl").read_text().splitlines()]
         return [_about(run, trainer.model), *lines, {"step": trainer.step, "scores": _rounded(scores)}]
 
     @cached_property
     def names(self) -> NameData:
         """Named pictures and digits, for runs on names."""
-        return NameData.make(load_pictures(SETS, size=PICTURE_SIZE), load_eval_set("skin-tones", PICTURE_SIZE))
+        tones = load_eval_set("skin-tones", Preprocessing(PICTURE_SIZE))
+        return NameData.make(load_pictures(SETS, size=PICTURE_SIZE), tones)
 
     def scores(self, run: Run, model: HyperCLIP) -> dict[str, Any]:
         """Every figure of a run's model, on the run's kind of data."""
@@ -89,7 +93,7 @@ class Experiment:
             raise ValueError(f"the run {run.name} needs its group's baseline of the same seed, the queue has none")
         model = self.trained(baseline)
         before = right_scores(model, self.scenes)
-        result = tune_all(model, run, self.pictures, self.scenes, self.reworded)
+        result = tune_all(model, run, self.pictures, self.scenes, self.reworded, self.work / run.name)
         scores = _rounded({**result["scores"], "before": before})
         return [_about(run, model), {"step": run.train.steps * len(ATTRIBUTES), **result, "scores": scores}]
 
@@ -103,32 +107,20 @@ class Experiment:
 
     def trainer(self, run: Run) -> Trainer:
         """A trainer on the run's kind of data; position embeddings start at the run's scale."""
-        config, side = run.train, run.model.img_size
-        if run.data == "names":
-            given = {"pictures": self.names.pictures}
-        else:
-            sizes = config.tasks_per_batch, config.classes_per_task
-            given = {"sampler": SceneSampler(self.pictures, *sizes, config.seed, side)}
-        trainer = Trainer(run.model, config, self.work / run.name, **given)
-        if trainer.step == 0 and hasattr(trainer.model.image, "pos_embed"):
-            trainer.model.image.pos_embed.data.mul_(run.position_scale)
-        return trainer
+        config = RunConfig(run.model, run.train)
+        model = new_model(config)
+        if hasattr(model.image, "pos_embed"):
+            model.image.pos_embed.data.mul_(run.position_scale)
+        draw, pictures = (picture_source, self.names.pictures) if run.data == "names" else (scene_source, self.pictures)
+        source = draw(pictures, run.train.batch_shape, model.image_size, Share())
+        look = max(1, run.train.steps // LOOKS)
 
-    def train(self, trainer: Trainer, run: Run) -> None:
-        """Train to the last step; log training's figures as means over the steps since the last line."""
-        config, sums, count = trainer.config, {}, 0
-        look = max(1, config.steps // LOOKS)
-        for _ in (bar := tqdm(range(trainer.step, config.steps), desc=run.name, unit="step", dynamic_ncols=True)):
-            metrics = trainer.train_step()
-            sums = {key: sums.get(key, 0.0) + float(value) for key, value in metrics.items()}
-            count += 1
-            if trainer.step % config.log_every == 0:
-                trainer.log({key: round(value / count, 4) for key, value in sums.items()})
-                bar.set_postfix(accuracy=round(sums["accuracy"] / count, 3))
-                sums, count = {}, 0
-            if trainer.step % look == 0 and trainer.step < config.steps:
+        def looks(trainer: Trainer, metrics: dict[str, Tensor]) -> None:
+            if trainer.step % look == 0 and trainer.step < run.train.steps:
                 trainer.log({"held_out": _rounded(self.look(run, trainer.model))})
                 trainer.save()
+
+        return Trainer(config, self.work / run.name, source=source, model=model, callback=looks)
 
 
 def _about(run: Run, model: HyperCLIP) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from hyperclip_fast.data.openmoji import line_drawings
 from hyperclip_fast.data.pictures import Pictures
 from hyperclip_fast.evaluation.corruptions import CORRUPTIONS, corrupt
 from hyperclip_fast.evaluation.eval_sets import EvalSet
-from hyperclip_fast.evaluation.swapping import ROWS, class_scores
+from hyperclip_fast.evaluation.swapping import ROW_SOURCES, class_scores
 from hyperclip_fast.evaluation.zero_shot import metrics
 from hyperclip_fast.hyperclip import HyperCLIP
 
@@ -77,7 +77,7 @@ def name_scores(model: HyperCLIP, data: NameData) -> dict:
     """
     model.eval()
     openmoji, tasks = data.openmoji, partitions(data.pictures)
-    rows = ROWS if model.hypernetwork is not None else ("right",)
+    rows = ROW_SOURCES if model.hypernetwork is not None else ("right",)
     found = {row: task_accuracies(model, tasks, row) for row in rows}
     guessing = _guessing(tasks)
     drawings, tones = partitions(data.drawings), data.tones
@@ -110,7 +110,7 @@ def task_accuracies(model: HyperCLIP, tasks: Sequence[EvalTask], row: str = "rig
     Args:
         model: in eval mode.
         tasks: what to classify.
-        row: one of evaluation.ROWS.
+        row: one of evaluation.ROW_SOURCES.
         change: one of CORRUPTIONS, at SEVERITY; empty: none.
     """
     scores = class_scores(model, tasks, row, change=partial(_corrupt, change) if change else None)

@@ -21,8 +21,9 @@ from hyperclip_fast.bench.conditioning.plots import COLOURS
 from hyperclip_fast.bench.conditioning.scores import Scores, mean
 from hyperclip_fast.data.held_out import group_of
 from hyperclip_fast.evaluation.corruptions import CORRUPTIONS
-from hyperclip_fast.evaluation.swapping import ROWS
+from hyperclip_fast.evaluation.swapping import ROW_SOURCES
 from hyperclip_fast.utils.extras import require
+from hyperclip_fast.utils.files import written_file
 
 Arms = dict[str, dict[int, Log]]
 
@@ -73,14 +74,14 @@ def names_arms_table(arms: Arms) -> Table:
 
 def names_swap_table(arms: Arms) -> Table:
     """Each HyperCLIP arm's accuracy by where its row comes from, names and digits."""
-    table = [["arm, asked for", *ROWS, "right minus wrong", "right minus shuffled"]]
+    table = [["arm, asked for", *ROW_SOURCES, "right minus wrong", "right minus shuffled"]]
     for arm, runs in arms.items():
         if not values(runs, "wrong"):
             continue
-        names = {row: values(runs, row) for row in ROWS}
-        digits = {row: _shares(runs, lambda s, row=row: s[DIGITS][row]) for row in ROWS}
+        names = {row: values(runs, row) for row in ROW_SOURCES}
+        digits = {row: _shares(runs, lambda s, row=row: s[DIGITS][row]) for row in ROW_SOURCES}
         for what, rows in (("held-out names", names), (DIGITS, digits)):
-            cells = [f"{statistics.mean(rows[row].values()):.1f}" for row in ROWS]
+            cells = [f"{statistics.mean(rows[row].values()):.1f}" for row in ROW_SOURCES]
             drops = [spread(gains(rows["right"], rows[other]), "+") for other in ("wrong", "shuffled")]
             table.append([f"{arm}, {what}", *cells, *drops])
     return table
@@ -148,7 +149,8 @@ def draw_numbers(group: str, arms: Arms, folder: str | Path) -> str:
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(Path(folder) / f"{group}-numbers.png", dpi=110, bbox_inches="tight")
+    with written_file(Path(folder) / f"{group}-numbers.png") as beside:
+        figure.savefig(beside, dpi=110, bbox_inches="tight")
     plt.close(figure)
     return f"{group}-numbers.png"
 

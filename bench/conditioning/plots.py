@@ -12,6 +12,7 @@ from hyperclip_fast.bench.conditioning.scores import SCENES, guessing, mean
 from hyperclip_fast.bench.conditioning.width import draw_widths, widths
 from hyperclip_fast.data.scenes import ATTRIBUTES
 from hyperclip_fast.utils.extras import require
+from hyperclip_fast.utils.files import written_file
 
 COLOURS = {"baseline": "#57606a", "cross": "#0969da", "mean": "#54aeff", "learned": "#bc4c00", "wide": "#8250df"}
 COLOURS |= {"norms": "#1a7f37", "lora": "#cf222e", "adapters": "#bf8700"}
@@ -35,7 +36,8 @@ def draw(groups: Groups, folder: str | Path) -> list[str]:
         figure, axes = plt.subplots(1, across, figsize=(1.5 + 5 * across, 4.2), squeeze=False, sharey=True)
         if function(axes[0], groups):
             figure.tight_layout()
-            figure.savefig(Path(folder) / f"{name}.png", dpi=110, bbox_inches="tight")
+            with written_file(Path(folder) / f"{name}.png") as beside:
+                figure.savefig(beside, dpi=110, bbox_inches="tight")
             drawn.append(name)
         plt.close(figure)
     return drawn

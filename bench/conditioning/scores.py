@@ -40,7 +40,7 @@ class SceneTasks:
         self.tasks = {"object": list(tasks[:-others]), **{task.name: [task] for task in tasks[-others:]}}
 
     def names(self, attribute: str, row: str = "right") -> list[tuple[str, ...]]:
-        """Class names of an attribute's tasks; with a `row` of evaluation.ROWS those that the row is made from."""
+        """Class names of an attribute's tasks; with a `row` of ROW_SOURCES, those that the row is made from."""
         return row_names(self.tasks[attribute], row)
 
     def set_ids(self, attribute: str) -> Tensor:

@@ -7,9 +7,13 @@ baseline's, and so do BatchNorm's statistics: the encoder is in evaluation mode 
 timm model, one for each attribute, so its steps count six times.
 """
 
+import copy
+import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +22,13 @@ from torch import Tensor, nn
 
 from hyperclip_fast.bench.conditioning.arms import Run
 from hyperclip_fast.bench.conditioning.scores import SceneTasks, embed_with
+from hyperclip_fast.data.batch import Share
 from hyperclip_fast.data.pictures import Pictures
-from hyperclip_fast.data.scenes import ATTRIBUTES, SceneSampler
+from hyperclip_fast.data.scenes import ATTRIBUTES, scene_source
 from hyperclip_fast.hyperclip import HyperCLIP
-from hyperclip_fast.training.losses import siglip_loss
+from hyperclip_fast.norm_params import NormParams
+from hyperclip_fast.training.config import RunConfig
+from hyperclip_fast.training.trainer import Trainer
 from hyperclip_fast.utils.extras import require
 
 RANK = 4
@@ -90,42 +97,78 @@ METHODS: dict[str, Callable[[nn.Module, HyperCLIP], nn.Module]] = {
 }
 
 
-def tune(model: HyperCLIP, run: Run, attribute: str, pictures: Pictures) -> tuple[nn.Module, int]:
-    """A plain timm encoder tuned for one attribute, and how many parameters that took.
+class TunedEncoder(nn.Module):
+    """A plain timm encoder in the place of a HyperCLIP's image tower. It takes no rows, and stays in evaluation mode.
 
     Args:
-        model: the trained baseline, in eval mode.
+        encoder: what is tuned.
+        tower: the image tower that it was made of, whose row it gives for every task.
+    """
+
+    def __init__(self, encoder: nn.Module, tower: nn.Module):
+        super().__init__()
+        self.encoder, self.norm_spec, self.pretrained_cfg = encoder, tower.norm_spec, tower.pretrained_cfg
+        self.base_params = NormParams(tower.norm_spec, tower.base_params.table.detach())
+
+    def forward(self, images: Tensor, params: NormParams | None = None) -> Tensor:
+        """Images (B, 3, S, S) to (B, E)."""
+        return self.encoder(images)
+
+    def train(self, mode: bool = True) -> "TunedEncoder":
+        """Evaluation mode, whatever is asked for."""
+        return super().train(False)
+
+    def no_weight_decay(self) -> set[str]:
+        """Nothing, as nothing decays."""
+        return set()
+
+
+def finish(trainer: Trainer) -> None:
+    """Train to the end.
+
+    Raises:
+        KeyboardInterrupt: for a run that a signal stopped; its checkpoint is written.
+    """
+    trainer.train()
+    if trainer.stopped is not None:
+        raise KeyboardInterrupt
+
+
+def tuner(model: HyperCLIP, run: Run, attribute: str, pictures: Pictures, out: str | Path) -> Trainer:
+    """What tunes an encoder for one attribute; a run that was stopped goes on.
+
+    The encoder is `trainer.model.image.encoder`. What the folder's model/ holds is no HyperCLIP to load.
+
+    Args:
+        model: the trained baseline, in eval mode; it stays as it is.
         run: `tune` says how, `train` how long, with what learning rate and seed.
         attribute: what its tasks ask for.
         pictures: what scenes are made of.
+        out: the folder.
 
     Raises:
         ValueError: for a `tune` that is none of METHODS.
     """
     if run.tune not in METHODS:
         raise ValueError(f"tune must be one of {list(METHODS)}, got {run.tune!r}")
-    config = run.train
-    torch.manual_seed(config.seed)
-    encoder = METHODS[run.tune](model.specialize(["any"]), model).eval()
-    sampler = SceneSampler(
-        pictures, config.tasks_per_batch, config.classes_per_task, config.seed, model.image_size, (attribute,)
-    )
-    with torch.no_grad():
-        classes = model.encode_text(sampler.names)
-    tuned = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(tuned, lr=config.lr, betas=config.betas, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-    for step in range(config.steps):
-        batch = sampler.batch(step)
-        features = F.normalize(encoder(batch.images), dim=-1).view(*batch.class_ids.shape, -1)
-        scale, bias = model.logit_scale.detach().exp(), model.logit_bias.detach()
-        loss = siglip_loss(features, classes[batch.class_ids], scale, bias)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(tuned, config.clip)
-        optimizer.step()
-        schedule.step()
-    return encoder, sum(parameter.numel() for parameter in tuned)
+    torch.manual_seed(run.train.seed)
+    encoder = METHODS[run.tune](model.specialize(["any"]), model)
+    tuned = copy.deepcopy(model)
+    tuned.image = TunedEncoder(encoder, model.image)
+    train = replace(run.train, warmup=0, min_lr=0.0, weight_decay=0.0, freeze=("text", "logit"))
+    source = scene_source(pictures, train.batch_shape, model.image_size, Share(), (attribute,))
+    return Trainer(RunConfig(model.config, train), out, source=source, model=tuned)
+
+
+def tune(model: HyperCLIP, run: Run, attribute: str, pictures: Pictures, out: str | Path) -> tuple[nn.Module, int]:
+    """An encoder tuned for one attribute, and how many parameters that took; see `tuner`."""
+    trainer, start = tuner(model, run, attribute, pictures, out), time.perf_counter()
+    try:
+        finish(trainer)
+    finally:
+        trainer.log({"seconds": round(time.perf_counter() - start, 2)})
+    encoder = trainer.model.image.encoder
+    return encoder, sum(parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)
 
 
 @torch.no_grad()
@@ -138,14 +181,14 @@ def _recalls(encode: Callable[[Tensor], Tensor], model: HyperCLIP, attribute: st
 
 
 def tune_all(
-    model: HyperCLIP, run: Run, pictures: Pictures, scenes: SceneTasks, reworded: SceneTasks
+    model: HyperCLIP, run: Run, pictures: Pictures, scenes: SceneTasks, reworded: SceneTasks, out: str | Path
 ) -> dict[str, Any]:
     """Recall by attribute of the encoder tuned for it, the extra parameters of one task, and the seconds of tuning."""
     seconds, right, other, extra = 0.0, {}, {}, 0
     for attribute in ATTRIBUTES:
-        start = time.perf_counter()
-        encoder, extra = tune(model, run, attribute, pictures)
-        seconds += time.perf_counter() - start
+        encoder, extra = tune(model, run, attribute, pictures, Path(out) / attribute)
+        lines = (Path(out) / attribute / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        seconds += sum(json.loads(line).get("seconds", 0.0) for line in lines)
 
         def encode(images: Tensor, encoder: nn.Module = encoder) -> Tensor:
             return F.normalize(encoder(images), dim=-1)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hyperclip_fast.bench.conditioning.logs import Groups, Log, Table, around, gains, spread, values
-from hyperclip_fast.training.trainer import TrainConfig
+from hyperclip_fast.training.config import TrainConfig
 
 ENCODER = ("image_tower", "img_size", "patch_size", "width", "depth", "num_heads", "global_pool", "embed_dim")
 BASELINES = ("baseline", "wide")

@@ -6,6 +6,7 @@ from typing import Any
 
 from hyperclip_fast.bench.harness.report import title
 from hyperclip_fast.utils.extras import require
+from hyperclip_fast.utils.files import written_file
 
 COLOURS = {"stock": "#57606a", "naive": "#cf222e", "ours": "#0969da", "loop": "#bc4c00", "liger": "#8250df"}
 COLOURS |= {"triton": "#1a7f37", "single": "#54aeff"}
@@ -31,7 +32,8 @@ def draw(record: dict[str, Any], folder: str | Path, prefix: str = "") -> list[P
         if figures:
             paths.append(Path(folder) / f"{prefix}{name}.png")
             figure = function(figures, record["machine"])
-            figure.savefig(paths[-1], dpi=150, bbox_inches="tight")
+            with written_file(paths[-1]) as beside:
+                figure.savefig(beside, dpi=150, bbox_inches="tight")
             require("matplotlib.pyplot", "bench").close(figure)
     return paths
 

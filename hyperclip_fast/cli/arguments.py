@@ -1,22 +1,56 @@
 """Arguments that several commands take, and what they read."""
 
 import argparse
+import textwrap
 from pathlib import Path
 
-from hyperclip_fast.utils.class_names import check_name, check_task
+from hyperclip_fast.utils.class_names import check_named_tasks, check_task
 
 EXAMPLE = '{"pets": ["cat", "dog"]}'
 
 
+def add_command(commands, name: str, summary: str, description: str, ending: str) -> argparse.ArgumentParser:
+    """A command's parser.
+
+    Args:
+        commands: what `add_subparsers` returned.
+        name: of the command.
+        summary: its line in the list of commands.
+        description: sentences at the head of its help.
+        ending: the end of its help, as it is; an example.
+    """
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=textwrap.fill(description, 96),
+        epilog=ending,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def add_model_path(parser: argparse.ArgumentParser) -> None:
     """Which model a command runs."""
-    parser.add_argument("--model", metavar="DIR", help="a trained model's folder or hub id; default: the demo model")
+    text = "a trained model's folder or hub id; default: demo, the shipped model"
+    parser.add_argument("--model", help=text)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Which model a command runs, and where."""
     add_model_path(parser)
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where a command runs its model."""
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps, ...; default: %(default)s")
+
+
+def add_tasks(parser: argparse.ArgumentParser):
+    """Which tasks a command runs; one way to say it is required, and the group that is returned takes others."""
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--labels", metavar="A,B,C", help="class names of a single task")
+    group.add_argument("--tasks", metavar="FILE", help="YAML or JSON file that maps tasks to lists of class names")
+    return group
 
 
 def read_labels(text: str) -> list[str]:
@@ -37,7 +71,7 @@ def read_tasks(path: str | Path) -> dict[str, list[str]]:
     """Tasks by name from a YAML or JSON file.
 
     Raises:
-        ValueError: if the file is not a mapping of names to lists of class names.
+        ValueError: if the file is not a mapping of names to tasks, see `check_named_tasks`.
     """
     import yaml
 
@@ -45,16 +79,10 @@ def read_tasks(path: str | Path) -> dict[str, list[str]]:
         tasks = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"--tasks must be a YAML or JSON file, {path} is not: {error}") from error
-    if not isinstance(tasks, dict) or not tasks:
-        raise ValueError(f"--tasks must map names of tasks to lists of class names, as in {EXAMPLE}: {path} does not")
-    for task, names in tasks.items():
-        try:
-            check_name(task)
-            if not isinstance(names, list):
-                raise ValueError(f"a task must be a list of class names, got {names!r}")
-            check_task(names)
-        except ValueError as error:
-            raise ValueError(
-                f"--tasks must map names of tasks to lists of class names, {path} has {task!r}: {error}"
-            ) from error
+    try:
+        check_named_tasks(tasks)
+        if not tasks:
+            raise ValueError("there are none")
+    except ValueError as error:
+        raise ValueError(f"--tasks must be a file of tasks, as {EXAMPLE}, {path} is not: {error}") from error
     return tasks

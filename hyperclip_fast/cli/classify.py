@@ -1,24 +1,28 @@
 """hyperclip classify: image files against tasks, in mixed batches."""
 
 import argparse
-import json
 from pathlib import Path
 
-from hyperclip_fast.cli.arguments import add_model, read_labels, read_tasks
-from hyperclip_fast.cli.console import shortened
+from hyperclip_fast.cli.arguments import add_command, add_model, add_tasks, read_labels, read_tasks
+from hyperclip_fast.cli.console import as_json, shortened
+
+DESCRIPTION = "Classify image files. The command scores every image in every task, and mixes tasks within a batch."
+EXAMPLE = """example:
+  hyperclip classify photos/ --labels "cat,dog,parrot"
+"""
 
 
 def add_classify(commands) -> None:
     """Add the command to the others."""
-    text = "classify image files against tasks; every image is scored in every task, in mixed batches"
-    parser = commands.add_parser("classify", help=text, description=text)
+    parser = add_command(commands, "classify", "classify image files", DESCRIPTION, EXAMPLE)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--labels", metavar="A,B,C", help="the class names of one task")
-    what.add_argument("--tasks", metavar="FILE", help="YAML or JSON: names of tasks with their class names")
-    parser.add_argument("--topk", type=int, default=3, metavar="N", help="classes to show; default: %(default)s")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="B", help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print JSON, one object an image and task")
+    add_tasks(parser)
+    parser.add_argument(
+        "--topk", type=int, default=3, metavar="N", help="show the best N classes; default: %(default)s"
+    )
+    text = "pairs of an image and a task in a forward pass; default: %(default)s"
+    parser.add_argument("--batch-size", type=int, default=64, metavar="B", help=text)
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each image and task")
     add_model(parser)
     parser.set_defaults(run=_classify)
 
@@ -49,10 +53,10 @@ def _classify(args: argparse.Namespace) -> None:
             _print_prediction(file, prediction, args.json)
 
 
-def _print_prediction(file: Path, prediction, as_json: bool) -> None:
+def _print_prediction(file: Path, prediction, in_json: bool) -> None:
     ranked = dict(zip(prediction.names, (round(p, 4) for p in prediction.probabilities)))
-    if as_json:
-        print(json.dumps({"image": str(file), "task": prediction.task, "predictions": ranked}, ensure_ascii=False))
+    if in_json:
+        print(as_json({"image": str(file), "task": prediction.task, "predictions": ranked}))
     else:
         text = "  ".join(f"{name} {share:.0%}" for name, share in ranked.items())
         print(f"{shortened(str(file), 38):<40}{prediction.task:<19} {text}")

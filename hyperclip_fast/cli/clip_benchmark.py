@@ -2,13 +2,20 @@
 
 import argparse
 
+from hyperclip_fast.cli.arguments import add_command
+
+DESCRIPTION = """Run clip_benchmark's own command on our models. The model is specialised for each data set's class
+names. --model is hyperclip (the default) or hyperclip-base; --pretrained is a model's folder, a hub id, or demo
+(the default). The command needs the extra clip_benchmark."""
+EXAMPLE = """example:
+  hyperclip clip-benchmark eval --dataset cifar10 --task zeroshot_classification --output result.json
+"""
+
 
 def add_clip_benchmark(commands) -> None:
     """Add the subcommand to the command line's parser."""
-    text = "run clip_benchmark with a model specialised for each data set's class names (extra: clip_benchmark)"
-    more = "--model hyperclip (the default) or hyperclip-base, --pretrained a folder, a hub id or demo (the default)."
-    parser = commands.add_parser("clip-benchmark", help=text, description=f"{text}; {more}")
-    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="eval ...", help="clip_benchmark's own arguments")
+    parser = add_command(commands, "clip-benchmark", "run clip_benchmark on our models", DESCRIPTION, EXAMPLE)
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="eval ...", help="clip_benchmark's arguments")
     parser.set_defaults(run=_clip_benchmark, device="cpu")
 
 

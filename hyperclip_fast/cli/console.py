@@ -1,7 +1,12 @@
 """What a command shows: our own lines, on any console."""
 
+import functools
+import json
 import logging
-from typing import TextIO
+import os
+import select
+import sys
+from typing import Any, TextIO
 
 from hyperclip_fast.utils.lazy import after_import
 
@@ -13,6 +18,29 @@ def make_printable(*streams: TextIO) -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON for stdout; where that is not Unicode, JSON's own escapes stand for what it cannot show."""
+    is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    return json.dumps(value, ensure_ascii=not is_unicode, indent=indent)
+
+
+def has_reader(stream: TextIO) -> bool:
+    """Whether somebody may still read what is written to a stream; False for a pipe whose reader has left."""
+    if not hasattr(select, "poll"):  # Windows, where such a pipe raises another error
+        return True
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return not any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def abandon(stream: TextIO) -> None:
+    """Send what a stream still holds nowhere, so that Python can end without another error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+@functools.cache
 def silence_libraries() -> None:
     """Keep other libraries' progress and advice off stderr, each at its source; their warnings of faults stay.
 

@@ -2,15 +2,18 @@
 
 import argparse
 
-from hyperclip_fast.cli.arguments import add_model
+from hyperclip_fast.cli.arguments import add_command, add_model
+
+DESCRIPTION = """Classify one batch of pictures that no training step saw, each against its own task's class names.
+Print accuracies and speeds, and draw the batch with its predicted names. The command needs the extra demo."""
 
 
 def add_demo(commands) -> None:
     """Add the command to the others."""
-    text = "classify a mixed batch of pictures the model has never seen, and draw it"
-    parser = commands.add_parser("demo", help=text, description=text)
+    summary = "classify a batch of pictures of many tasks, and draw it"
+    parser = add_command(commands, "demo", summary, DESCRIPTION, "example:\n  hyperclip demo --out demo.png")
     add_model(parser)
-    parser.add_argument("--out", metavar="PNG", default="demo.png", help="contact sheet; default: %(default)s")
+    parser.add_argument("--out", metavar="PNG", default="demo.png", help="picture to write; default: %(default)s")
     parser.set_defaults(run=_demo)
 
 

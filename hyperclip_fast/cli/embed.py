@@ -2,27 +2,33 @@
 
 import argparse
 
-from hyperclip_fast.cli.arguments import add_model, read_labels, read_tasks
+from hyperclip_fast.cli.arguments import add_command, add_model, add_tasks, read_labels, read_tasks
+
+DESCRIPTION = """Embed images in bulk, for many tasks in one pass. The same command continues a run that was
+stopped. It needs the extra embed."""
+EXAMPLE = """example:
+  hyperclip embed photos/ --tasks tasks.yaml --out embeddings/
+"""
 
 
 def add_embed(commands) -> None:
     """Add the subcommand to the command line's parser."""
-    text = "embed pictures in bulk, for many tasks in one pass; a run that was stopped goes on where it was"
-    parser = commands.add_parser("embed", help=text, description=text)
+    parser = add_command(commands, "embed", "embed images in bulk", DESCRIPTION, EXAMPLE)
     parser.add_argument("images", nargs="+", metavar="PATH", help="image files, folders, webdataset shards (.tar)")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--labels", metavar="A,B,C", help="the class names of one task")
-    what.add_argument("--tasks", metavar="FILE", help="YAML or JSON: names of tasks with their class names")
-    what.add_argument("--bank", metavar="FILE", help="tasks that TaskBank.save wrote")
-    parser.add_argument("--manifest", metavar="CSV", help="columns image and task; default: every image in every task")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, or of the run that goes on")
-    parser.add_argument(
-        "--format", choices=("safetensors", "npy", "parquet"), default="safetensors", help="default: %(default)s"
-    )
-    parser.add_argument("--part-size", type=int, default=1024, metavar="N", help="images a file; default: %(default)s")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="B", help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="that decode; default: %(default)s")
-    parser.add_argument("--ray", type=int, default=0, metavar="N", help="N workers on a Ray cluster (extra: ray)")
+    add_tasks(parser).add_argument("--bank", metavar="FILE", help="file that TaskBank.save or the server wrote")
+    text = "table with columns image and task; default: every image in every task"
+    parser.add_argument("--manifest", metavar="CSV", help=text)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, or of the run to continue")
+    text = "format of the files; default: %(default)s"
+    parser.add_argument("--format", choices=("safetensors", "npy", "parquet"), default="safetensors", help=text)
+    text = "images in a file; default: %(default)s"
+    parser.add_argument("--part-size", type=int, default=1024, metavar="N", help=text)
+    text = "images in a forward pass; default: %(default)s"
+    parser.add_argument("--batch-size", type=int, default=64, metavar="B", help=text)
+    text = "threads that decode images; default: %(default)s"
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help=text)
+    text = "run N workers on a Ray cluster (extra: ray); default: this process alone"
+    parser.add_argument("--ray", type=int, default=0, metavar="N", help=text)
     add_model(parser)
     parser.set_defaults(run=_embed)
 
@@ -35,7 +41,7 @@ def _embed(args: argparse.Namespace) -> None:
 
     config = EmbedConfig(args.format, args.part_size, args.batch_size, args.device)
     if args.bank is not None:
-        tasks = TaskBank.load(args.bank, load_model(args.model, args.device))
+        tasks: TaskBank | dict[str, list[str]] = TaskBank.load(args.bank, load_model(args.model, args.device))
     else:
         tasks = {"labels": read_labels(args.labels)} if args.labels is not None else read_tasks(args.tasks)
     options = {"ray_workers": args.ray, "threads": args.threads, "progress": True}

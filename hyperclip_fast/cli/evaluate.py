@@ -3,46 +3,41 @@
 import argparse
 import json
 
-from hyperclip_fast.cli.arguments import add_model
+from hyperclip_fast.cli.arguments import add_command, add_model
 
-EPILOG = """examples:
-  hyperclip evaluate --model runs/demo/model                    # held-out pictures: the swap test, several partitions
+DESCRIPTION = """Measure zero-shot accuracy on --data. Without --data, run the swap test on held-out pictures, which
+compares the row of the right class names with the base row and with another task's row. With --dense, ask each patch of
+composed scenes for its class."""
+EXAMPLES = """examples:
+  hyperclip evaluate
   hyperclip evaluate --data photos/ --templates "a photo of a {}."
-  hyperclip evaluate --data shards/ --out results.json          # tar shards, results in CLIP_benchmark's shape
   hyperclip evaluate --data openmoji --rows right wrong shuffled generic base
-  hyperclip evaluate --data skin-tones                          # worst group over five skin tones
-  hyperclip evaluate --data scenes --rows right wrong           # one picture, six questions
   hyperclip evaluate --data openmoji --corruptions noise blur
-  hyperclip evaluate --dense                                    # which patch holds which class
+  hyperclip evaluate --dense
 """
 DEFAULTS = {"rows": ["right"], "corruptions": [], "classes": 10, "partitions": 5, "batch_size": 128}
 
 
 def add_evaluate(commands) -> None:
     """Add the subcommand to the command line's parser."""
-    text = "zero-shot accuracy on a folder, on shards or on built-in sets, with right, wrong, ... class sets"
-    parser = commands.add_parser(
-        "evaluate",
-        help=text,
-        description=text,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    summary = "measure zero-shot accuracy, and what the right class names are worth"
+    parser = add_command(commands, "evaluate", summary, DESCRIPTION, EXAMPLES)
     add_model(parser)
-    parser.add_argument("--data", metavar="WHAT", help="folder of class folders, tar shards, or a built-in set's name")
-    parser.add_argument("--classes", type=int, metavar="K", help="names a task of held-out names; default: 10")
-    parser.add_argument(
-        "--partitions", type=int, metavar="N", help="without --data: ways of parting the names into tasks; default: 5"
-    )
-    parser.add_argument(
-        "--templates", nargs="+", metavar="TEXT", help='such as "a photo of a {}."; default: the model\'s'
-    )
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help="right wrong shuffled generic base; default: right")
-    parser.add_argument("--corruptions", nargs="*", metavar="NAME", help="noise blur contrast pixelate jpeg")
-    parser.add_argument("--batch-size", type=int, metavar="B", help="default: 128")
-    parser.add_argument("--dense", action="store_true", help="mIoU and pointing accuracy of patches on composed scenes")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--out", metavar="FILE", help="also write the JSON there")
+    text = "a folder of class folders, tar shards, or a built-in set: openmoji, digits, skin-tones, scenes"
+    parser.add_argument("--data", help=text)
+    parser.add_argument("--classes", type=int, metavar="K", help="class names in a task of held-out names; default: 10")
+    text = "without --data, split the names into tasks in N ways; default: 5"
+    parser.add_argument("--partitions", type=int, metavar="N", help=text)
+    text = 'prompts such as "a photo of a {}."; default: the model\'s'
+    parser.add_argument("--templates", nargs="+", metavar="TEXT", help=text)
+    text = "rows to compare, of right, wrong, shuffled, generic and base; default: right"
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help=text)
+    text = "also corrupt the images, by noise, blur, contrast, pixelate and jpeg"
+    parser.add_argument("--corruptions", nargs="*", metavar="NAME", help=text)
+    parser.add_argument("--batch-size", type=int, metavar="B", help="images in a forward pass; default: 128")
+    parser.add_argument("--dense", action="store_true", help="measure mIoU and pointing accuracy of patches")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    parser.add_argument("--out", metavar="FILE", help="also write the JSON to a file")
     parser.set_defaults(run=_evaluate)
 
 
@@ -93,7 +88,7 @@ def _result(args: argparse.Namespace, model) -> tuple[object, str]:
     from hyperclip_fast.evaluation.eval_sets import load_eval_set
     from hyperclip_fast.evaluation.zero_shot import evaluate, table
 
-    data = load_eval_set(args.data, model.image_size, args.classes)
+    data = load_eval_set(args.data, model.preprocessing, args.classes)
     records = evaluate(model, data, args.rows, args.corruptions, args.batch_size, args.model or "demo")
     return records, table(records)
 

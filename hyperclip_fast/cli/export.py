@@ -2,33 +2,42 @@
 
 import argparse
 
-from hyperclip_fast.cli.arguments import add_model, add_model_path, read_labels
+from hyperclip_fast.cli.arguments import add_command, add_model, add_model_path, read_labels
 
-EXPORT_EPILOG = """specialized: images to the logits of one task. mixed: images, a table of tasks' rows and task ids to
-embeddings: one file for every task. text: tokens of class names to a task's row and class embeddings. Batch, tasks and
-classes are dynamic."""
+SPECIALIZE = "Write one task as a plain timm model. The model needs neither the hypernetwork nor the text tower."
+SPECIALIZE_EXAMPLE = """example:
+  hyperclip specialize --labels "cat,dog" --out cat_or_dog/
+"""
+EXPORT = """Write a part of a model as one file for another runtime, and compare the file's outputs with PyTorch's. The
+command needs the extra export, and for ExecuTorch the extra executorch, too."""
+EXPORT_ENDING = """parts:
+  specialized  images to the logits of one task
+  mixed        images, a table of rows and task ids to embeddings; one file serves every task
+  text         tokens of class names to a task's row and class embeddings
+The file fixes neither the batch size nor the numbers of tasks and classes.
+
+example:
+  hyperclip export mixed --out mixed.onnx
+"""
 
 
 def add_specialize(commands) -> None:
     """Add the command to the others."""
-    text = "bake one task into a plain timm model that needs no hypernetwork and no text tower"
-    parser = commands.add_parser("specialize", help=text, description=text)
-    parser.add_argument("--labels", required=True, metavar="A,B,C", help="the task's class names")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    parser = add_command(commands, "specialize", "write one task as a plain timm model", SPECIALIZE, SPECIALIZE_EXAMPLE)
+    parser.add_argument("--labels", required=True, metavar="A,B,C", help="class names of the task")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, new or empty")
     add_model(parser)
     parser.set_defaults(run=_specialize)
 
 
 def add_export(commands) -> None:
     """Add the command to the others."""
-    text = "write a part of a model as one file for another runtime, checked against PyTorch"
-    parser = commands.add_parser("export", help=text, description=text, epilog=EXPORT_EPILOG)
-    parser.add_argument("what", choices=("specialized", "mixed", "text"), help="the part, see below")
+    parser = add_command(commands, "export", "write a file for ONNX Runtime or ExecuTorch", EXPORT, EXPORT_ENDING)
+    parser.add_argument("what", choices=("specialized", "mixed", "text"), help="part of the model, see below")
     parser.add_argument("--out", required=True, metavar="FILE", help="file to write: .onnx, .pt2 or .pte")
-    parser.add_argument(
-        "--format", choices=("onnx", "torch", "aoti", "executorch"), default="onnx", help="default: %(default)s"
-    )
-    parser.add_argument("--labels", metavar="A,B,C", help="the task's class names, for specialized")
+    text = "torch is torch.export's, aoti is compiled by AOTInductor; default: %(default)s"
+    parser.add_argument("--format", choices=("onnx", "torch", "aoti", "executorch"), default="onnx", help=text)
+    parser.add_argument("--labels", metavar="A,B,C", help="class names of the task, for specialized")
     add_model_path(parser)
     parser.set_defaults(run=_export, device="cpu")
 

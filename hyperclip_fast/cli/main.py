@@ -1,81 +1,98 @@
-"""The command line: puts the commands together, and gives every failure a sentence and an exit status."""
+"""The command line: puts the commands together, and gives every usual failure a sentence and an exit status."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
-from hyperclip_fast.cli.bench import add_bench
-from hyperclip_fast.cli.classify import add_classify
-from hyperclip_fast.cli.clip_benchmark import add_clip_benchmark
-from hyperclip_fast.cli.console import make_printable, silence_libraries
-from hyperclip_fast.cli.demo import add_demo
-from hyperclip_fast.cli.embed import add_embed
-from hyperclip_fast.cli.evaluate import add_evaluate
-from hyperclip_fast.cli.export import add_export, add_specialize
-from hyperclip_fast.cli.serve import add_serve
-from hyperclip_fast.cli.train import add_train
 from hyperclip_fast.version import __version__
 
+DESCRIPTION = "Adapt one small image encoder to any task by its class names, and mix tasks within a batch."
 EPILOG = """examples:
   hyperclip demo
   hyperclip classify photos/ --labels "cat,dog,parrot"
-  hyperclip classify photo.jpg --tasks tasks.yaml --json
-  hyperclip embed photos/ --tasks tasks.yaml --out embeddings/
   hyperclip train --config demo --out runs/demo
-  hyperclip evaluate --model runs/demo/model
-  hyperclip specialize --labels "cat,dog" --out cat_or_dog/
-  hyperclip export mixed --out mixed.onnx
   hyperclip serve --bank tasks.safetensors
-  hyperclip bench model --models vit_tiny_patch16_224 --batches 16
 
+Each command shows its options: hyperclip classify --help
 A task is a list of class names. A tasks file maps names of tasks to lists of class names, in YAML or JSON:
   {"pets": ["cat", "dog"], "food": ["pizza", "sushi", "salad"]}
 """
-BROKEN_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
-INTERRUPTED = 130
+BAD_INPUT = 2
+INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
+BROKEN_PIPE = 141  # and of one that SIGPIPE ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command: exit status 0, or 1 where what it found is bad; bad input ends with a message and status 2."""
-    make_printable(sys.stdout, sys.stderr)
-    args = _parser().parse_args(argv)
+    """Run one command.
+
+    Returns:
+        The exit status: 0; 1 where the command says that what it found is bad; 2 for bad input, after a message; 130
+        after Ctrl-C; 141 where nobody reads the output any more, as behind `| head`.
+    """
     try:
-        silence_libraries()
-        _check_device(args.device)
-        status = args.run(args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output has had enough, as head has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _run(argv)
+    except BrokenPipeError:
+        from hyperclip_fast.cli.console import abandon, has_reader
+
+        if has_reader(sys.stdout):
+            raise
+        abandon(sys.stdout)
         return BROKEN_PIPE
-    except (ValueError, ImportError, OSError) as error:
-        print(f"hyperclip {args.command}: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    return status or 0
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    from hyperclip_fast.cli.console import has_reader, make_printable, silence_libraries
+
+    make_printable(sys.stdout, sys.stderr)
+    try:
+        args = _parser().parse_args(argv)
+    finally:
+        sys.stdout.flush()  # of --help: a reader that has left is noticed here, not while Python ends
+    if not hasattr(args, "run"):
+        args.parser.print_help(sys.stderr)
+        return BAD_INPUT
+    try:
+        silence_libraries()
+        _check_device(args.device)
+        status = args.run(args) or 0
+        sys.stdout.flush()
+        return status
+    except (ValueError, ImportError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and not has_reader(sys.stdout):
+            raise
+        print(f"hyperclip {args.command}: {error}", file=sys.stderr)
+        return BAD_INPUT
 
 
 def _parser() -> argparse.ArgumentParser:
+    """All commands' arguments; the imports are here so that Ctrl-C during them ends quietly, too."""
+    from hyperclip_fast.cli.bench import add_bench
+    from hyperclip_fast.cli.classify import add_classify
+    from hyperclip_fast.cli.clip_benchmark import add_clip_benchmark
+    from hyperclip_fast.cli.demo import add_demo
+    from hyperclip_fast.cli.embed import add_embed
+    from hyperclip_fast.cli.evaluate import add_evaluate
+    from hyperclip_fast.cli.export import add_export, add_specialize
+    from hyperclip_fast.cli.serve import add_serve
+    from hyperclip_fast.cli.train import add_train
+
     parser = argparse.ArgumentParser(
         prog="hyperclip",
-        description="One small image encoder, adapted to any task by its class names; any mix of tasks in one batch.",
+        description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"hyperclip_fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    add_demo(commands)
-    add_classify(commands)
-    add_train(commands)
-    add_evaluate(commands)
-    add_specialize(commands)
-    add_export(commands)
-    add_serve(commands)
-    add_bench(commands)
-    add_clip_benchmark(commands)
-    add_embed(commands)
+    parser.set_defaults(parser=parser)  # whose help is shown where a command is missing
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for add in (
+        *(add_demo, add_classify, add_embed, add_serve, add_train, add_evaluate),
+        *(add_specialize, add_export, add_bench, add_clip_benchmark),
+    ):
+        add(commands)
     return parser
 
 

@@ -6,43 +6,43 @@ import signal
 import socket
 from pathlib import Path
 
-from hyperclip_fast.cli.arguments import add_model
+from hyperclip_fast.cli.arguments import add_command, add_model
 from hyperclip_fast.utils.class_names import MAX_CHARACTERS, MAX_CLASSES
 from hyperclip_fast.utils.extras import require
+
+DESCRIPTION = """Serve tasks over HTTP. Requests for different tasks share batches. Clients add, replace and remove
+tasks while the server runs. The command needs the extra serve."""
+EXAMPLE = """example:
+  hyperclip serve --bank tasks.safetensors
+"""
 
 
 def add_serve(commands) -> None:
     """Add the subcommand to the command line's parser."""
-    text = "serve tasks over HTTP; requests for any tasks share batches, and tasks come and go meanwhile"
-    parser = commands.add_parser("serve", help=text, description=text)
-    parser.add_argument("--bank", required=True, metavar="FILE", help="the tasks, read at start and saved when changed")
+    parser = add_command(commands, "serve", "serve tasks over HTTP", DESCRIPTION, EXAMPLE)
+    text = "file of the tasks: read at the start, if there is one, and saved after each change"
+    parser.add_argument("--bank", required=True, metavar="FILE", help=text)
     add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: %(default)s")
-    parser.add_argument(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="another name that clients call the server by, such as its proxy's; repeatable; * for any",
-    )
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one; default: %(default)s")
-    _add(parser, "--threads", int, None, "of the model on a CPU; default: as PyTorch likes")
+    text = "another host name that clients use, such as a proxy's; repeatable; * allows any"
+    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=text)
+    _add(parser, "--port", int, 8000, "port to listen on; 0 takes a free one")
+    _add(parser, "--threads", int, None, "PyTorch's threads on a CPU; default: PyTorch's choice")
     _add(parser, "--max-batch", int, 32, "images in a forward pass")
-    _add(parser, "--max-wait-ms", float, 2.0, "that an image waits for company")
-    parser.add_argument(
-        "--one-task-a-batch", action="store_true", help="do not mix tasks: a baseline to measure against"
-    )
+    _add(parser, "--max-wait-ms", float, 2.0, "milliseconds that an image waits for others")
+    text = "do not mix tasks in a batch; a baseline to measure against"
+    parser.add_argument("--one-task-a-batch", action="store_true", help=text)
     _add(parser, "--decoders", int, 2, "threads that decode images")
-    _add(parser, "--max-concurrent-requests", int, 256, "requests under way at a time; one more gets 503")
-    _add(parser, "--max-mib", float, 8.0, "of a request's body")
-    _add(parser, "--max-seconds", float, 30.0, "until a request's body has arrived")
-    _add(parser, "--max-megapixels", float, 32.0, "of an image")
-    _add(parser, "--max-images", int, 16, "of a request")
-    _add(parser, "--max-tasks", int, 1000, "that have a name")
-    _add(parser, "--max-ad-hoc", int, 100, "tasks without a name that are remembered")
-    _add(parser, "--max-classes", int, 1000, "of a task")
-    _add(parser, "--max-length", int, 200, "characters of a class name or a task's name")
-    _add(parser, "--drain-seconds", float, 30.0, "for what is under way, once the server is asked to stop")
+    _add(parser, "--max-concurrent-requests", int, 256, "requests at a time; the server answers more with 503")
+    _add(parser, "--max-mib", float, 8.0, "MiB of a request's body")
+    _add(parser, "--max-seconds", float, 30.0, "seconds in which a request's body must arrive")
+    _add(parser, "--max-megapixels", float, 32.0, "megapixels of an image")
+    _add(parser, "--max-images", int, 16, "images in a request")
+    _add(parser, "--max-tasks", int, 1000, "tasks with a name")
+    _add(parser, "--max-ad-hoc", int, 100, "tasks without a name that the server remembers")
+    _add(parser, "--max-classes", int, 1000, "class names in a task")
+    _add(parser, "--max-length", int, 200, "characters in a class name or a task's name")
+    _add(parser, "--drain-seconds", float, 30.0, "seconds to finish requests once the server is told to stop")
     parser.set_defaults(run=_serve)
 
 
@@ -102,7 +102,7 @@ def serve_options(args: argparse.Namespace):
     from hyperclip_fast.serving.task_registry import TaskLimits
 
     for name, value in vars(args).items():
-        least = 0 if name in ("port", "max_wait_ms", "drain_seconds", "max_ad_hoc") else 1
+        least: float = 0 if name in ("port", "max_wait_ms", "drain_seconds", "max_ad_hoc") else 1
         if name in ("max_mib", "max_seconds", "max_megapixels"):
             least = 0.001
         most = {"port": 65535, "max_classes": MAX_CLASSES, "max_length": MAX_CHARACTERS}.get(name, 10**9)

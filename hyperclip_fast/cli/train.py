@@ -3,26 +3,30 @@
 import argparse
 from pathlib import Path
 
+from hyperclip_fast.cli.arguments import add_command, add_device
 from hyperclip_fast.configs import shipped_configs
+
+DESCRIPTION = """Train a model. The same command continues a run that was stopped. To train in several processes, start
+the command with torchrun. It needs the extra train."""
+EXAMPLE = """example:
+  hyperclip train --config demo --out runs/demo
+"""
 
 
 def add_train(commands) -> None:
     """Add the command to the others."""
-    text = "train a model; a run that was stopped goes on where it was; start it by torchrun for several processes"
-    parser = commands.add_parser("train", help=text, description=text)
+    parser = add_command(commands, "train", "train a model", DESCRIPTION, EXAMPLE)
     names = ", ".join(shipped_configs())
-    text = f"YAML with the sections model, train and data; or a shipped one: {names}"
-    parser.add_argument("--config", required=True, metavar="FILE", help=text)
-    parser.add_argument("--out", required=True, metavar="DIR", help="the run's folder: log, checkpoint, model")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="in place of the config's, as train.lr=3e-4"
-    )
-    parser.add_argument("--steps", type=int, metavar="N", help="--set train.steps=N")
-    parser.add_argument("--seed", type=int, metavar="N", help="--set train.seed=N")
-    parser.add_argument(
-        "--smoke", action="store_true", help="a rehearsal in seconds: small model, made-up data, 4 steps"
-    )
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    text = f"a YAML file with sections model, train and data, or the name of a shipped one: {names}"
+    parser.add_argument("--config", required=True, help=text)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the log, the checkpoint and the model")
+    text = "change a value of the config, as in train.lr=3e-4; repeatable"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+    parser.add_argument("--steps", type=int, metavar="N", help="the same as --set train.steps=N")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same as --set train.seed=N")
+    text = "rehearse in seconds, with a small model, made-up data and 4 steps"
+    parser.add_argument("--smoke", action="store_true", help=text)
+    add_device(parser)
     parser.set_defaults(run=_train)
 
 
@@ -39,7 +43,7 @@ def _train(args: argparse.Namespace) -> int:
         if args.smoke:
             run = smoke(run, args.out, args.steps or 4, distributed.share())
             distributed.barrier(distributed.share().world)
-        trainer = Trainer(run.model, run.train, args.out, device=device, data=run.data)
+        trainer = Trainer(run, args.out, device)
         trainer.train()
     if trainer.stopped is not None:
         print(f"Stopped at step {trainer.step}; the same command goes on from there.")

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hyperclip_fast.data.preprocessing import HALF, Preprocessing
+
 
 def to_rgb(images: Tensor, background: int = 255) -> Tensor:
     """Pictures (B, 4, S, S) uint8 RGBA on a grey level of 0 ... 255 to (B, 3, S, S) float32 in [-1, 1]."""
@@ -19,6 +21,14 @@ def resize(images: Tensor, size: int) -> Tensor:
     if images.shape[-1] == size:
         return images
     return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+
+def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Images (B, 3, S, S) in [-1, 1], such as `to_rgb` makes, as a model with this preprocessing takes them."""
+    if preprocessing.mean == preprocessing.std == HALF:
+        return images
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+    return ((images + 1) / 2 - mean) / std
 
 
 def _unit_rgba(images: Tensor) -> Tensor:

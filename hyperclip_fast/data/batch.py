@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hyperclip_fast.utils.seeds import hash_seed
+from hyperclip_fast.utils.seeds import generator_of
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Share:
 def draw_sizes(shape: BatchShape, step: int) -> list[int]:
     """The number of classes of each task of a step."""
     low, high = shape.class_range
-    generator = torch.Generator().manual_seed(hash_seed(shape.seed, step, "sizes"))
+    generator = generator_of(shape.seed, step, "sizes")
     return torch.randint(low, high + 1, (shape.tasks_per_batch,), generator=generator).tolist()
 
 

@@ -21,7 +21,7 @@ from hyperclip_fast.data.batch import Batch, BatchShape, Share, draw_sizes, shar
 from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.data.image_files import class_folders, find_images
 from hyperclip_fast.data.loader import load
-from hyperclip_fast.utils.seeds import hash_seed, seeded
+from hyperclip_fast.utils.seeds import generator_of, hash_seed, seeded
 
 ATTEMPTS = 100  # images tried for one place of a batch, before a set counts as unreadable
 
@@ -170,7 +170,7 @@ class ImageSetSource(Dataset):
 
     def _labels(self, step: int, sizes: list[int]) -> list[int]:
         """An image of each class of each task of a step."""
-        generator = torch.Generator().manual_seed(hash_seed(self.shape.seed, step, "labels"))
+        generator = generator_of(self.shape.seed, step, "labels")
         chosen = []
         for size in sizes:
             for name in torch.randperm(len(self.names), generator=generator)[:size].tolist():
@@ -186,7 +186,7 @@ class ImageSetSource(Dataset):
     def _pair(self, position: int) -> int:
         epoch, place = divmod(position, len(self.images))
         if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(hash_seed(self.shape.seed, epoch, "epoch"))
+            generator = generator_of(self.shape.seed, epoch, "epoch")
             self._order = (epoch, torch.randperm(len(self.images), generator=generator))
         return int(self._order[1][place])
 

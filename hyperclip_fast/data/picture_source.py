@@ -24,6 +24,10 @@ from hyperclip_fast.utils.seeds import step_seed
 class Sampler(Protocol):
     """What a TaskSource draws from."""
 
+    @property
+    def names(self) -> Sequence[str]:
+        """Of all classes; `class_ids` of a batch are indices into them."""
+
     def batch(self, step: int) -> TaskBatch:
         """The whole mixed batch of a step; images are RGBA pictures, or (B, 3, S, S) float32 that are taken as is."""
 

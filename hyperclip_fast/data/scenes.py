@@ -18,10 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hyperclip_fast.data.augmentation import to_rgba
+from hyperclip_fast.data.batch import BatchShape, Share
 from hyperclip_fast.data.config import SCENES
 from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
+from hyperclip_fast.data.picture_source import TaskSource
 from hyperclip_fast.data.pictures import Pictures
 from hyperclip_fast.data.task_sampler import TaskBatch
+from hyperclip_fast.utils.seeds import step_seed
 
 OBJECT_GROUPS = ("activities", "animals", "food", "nature", "objects", "travel")
 COLOURS = {
@@ -68,6 +71,7 @@ TEMPLATES = {  # the last wording of each is for evaluation only
     "place": ("{} of the image", "at the {}", "placed at the {}", "found in the {}"),
 }
 EVALUATION = 999_983  # the step whose chance evaluation scenes have: no run is as long
+SALT = 0x5CE9E5  # apart from the chance that other pictures of the same step have
 FREE = 0.3  # of S: the least room in which left and right, or top and bottom, can be told apart
 
 
@@ -217,7 +221,7 @@ def _centre(third: Tensor, room: Tensor, noise: Tensor) -> Tensor:
 
 
 def _generator(seed: int, step: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) ^ 0x5CE9E5)  # Trainer's, without the salt
+    return torch.Generator().manual_seed(step_seed(seed, step) ^ SALT)
 
 
 class SceneSampler:
@@ -282,6 +286,18 @@ class SceneSampler:
         images = self.composer.render(scenes, generator)
         task_ids = torch.arange(tasks).repeat_interleave(classes)
         return TaskBatch(images, task_ids, class_ids, torch.zeros(len(images), dtype=torch.bool))
+
+
+def scene_source(
+    pictures: Pictures, shape: BatchShape, image_size: int, share: Share, attributes: Sequence[str] = ATTRIBUTES
+) -> TaskSource:
+    """Batches of scenes made of Pictures' training part.
+
+    Raises:
+        ValueError: as `SceneSampler`.
+    """
+    sampler = SceneSampler(pictures, shape.tasks_per_batch, shape.class_range[1], shape.seed, image_size, attributes)
+    return TaskSource(sampler, sampler.names, shape, image_size, share)
 
 
 def class_names(attribute: str, objects: Sequence[str], wording: int = 0) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from hyperclip_fast.data.batch import Batch, BatchShape, Share
 from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.data.loader import load
 from hyperclip_fast.utils.extras import require
-from hyperclip_fast.utils.seeds import hash_seed, seeded
+from hyperclip_fast.utils.seeds import generator_of, hash_seed, seeded
 
 Sample = dict[str, Any]
 MOST_BROKEN = 1000  # samples of one batch, before its shards count as unreadable
@@ -81,12 +81,12 @@ class ShardSource:
         positions = dict(state or {})
         for batch in load(_Stream(self, start % workers, positions), self.data.workers, self.pin):
             number, position = batch.state
-            positions = {**positions, number: tuple(position)}
+            positions = {**positions, number: Position(*position)}
             yield Batch(batch.images, batch.labels, batch.counts, batch.classes, batch.broken, positions)
 
     def order(self, epoch: int, slot: int) -> list[str]:
         """The shards of a slot in an epoch."""
-        generator = torch.Generator().manual_seed(hash_seed(self.shape.seed, epoch, "shards"))
+        generator = generator_of(self.shape.seed, epoch, "shards")
         return [self.urls[i] for i in torch.randperm(len(self.urls), generator=generator)[slot :: self.slots].tolist()]
 
 
@@ -138,7 +138,7 @@ def _samples(source: ShardSource, slot: int, position: Position) -> Iterator[tup
     """The samples of a slot from a position on, each with the position after it; None where a shard was cut short."""
     given = position.given
     for start, block in _blocks(source, slot, position):
-        generator = torch.Generator().manual_seed(hash_seed(source.shape.seed, slot, *start))
+        generator = generator_of(source.shape.seed, slot, *start)
         order = torch.randperm(len(block), generator=generator).tolist()
         for place in range(given, len(block)):
             yield block[order[place]], start._replace(given=place + 1)
@@ -178,8 +178,13 @@ def _in_order(source: ShardSource, slot: int, start: Position) -> Iterator[tuple
 def _shard(url: str) -> Iterator[Sample | None]:
     """The samples of one tar file; None where it cannot be read further."""
     errors: list[Exception] = []
+
+    def go_on(error: Exception) -> bool:
+        errors.append(error)
+        return True
+
     samples = require("webdataset.tariterators", "train").tarfile_samples
-    yield from samples([{"url": url}], handler=lambda error: errors.append(error) or True)
+    yield from samples([{"url": url}], handler=go_on)
     if errors:
         warnings.warn(f"skipped the rest of {url}: {errors[0]}", stacklevel=2)
         yield None

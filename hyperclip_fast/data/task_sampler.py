@@ -51,6 +51,7 @@ class TaskSampler:
         seed: int = 0,
         mixed_groups: float = 0.25,
     ):
+        self.names = pictures.names
         self.counts = torch.bincount(pictures.labels, minlength=len(pictures.names))
         self.present = self.counts.nonzero().flatten()
         if tasks_per_batch < 1:

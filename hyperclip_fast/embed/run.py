@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -21,6 +22,7 @@ from hyperclip_fast.embed.on_ray import run_on_ray
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
 from hyperclip_fast.task_bank import TaskBank, fingerprint
 from hyperclip_fast.tasks import AdaptedTask
+from hyperclip_fast.utils.class_names import check_named_tasks
 from hyperclip_fast.utils.files import UNFINISHED, remove_unfinished, write_file
 
 
@@ -53,7 +55,7 @@ def embed(
         index.json's content.
 
     Raises:
-        ValueError: for bad input, or a folder that holds another run.
+        ValueError: for bad input, such as a task that `check_task` refuses, or a folder that holds another run.
     """
     if ray_workers < 0 or threads < 1:
         raise ValueError(f"ray_workers must not be negative and threads at least 1, got {ray_workers} and {threads}")
@@ -61,13 +63,15 @@ def embed(
     items = find_items(paths)
     clip = tasks.model if isinstance(tasks, TaskBank) else load_model(model, config.device)
     names = _class_names(tasks)
+    if not names:
+        raise ValueError("tasks must hold at least one task, got none")
     table = None if manifest is None else read_manifest(manifest, items, names)
     _open_run(out, clip, names, items, table, config)
     bank = _bank(tasks, clip, out / "tasks.safetensors")
     parts = -(-len(items) // config.part_size)
     missing = [number for number in range(parts) if not part_path(out, number, config).exists()]
     if ray_workers:
-        done = run_on_ray((model, items, table, config, out, threads), missing, ray_workers)
+        done: Iterable[Any] = run_on_ray((model, items, table, config, out, threads), missing, ray_workers)
     else:
         done = map(Embedder(bank, items, table, config, out, threads).write, missing)
     for _ in tqdm(done, "embed", len(missing), unit="part", disable=None if progress else True):
@@ -78,6 +82,7 @@ def embed(
 def _class_names(tasks: Mapping[str, Sequence[str]] | TaskBank) -> dict[str, list[str]]:
     if isinstance(tasks, TaskBank):
         return {task: list(tasks.classes(task)) for task in tasks}
+    check_named_tasks(tasks)
     return {task: list(names) for task, names in tasks.items()}
 
 
@@ -88,8 +93,9 @@ def _bank(tasks: Mapping[str, Sequence[str]] | TaskBank, clip: HyperCLIP, path: 
         if isinstance(tasks, TaskBank) and not all(_same(tasks[name], bank[name]) for name in tasks):
             raise ValueError(f"tasks must be the bank that the run began with, {path} holds other rows or embeddings")
         return bank
-    bank = tasks
-    if not isinstance(tasks, TaskBank):
+    if isinstance(tasks, TaskBank):
+        bank = tasks
+    else:
         bank = TaskBank(clip)
         bank.add_many(tasks)
     bank.save(path)

@@ -7,7 +7,7 @@ from hyperclip_fast.utils.lazy import lazy_names
 if TYPE_CHECKING:
     from hyperclip_fast.data.held_out import EvalTask, group_of, held_out_tasks
     from hyperclip_fast.evaluation.swapping import (
-        ROWS,
+        ROW_SOURCES,
         accuracy,
         class_scores,
         mean_accuracy,
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "ROWS",
+    "ROW_SOURCES",
     "EvalTask",
     "accuracy",
     "class_scores",
@@ -34,7 +34,7 @@ __getattr__, __dir__ = lazy_names(
     {
         ".data.held_out": ("EvalTask", "group_of", "held_out_tasks"),
         "swapping": (
-            "ROWS",
+            "ROW_SOURCES",
             "accuracy",
             "class_scores",
             "mean_accuracy",

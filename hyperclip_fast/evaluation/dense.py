@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from hyperclip_fast.data.augmentation import to_rgb
+from hyperclip_fast.data.augmentation import normalize, to_rgb
 from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
 from hyperclip_fast.data.pictures import load_pictures
 from hyperclip_fast.evaluation.swapping import row_names
@@ -23,7 +23,7 @@ from hyperclip_fast.hyper_vit import HyperViT
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
 
-ROWS = ("right", "base", "wrong")
+ROW_SOURCES = ("right", "base", "wrong")
 COVERED = 0.25  # of a patch, for it to count as an object's
 
 
@@ -45,14 +45,17 @@ def compose(
     return to_rgb(rgba), per_scene, rgba[:, 3].float() / 255
 
 
-def _objects_a_side(model: HyperCLIP) -> int:
-    image = model.image
-    if not isinstance(image, HyperViT):
-        raise ValueError(f"model must have a VisionTransformer for dense evaluation, got {type(image).__name__}")
+def _vision_transformer(model: HyperCLIP) -> HyperViT:
+    if not isinstance(model.image, HyperViT):
+        raise ValueError(f"model must have a VisionTransformer for dense evaluation, got {type(model.image).__name__}")
+    return model.image
+
+
+def _objects_a_side(grid: tuple[int, int]) -> int:
     for side in (2, 3):
-        if not any(patches % side for patches in image.patch_embed.grid_size):
+        if not any(patches % side for patches in grid):
             return side
-    raise ValueError(f"model must have a multiple of 2 or 3 patches a side, got {image.patch_embed.grid_size}")
+    raise ValueError(f"model must have a multiple of 2 or 3 patches a side, got {grid}")
 
 
 def patch_embeddings(model: HyperCLIP, images: Tensor, params: NormParams) -> Tensor:
@@ -62,9 +65,14 @@ def patch_embeddings(model: HyperCLIP, images: Tensor, params: NormParams) -> Te
         model: whose image tower is a HyperViT.
         images: (B, 3, S, S).
         params: rows, with task ids (B,).
+
+    Raises:
+        ValueError: for rows without task ids, or another image tower.
     """
-    image = model.image
-    (features,) = image.forward_intermediates(images, 1, norm=True, intermediates_only=True, params=params)
+    if params.task_ids is None:
+        raise ValueError("params must have task ids, got none")
+    image = _vision_transformer(model)
+    (features,) = image.get_intermediate_layers(images, 1, reshape=True, norm=True, params=params)
     tokens = features.permute(0, 2, 3, 1)  # (B, h, w, D)
     alone = tokens.reshape(-1, 1, tokens.shape[-1]).expand(-1, 1 + image.num_prefix_tokens, -1)  # whatever the pooling
     ids = params.task_ids.repeat_interleave(tokens.shape[1] * tokens.shape[2])
@@ -108,7 +116,7 @@ def figures(scores: Tensor, labels: Tensor) -> tuple[float, float]:
 def dense_scores(
     model: HyperCLIP, tasks: Sequence[EvalTask] | None = None, classes: int = 10, scenes: int = 24, seed: int = 0
 ) -> dict[str, Any]:
-    """mIoU and pointing accuracy for each of ROWS, averaged over tasks.
+    """mIoU and pointing accuracy for each of ROW_SOURCES, averaged over tasks.
 
     Args:
         model: in eval mode.
@@ -121,7 +129,8 @@ def dense_scores(
         ValueError: for an image tower that is no VisionTransformer, whose patches a side are a multiple of neither 2
             nor 3, or tasks without enough names.
     """
-    side = _objects_a_side(model)
+    grid = _vision_transformer(model).patch_embed.grid_size
+    side = _objects_a_side(grid)
     if tasks is None:
         tasks = held_out_tasks(load_pictures(("openmoji",)), classes)
     tasks = [task for task in tasks if len(task.class_names) >= side * side]
@@ -130,15 +139,16 @@ def dense_scores(
     generator = torch.Generator().manual_seed(seed)
     drawn = [compose(task, scenes, model.image_size, generator, side) for task in tasks]
     result: dict[str, Any] = {"tasks": len(tasks), "scenes": scenes * len(tasks), "objects": side * side}
-    result["guessing"] = _guessing(tasks, drawn, model.image.patch_embed.grid_size)
+    result["guessing"] = _guessing(tasks, drawn, grid)
     base = model.image.base_params
-    for row in ROWS:
+    for row in ROW_SOURCES:
         params = base if row == "base" else model.adapt(row_names(tasks, row))
         found = []
         for t, (task, (images, which, cover)) in enumerate(zip(tasks, drawn)):
             ids = torch.full((len(images),), 0 if row == "base" else t)
-            patches = patch_embeddings(model, images.to(model.device), params[ids])
-            labels = patch_labels(which, cover, patches.shape[1:3])
+            images = normalize(images, model.preprocessing).to(model.device)
+            patches = patch_embeddings(model, images, params[ids])
+            labels = patch_labels(which, cover, grid)
             found.append(figures((patches @ model.encode_text(task.class_names).T).cpu(), labels))
         miou, pointing = (sum(values) / len(values) for values in zip(*found))
         result[row] = {"miou": miou, "pointing": pointing}
@@ -161,6 +171,6 @@ def dense_table(result: dict[str, Any]) -> str:
         f"{result['scenes']} scenes of {result['objects']} objects, {result['tasks']} tasks",
         f"{'row':<10}{'mIoU':>8}{'pointing':>10}",
     ]
-    lines += [f"{row:<10}{result[row]['miou']:>8.1%}{result[row]['pointing']:>10.1%}" for row in ROWS]
+    lines += [f"{row:<10}{result[row]['miou']:>8.1%}{result[row]['pointing']:>10.1%}" for row in ROW_SOURCES]
     lines += [f"{'guessing':<10}{result['guessing']['miou']:>8.1%}{result['guessing']['pointing']:>10.1%}"]
     return "\n".join(lines)

@@ -9,7 +9,7 @@ scenes          held-out objects' scenes under six attributes
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
 from hyperclip_fast.data.image_files import load_image
 from hyperclip_fast.data.openmoji import load_skin_tones
 from hyperclip_fast.data.pictures import load_pictures
-from hyperclip_fast.data.preprocessing import Preprocessing
+from hyperclip_fast.data.preprocessing import HALF, Preprocessing
 from hyperclip_fast.data.scenes import VALUES, scene_tasks
 from hyperclip_fast.utils.extras import require
 
@@ -43,17 +43,19 @@ class EvalSet:
     groups: list[tuple[str, ...]] | None = None
 
 
-def load_eval_set(source: str, size: int, classes: int = 10) -> EvalSet:
+def load_eval_set(source: str, preprocessing: Preprocessing, classes: int = 10) -> EvalSet:
     """A data set by its name or place.
 
     Args:
         source: one of BUILT_IN, a folder of class folders, a folder with tar shards, or one tar file.
-        size: S of the images in pixels.
+        preprocessing: the model's; its mean and std come later, since tasks hold pixels.
         classes: class names of a task, for openmoji.
 
     Raises:
         ValueError: for something else, or classes without images.
     """
+    preprocessing = replace(preprocessing, mean=HALF, std=HALF)
+    size = preprocessing.size
     if source == "openmoji":
         return EvalSet(source, held_out_tasks(load_pictures(("openmoji",)), classes))
     if source == "digits":
@@ -65,9 +67,9 @@ def load_eval_set(source: str, size: int, classes: int = 10) -> EvalSet:
         return EvalSet(source, [EvalTask(source, names, images, labels)], [tones])
     path = Path(source)
     if path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar"))):
-        return EvalSet(path.stem, [_read_shards(path, size)])
+        return EvalSet(path.stem, [_read_shards(path, preprocessing)])
     if path.is_dir():
-        return EvalSet(path.name, [_read_folder(path, size)])
+        return EvalSet(path.name, [_read_folder(path, preprocessing)])
     raise ValueError(f"data must be a folder, a tar file or one of {', '.join(BUILT_IN)}, got {source}")
 
 
@@ -80,21 +82,21 @@ def _one_a_question(tasks: list[EvalTask]) -> list[EvalTask]:
     return [EvalTask("object", names, torch.cat([task.images for task in objects]), labels), *others]
 
 
-def _read_folder(path: Path, size: int) -> EvalTask:
+def _read_folder(path: Path, preprocessing: Preprocessing) -> EvalTask:
     found = read_folder(path)
     names = tuple(sorted(set(found.texts)))
     files = tqdm(found.files, desc="images", unit="image", disable=None)
-    images = torch.stack([to_rgba(load_image(file, Preprocessing(size))) for file in files])
+    images = torch.stack([to_rgba(load_image(file, preprocessing)) for file in files])
     return EvalTask(path.name, names, images, torch.tensor([names.index(text) for text in found.texts]))
 
 
-def _read_shards(path: Path, size: int) -> EvalTask:
+def _read_shards(path: Path, preprocessing: Preprocessing) -> EvalTask:
     folder = path if path.is_dir() else path.parent
     known = folder / "classnames.txt"
     names = known.read_text(encoding="utf-8").splitlines() if known.is_file() else []
     images, texts = [], []
     for image, text in _samples(path):
-        images.append(to_rgba(load_image(image, Preprocessing(size))))
+        images.append(to_rgba(load_image(image, preprocessing)))
         texts.append(text)
     if not images:
         raise ValueError(f"data must be shards with samples of an image and a .cls, {path} has none")

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hyperclip_fast.data.augmentation import resize, to_rgb
+from hyperclip_fast.data.augmentation import normalize, resize, to_rgb
 from hyperclip_fast.data.held_out import EvalTask
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
 
-ROWS = ("right", "base", "wrong", "shuffled", "generic")
+ROW_SOURCES = ("right", "base", "wrong", "shuffled", "generic")
 GENERIC = "an object"
 ELSEWHERE = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")  # wrong names for a task that stands alone
 
@@ -48,8 +48,8 @@ def class_scores(
     Raises:
         ValueError: for another word in `row`.
     """
-    if row not in ROWS:
-        raise ValueError(f"row must be one of {ROWS}, got {row!r}")
+    if row not in ROW_SOURCES:
+        raise ValueError(f"row must be one of {ROW_SOURCES}, got {row!r}")
     features, mask = model.stack_tasks([task.class_names for task in tasks])
     classes = model.project_text(features)
     params = _rows(model, tasks, row)
@@ -60,7 +60,8 @@ def class_scores(
     for start in tqdm(starts, desc=f"row: {row}", unit="batch", disable=None if progress else True):
         ids = task_ids[start : start + batch_size]
         batch = resize(to_rgb(images[start : start + batch_size]), model.image_size)
-        batch = (batch if change is None else change(batch, start)).to(model.device)
+        batch = batch if change is None else change(batch, start)
+        batch = normalize(batch, model.preprocessing).to(model.device)
         part = torch.einsum("be,bke->bk", model.encode_image(batch, params[ids]), classes[ids])
         scores.append(part.masked_fill(~mask[ids], -torch.inf).cpu())
     by_task = torch.cat(scores).split([len(task.images) for task in tasks])
@@ -97,8 +98,8 @@ def row_names(tasks: Sequence[EvalTask], row: str) -> list[tuple[str, ...]]:
     Raises:
         ValueError: for another row.
     """
-    if row not in ROWS or row == "base":
-        raise ValueError(f"row must be one of {[name for name in ROWS if name != 'base']}, got {row!r}")
+    if row not in ROW_SOURCES or row == "base":
+        raise ValueError(f"row must be one of {[name for name in ROW_SOURCES if name != 'base']}, got {row!r}")
     if row == "wrong" and len(tasks) == 1:
         return [ELSEWHERE]
     half = len(tasks) // 2
@@ -137,9 +138,9 @@ def swap_test(
     tasks: Sequence[EvalTask],
     batch_size: int = 128,
     progress: bool = False,
-    rows: Sequence[str] = ROWS,
+    rows: Sequence[str] = ROW_SOURCES,
 ) -> dict[str, dict[str, float]]:
-    """Accuracy by task, for each of `rows`, some of ROWS."""
+    """Accuracy by task, for each of `rows`, some of ROW_SOURCES."""
     training = model.training
     model.eval()
     try:

@@ -1,7 +1,8 @@
 """Zero-shot figures of a model on a data set, in the shape of CLIP_benchmark's JSON.
 
-For each norm row (see evaluation.ROWS) and each corruption: top-1 and top-5 accuracy, mean recall of the classes, and
-where images have groups the accuracy of the worst, as DataComp reports it. Figures are averaged over a set's tasks.
+For each norm row (see `evaluation.ROW_SOURCES`) and each corruption: top-1 and top-5 accuracy, mean recall of the
+classes, and where images have groups the accuracy of the worst, as DataComp reports it. Figures are averaged over a
+set's tasks.
 """
 
 from collections.abc import Callable, Sequence
@@ -66,7 +67,7 @@ def evaluate(
     Args:
         model: in eval mode.
         data: what to classify.
-        rows: some of evaluation.ROWS.
+        rows: some of evaluation.ROW_SOURCES.
         corruptions: some of corruptions.CORRUPTIONS.
         batch_size: images in a forward pass.
         name: of the model, for the records.

@@ -20,6 +20,7 @@ from torch import Tensor
 from hyperclip_fast.export.graphs import Graph
 from hyperclip_fast.utils.extras import require
 from hyperclip_fast.utils.files import written_file
+from hyperclip_fast.utils.private_api import compile_and_package, load_package
 
 TOLERANCE = 1e-4  # of the largest value of an output
 LARGEST = 64  # images, tasks' rows or class names that an ExecuTorch file takes: it plans its memory beforehand
@@ -64,7 +65,6 @@ def export(graph: Graph, path: str | Path, format: str = "onnx") -> float:
             error = _error(graph, chosen.load(beside))
         if not error <= TOLERANCE:
             raise ValueError(f"{format} must compute what PyTorch does within {TOLERANCE}, got {error:.1e}")
-        beside.chmod(0o644)  # some writers let only us read it
     return error
 
 
@@ -106,6 +106,7 @@ def _write_onnx(graph: Graph, path: Path) -> None:
         dynamo=True,
         verbose=False,
     )
+    assert program is not None  # dynamo=True returns one
     program.model.metadata_props.update(graph.metadata)
     path.write_bytes(program.model_proto.SerializeToString())
 
@@ -132,11 +133,11 @@ def _load_torch(path: Path) -> Runner:
 
 def _write_aoti(graph: Graph, path: Path) -> None:
     options = {"aot_inductor.metadata": graph.metadata}
-    torch._inductor.aoti_compile_and_package(_traced(graph), package_path=str(path), inductor_configs=options)
+    compile_and_package(_traced(graph), str(path), options)
 
 
 def _load_aoti(path: Path) -> Runner:
-    return _as_tuple(torch._inductor.aoti_load_package(str(path)))
+    return _as_tuple(load_package(str(path)))
 
 
 def _write_executorch(graph: Graph, path: Path) -> None:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hyperclip_fast.hyper_encoder import HyperEncoder
+from hyperclip_fast.hyper_vit import HyperViT
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.version import __version__
@@ -53,6 +55,9 @@ class SpecializedTower(nn.Module):
         logit_bias: a scalar.
     """
 
+    classifier: Tensor
+    bias: Tensor
+
     def __init__(self, encoder: nn.Module, class_embeddings: Tensor, logit_scale: Tensor, logit_bias: Tensor):
         super().__init__()
         self.encoder = encoder
@@ -66,7 +71,7 @@ class SpecializedTower(nn.Module):
 class MixedTower(nn.Module):
     """Images (B, 3, S, S), table (T, P) and task_ids (B,) to embeddings (B, E) of length 1."""
 
-    def __init__(self, encoder: nn.Module):
+    def __init__(self, encoder: HyperViT | HyperEncoder):
         super().__init__()
         self.encoder = encoder
 

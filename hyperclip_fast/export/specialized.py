@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
@@ -32,8 +33,7 @@ def save_specialized(model: HyperCLIP, class_names: Sequence[str], out: str | Pa
     out = Path(out)
     with written_folder(out) as beside:
         encoder = _specialized(model, class_names)
-        save_for_hf(encoder, beside, model_args=_model_args(model), safe_serialization=True)
-        (beside / "model.safetensors").chmod(0o644)  # safetensors' own writer lets only us read it
+        save_for_hf(encoder, str(beside), model_args=_model_args(model), safe_serialization=True)
         _save_classes(model, class_names, beside)
     return out
 
@@ -78,7 +78,7 @@ def push_specialized(
 
 
 def _specialized(model: HyperCLIP, class_names: Sequence[str]) -> nn.Module:
-    encoder = model.specialize(class_names)
+    encoder: Any = model.specialize(class_names)  # timm's attributes are not nn.Module's
     encoder.pretrained_cfg = {
         **encoder.pretrained_cfg,
         **model.preprocessing.timm_config(),
@@ -87,7 +87,7 @@ def _specialized(model: HyperCLIP, class_names: Sequence[str]) -> nn.Module:
     return encoder
 
 
-def _model_args(model: HyperCLIP) -> dict[str, int | float | str]:
+def _model_args(model: HyperCLIP) -> dict[str, Any]:
     kwargs = model.config.timm_kwargs()
     kwargs.pop("num_classes")  # timm keeps it apart
     return kwargs

@@ -12,6 +12,7 @@ the first calls of `encode_text` would need no wrapper, but a state that no call
 import functools
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ def register() -> None:
         return
     models.TYPE2FUNC["hyperclip"] = load
     models.MODEL_TYPES.append("hyperclip")
-    metrics = require("clip_benchmark.metrics.zeroshot_classification", "clip_benchmark")
+    metrics: Any = require("clip_benchmark.metrics.zeroshot_classification", "clip_benchmark")
     metrics.evaluate = _specializing(metrics.evaluate)
     try:
         metrics.accuracy(torch.eye(2), torch.arange(2))

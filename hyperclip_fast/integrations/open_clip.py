@@ -10,6 +10,7 @@ before it (as in training); the norm row is the same in both.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.text import TextTower, average_prompts
-from hyperclip_fast.utils.class_names import check_task
+from hyperclip_fast.utils.class_names import check_class_names
 from hyperclip_fast.utils.extras import require
 
 Template = str | Callable[[str], str]
@@ -80,8 +81,9 @@ class OpenCLIPModel(nn.Module):
 
     def __init__(self, model: HyperCLIP, params: NormParams):
         super().__init__()
-        self.visual = model.stock_model(params)
-        self.visual.image_size = (model.image_size, model.image_size)
+        visual: Any = model.stock_model(params)
+        visual.image_size = (model.image_size, model.image_size)
+        self.visual = visual
         self.text = PromptEncoder(model.text_tower, model.text_projection)
         self.logit_scale = nn.Parameter(model.logit_scale.detach().clone())  # the logarithm, as open_clip's
         self.logit_bias = nn.Parameter(model.logit_bias.detach().clone())
@@ -123,12 +125,13 @@ def to_open_clip(
 
     Args:
         model: in eval mode.
-        class_names: the task; None: the base row, adapted to nothing.
+        class_names: the task; a name may come twice, as in ImageNet's; None: the base row, adapted to nothing.
         templates: prompts: strings with one "{}" or "{c}" or functions of a name, or a mapping of each name to its
             prompts; None: the model's own.
 
     Raises:
-        ValueError: for no class names, a template without a place for the name, or a name without prompts.
+        ValueError: for no class names, a template without a place for the name, a name without prompts, or a model
+            whose preprocessing open_clip does not have.
         ImportError: where open_clip is missing.
     """
     transform = require("open_clip.transform", "clip")
@@ -137,6 +140,8 @@ def to_open_clip(
         params = model.rows(prompt_features(model, class_names, templates)[None])
     adapter = OpenCLIPModel(model, params).eval()
     ours = model.preprocessing
+    if ours.crop_pct != 1:
+        raise ValueError(f"model.config.crop_pct must be 1, as open_clip crops no other share, got {ours.crop_pct}")
     preprocess = transform.PreprocessCfg(ours.size, mean=ours.mean, std=ours.std, interpolation=ours.interpolation)
     require("open_clip.model", "clip").set_model_preprocess_cfg(adapter, asdict(preprocess))
     return adapter, transform.image_transform_v2(preprocess, is_train=False), PromptTokenizer(model.text_tower)
@@ -144,7 +149,7 @@ def to_open_clip(
 
 def prompt_features(model: HyperCLIP, class_names: Sequence[str], templates: Templates | None) -> Tensor:
     """What the hypernetwork reads (K, E_text): each class's prompts, averaged as the text tower averages its own."""
-    check_task(class_names)
+    check_class_names(class_names)
     if templates is None:
         return model.text_features(class_names)
     prompts = [_prompts(name, templates) for name in class_names]

@@ -1,6 +1,6 @@
 """The HTTP server: routes over a Service, which holds the tasks, the batcher and what decodes images.
 
-    body -> places and limits -> task (taken here, kept whatever happens to it) -> decoding threads -> batcher -> model
+    body -> limits -> task (taken here, kept whatever happens to it) -> decoding threads -> batcher -> model
 
 Everything but decoding and the model runs on the event loop.
 """
@@ -300,9 +300,10 @@ async def _question(request: Request, service: Service) -> Question:
 
 
 async def _uploads(form: FormData) -> list[bytes]:
-    files = form.getlist("image")
-    if not files or not all(isinstance(file, UploadFile) for file in files):
-        raise RequestError(422, "bad_image", "image must be a file, or several, got " + ("text" if files else "none"))
+    parts = form.getlist("image")
+    files = [part for part in parts if isinstance(part, UploadFile)]
+    if not files or len(files) < len(parts):
+        raise RequestError(422, "bad_image", "image must be a file, or several, got " + ("text" if parts else "none"))
     return [await file.read() for file in files]
 
 

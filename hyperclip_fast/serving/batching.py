@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,9 @@ class ModelThread:
 
     def __init__(self, model: HyperCLIP, threads: int | None = None):
         self.model = model
-        limit = {} if threads is None else {"initializer": torch.set_num_threads, "initargs": (threads,)}
+        limit: dict[str, Any] = {}
+        if threads is not None:
+            limit = {"initializer": torch.set_num_threads, "initargs": (threads,)}
         self._thread = ThreadPoolExecutor(1, "model", **limit)
 
     async def make(self, classes: Sequence[str]) -> AdaptedTask:
@@ -94,12 +97,8 @@ class Batcher:
         observe: Callable[[int, int], None] | None = None,
     ):
         self._classify, self._observe = classify, observe
-        self._max_batch, self._max_wait, self._mix, self._max_concurrent_batches = (
-            max_batch,
-            max_wait,
-            mix,
-            max_concurrent_batches,
-        )
+        self._max_batch, self._max_wait, self._mix = max_batch, max_wait, mix
+        self._max_concurrent_batches = max_concurrent_batches
         self._waiting: deque[_Waiting] = deque()
         self._unanswered: set[asyncio.Future] = set()
         self._some, self._full, self._forming = asyncio.Event(), asyncio.Event(), asyncio.Lock()

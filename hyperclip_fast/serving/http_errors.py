@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -33,11 +34,11 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _internal)
 
 
-async def _request_error(request: Request, error: RequestError) -> JSONResponse:
+async def _request_error(request: Request, error: Any) -> JSONResponse:
     return error_response(error.status, error.code, error.message, error.headers)
 
 
-async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
+async def _http_error(request: Request, error: Any) -> JSONResponse:
     code = getattr(error, "code", None) or HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
     message = error.detail
     if error.status_code in (404, 405):
@@ -45,7 +46,7 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     return error_response(error.status_code, code, message, error.headers)
 
 
-async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+async def _invalid(request: Request, error: Any) -> JSONResponse:
     parts = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:5]]
     return error_response(422, "invalid", "; ".join(parts))
 

@@ -1,6 +1,7 @@
 """What the server counts and times."""
 
 import time
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,7 +12,7 @@ class Metrics:
 
     def __init__(self):
         self.collection = CollectorRegistry()
-        made = {"registry": self.collection, "namespace": "hyperclip"}
+        made: dict[str, Any] = {"registry": self.collection, "namespace": "hyperclip"}
         labels = ("method", "route", "status")
         self.requests = Counter("requests", "Requests answered", labels, **made)
         self.seconds = Histogram("request_seconds", "From a request's headers to its answer", ("route",), **made)

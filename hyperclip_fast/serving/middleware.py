@@ -1,6 +1,6 @@
-"""What stands before the routes: names that are answered, places for requests, how large and slow a body may be.
+"""What stands before the routes: names that are answered, how many requests, how large and slow a body may be.
 
-A request that may carry a body takes a place before its body is read, so that the places bound the memory that uploads
+A request that may carry a body counts before its body is read, so that their number bounds the memory that uploads
 take. The body is counted as it comes: a Content-Length is only believed where it already says too much.
 """
 
@@ -40,11 +40,11 @@ class KnownHosts:
 
 
 class Limited:
-    """Refuses requests beyond the places there are, and bodies that are too large or too slow.
+    """Refuses requests beyond a number, and bodies that are too large or too slow.
 
     Args:
         app: what comes behind.
-        metrics: where the places taken are shown.
+        metrics: where the requests under way are shown.
         max_concurrent_requests: requests with a body that may be under way at a time.
         max_bytes: of a body.
         max_seconds: until a body has arrived.

@@ -7,6 +7,7 @@ and adds and saves them as the server on one machine does.
 """
 
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -102,7 +103,9 @@ class Ingress:
 def build_app(args: RayOptions) -> Application:
     """The application for `serve run`, `serve build` or `ray.serve.run`."""
     resources = {"num_cpus": args.cpus, "num_gpus": args.gpus}
-    replicas = ModelReplica.options(num_replicas=args.replicas, ray_actor_options=resources)
+    replica: Any = ModelReplica  # a Deployment, by the decorator
+    replicas = replica.options(num_replicas=args.replicas, ray_actor_options=resources)
     most = 2 * args.max_concurrent_requests  # more than the server takes: its health is always answered
-    ingress = Ingress.options(max_ongoing_requests=most)
+    web: Any = Ingress
+    ingress = web.options(max_ongoing_requests=most)
     return ingress.bind(replicas.bind(args.model, args.device), args)

@@ -163,7 +163,8 @@ class TaskRegistry:
                 await asyncio.wait_for(self._closing.wait(), pause)
             self._changed = False
             try:
-                await asyncio.to_thread(self._save, dict(self._named))
+                if self._save is not None:
+                    await asyncio.to_thread(self._save, dict(self._named))
                 pause = self._delay
             except Exception:  # not the disk's alone: a GPU may lack the room to gather rows; no change is forgotten
                 self.failed_saves += 1

@@ -6,11 +6,11 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
 
 from hyperclip_fast.configs import shipped_configs
+from hyperclip_fast.data.batch import BatchShape
 from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.hyperclip import HyperCLIPConfig, config_from_dict
 from hyperclip_fast.utils.typed_config import check_choice, check_types, from_dict
@@ -117,16 +117,30 @@ class TrainConfig:
     @property
     def class_range(self) -> tuple[int, int]:
         """The least and the most classes of a task."""
-        sizes = self.classes_per_task
-        return (sizes, sizes) if isinstance(sizes, int) else sizes
+        return self.batch_shape.class_range
+
+    @property
+    def batch_shape(self) -> BatchShape:
+        """What a source needs to know of these."""
+        return BatchShape(self.tasks_per_batch, self.classes_per_task, self.seed, self.mixed_groups)
 
 
-class RunConfig(NamedTuple):
-    """The three sections of a file."""
+@dataclass(frozen=True)
+class RunConfig:
+    """The three sections of a file.
 
-    model: HyperCLIPConfig
-    train: TrainConfig
-    data: DataConfig
+    Args:
+        model: what is trained.
+        train: how.
+        data: on what; OpenMoji and digits where nothing else is said.
+    """
+
+    model: HyperCLIPConfig = field(default_factory=HyperCLIPConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+SECTIONS = tuple(section.name for section in fields(RunConfig))
 
 
 def load_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
@@ -144,7 +158,7 @@ def load_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
     path = _find_config(path)
     try:
         sections = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(sections, dict) or not set(sections) <= set(RunConfig._fields):
+        if not isinstance(sections, dict) or not set(sections) <= set(SECTIONS):
             got = sections if sections else "nothing"
             raise ValueError(f"config must have the sections model and train, or data, too, got {got}")
         for change in changes:
@@ -170,6 +184,6 @@ def _find_config(path: str | Path) -> Path:
 def _parse_change(change: str) -> tuple[str, str, str]:
     place, equals, value = change.partition("=")
     section, dot, key = place.strip().partition(".")
-    if not equals or not dot or section not in RunConfig._fields:
-        raise ValueError(f"--set must be section.key=value with a section of {RunConfig._fields}, got {change!r}")
+    if not equals or not dot or section not in SECTIONS:
+        raise ValueError(f"--set must be section.key=value with a section of {SECTIONS}, got {change!r}")
     return section, key, value

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from hyperclip_fast.data.batch import Share
+from hyperclip_fast.utils.private_api import copy_each
 
 
 @contextlib.contextmanager
@@ -78,7 +80,7 @@ def average_gradients(parameters: Sequence[nn.Parameter], world: int) -> None:
         distributed.all_reduce(flat)
         flat /= world
         pieces = flat.split([grad.numel() for grad in grads])
-        torch._foreach_copy_(grads, [piece.view_as(grad) for piece, grad in zip(pieces, grads)])
+        copy_each(grads, [piece.view_as(grad) for piece, grad in zip(pieces, grads)])
 
 
 def mean(values: dict[str, Tensor], world: int) -> dict[str, float]:
@@ -113,7 +115,7 @@ def barrier(world: int) -> None:
         distributed.barrier()
 
 
-def wrap(objective: nn.Module, parallel: str, world: int) -> nn.Module:
+def wrap(objective: Any, parallel: str, world: int) -> nn.Module:
     """An objective whose backward leaves the mean gradients of all processes: by DDP, or by FSDP2, in place.
 
     FSDP2 keeps the blocks of a trained text tower in shards of their own; all other parameters are gathered once a
@@ -157,9 +159,9 @@ def load_states(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[
 
 def is_sharded(value: Tensor) -> bool:
     """Whether FSDP holds this tensor in shards."""
-    return hasattr(value, "full_tensor")
+    return isinstance(value, DTensor)
 
 
 def whole(value: Tensor) -> Tensor:
     """A tensor in one piece where FSDP holds it in shards."""
-    return value.full_tensor() if is_sharded(value) else value
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,21 +1,29 @@
-"""The gradients of a whole batch with a part of it in memory at a time (GradCache, arXiv 2101.06983)."""
+"""The gradients of a whole batch with a part of it in memory at a time (GradCache, arXiv 2101.06983).
+
+Every image is compared with every class of its task, so a part's loss alone would not do. All images are embedded
+without a graph, and the loss gives the gradient at each embedding. Each part is then run again with a graph that starts
+from its share of that gradient. Rows are generated once; the parts' gradients at the rows add up and go through the
+hypernetwork in one pass. A text tower that is trained runs in parts, too. Running statistics of BatchNorms move in the
+second pass only, once a part.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.training.objective import Inputs, Objective
+from hyperclip_fast.utils.private_api import BatchNorm
 from hyperclip_fast.utils.seeds import hash_seed
 
 
 def backward_in_parts(
     objective: Objective, inputs: Inputs, parts: int, seed: int, scaled: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of a whole batch with a part of it in memory at a time; see the module's text.
+    """Loss and gradients of a batch, in parts; see the module's text.
 
     Args:
         objective: not wrapped; gradients are added to its parameters' own.
@@ -28,26 +36,30 @@ def backward_in_parts(
         Loss and accuracy, without a graph.
     """
     parts = min(parts, len(inputs.images))
-    model, texts = objective.model, _split(inputs.texts, parts) if inputs.table is None else []
+    texts = _split(inputs.texts, parts) if inputs.table is None else []
     images = list(zip(inputs.images.tensor_split(parts), inputs.task_ids.tensor_split(parts)))
+
+    def encode(i: int) -> Tensor:
+        torch.manual_seed(hash_seed(seed, i))
+        return objective.text_features(texts[i])
+
     table = inputs.table
     if table is None:
-        table = _without_graph([lambda i=i, t=t: _texts(objective, t, hash_seed(seed, i)) for i, t in enumerate(texts)])
-    features = objective.spread(table, inputs)
+        table = _without_graph([partial(encode, i) for i in range(len(texts))])
+    features = objective.gather_text_features(table, inputs)
     leaf = features.detach().requires_grad_(features.requires_grad)
-    with objective.autocast():
-        params, classes = model.rows(leaf, inputs.mask), model.project_text(leaf)
+    params, classes = objective.rows_and_classes(leaf, inputs.mask)
     rows = params.table.detach().requires_grad_(params.table.requires_grad)
 
     def embed(i: int) -> Tensor:
         torch.manual_seed(hash_seed(seed, i))
-        with objective.autocast():
-            return model.encode_image(images[i][0], NormParams(params.spec, rows, images[i][1]))
+        return objective.embed_images(images[i][0], NormParams(params.spec, rows, images[i][1]))
 
-    with _statistics_kept(model.image):
-        embeddings = _without_graph([lambda i=i: embed(i) for i in range(parts)])
-    loss, accuracy = objective.compare(embeddings, classes, inputs)
+    with _statistics_kept(objective):
+        embeddings = _without_graph([partial(embed, i) for i in range(parts)])
+    loss, accuracy = objective.loss_and_accuracy(embeddings, classes, inputs)
     scaled(loss).backward()
+    assert embeddings.grad is not None  # backward has just written it
     for i, grad in enumerate(embeddings.grad.tensor_split(parts)):
         if (again := embed(i)).requires_grad:
             again.backward(grad)
@@ -55,20 +67,15 @@ def backward_in_parts(
         params.table.backward(rows.grad)
     if leaf.grad is not None:
         features.backward(leaf.grad)
-        for i, (part, grad) in enumerate(zip(texts, table.grad.split([len(part) for part in texts]))):
-            _texts(objective, part, hash_seed(seed, i)).backward(grad)
+        grads = () if table.grad is None else table.grad.split([len(part) for part in texts])
+        for i, grad in enumerate(grads):
+            encode(i).backward(grad)
     return loss.detach(), accuracy
 
 
 def _split(texts: tuple[str, ...], parts: int) -> list[tuple[str, ...]]:
     size = -(-len(texts) // parts)
     return [texts[start : start + size] for start in range(0, len(texts), size)]
-
-
-def _texts(objective: Objective, texts: tuple[str, ...], seed: int) -> Tensor:
-    torch.manual_seed(seed)
-    with objective.autocast():
-        return objective.model.text_features(texts)
 
 
 def _without_graph(parts: list[Callable[[], Tensor]]) -> Tensor:
@@ -78,9 +85,9 @@ def _without_graph(parts: list[Callable[[], Tensor]]) -> Tensor:
 
 
 @contextmanager
-def _statistics_kept(tower: nn.Module) -> Iterator[None]:
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
     """BatchNorms in training mode use the batch's statistics, and their running ones stay as they are."""
-    norms = [part for part in tower.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+    norms = [part for part in module.modules() if isinstance(part, BatchNorm) and part.track_running_stats]
     norms = [norm for norm in norms if norm.training]
     for norm in norms:
         norm.track_running_stats = False

@@ -1,20 +1,19 @@
-"""One training step's forward and backward: class names -> rows -> images -> loss, in one pass or in parts.
+"""One training step's forward pass: class names -> rows -> images -> loss.
 
-In parts, the gradients are still those of the whole batch, though every image is compared with every class of its task:
-all images are embedded without a graph, the loss gives the gradient at each embedding, and each part is then run again
-with a graph that starts from its share of that gradient (GradCache, arXiv 2101.06983). Rows are generated once; the
-parts' gradients at the rows add up and go through the hypernetwork in one pass. A text tower that is trained runs in
-parts, too. Running statistics of BatchNorms move in the second pass only, once a part.
+`Objective.forward` runs its stages one after the other; `grad_cache` runs the same stages in parts.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hyperclip_fast.data.batch import Batch, Share
 from hyperclip_fast.hyperclip import HyperCLIP
+from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.training.distributed import gather_texts
 from hyperclip_fast.training.losses import siglip_loss
 
@@ -65,7 +64,7 @@ class Inputs:
             row[: len(task)] = torch.tensor([places[text] for text in task])
         padded = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
         paired = sizes == batch.counts and torch.equal(batch.labels, torch.cat([torch.arange(n) for n in sizes]))
-        move = {"device": device, "non_blocking": True}
+        move: dict[str, Any] = {"device": device, "non_blocking": True}
         return cls(
             images=batch.images.to(**move),
             task_ids=batch.task_ids.to(**move),
@@ -95,34 +94,49 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.share, self.spans, self.chunk, self.precision = model, share, spans, chunk, precision
 
-    def autocast(self) -> AbstractContextManager:
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Loss of a batch and its accuracy within the tasks."""
+        table = self.text_features(inputs.texts) if inputs.table is None else inputs.table
+        params, classes = self.rows_and_classes(self.gather_text_features(table, inputs), inputs.mask)
+        images = self.embed_images(inputs.images, params[inputs.task_ids])
+        return self.loss_and_accuracy(images, classes, inputs)
+
+    def _autocast(self) -> AbstractContextManager:
         """The precision of the towers."""
         dtype = AUTOCAST.get(self.precision)
         return torch.autocast(self.model.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
-    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Loss of a batch and its accuracy within the tasks."""
-        with self.autocast():
-            table = self.model.text_features(inputs.texts) if inputs.table is None else inputs.table
-            out = self.model(inputs.images, self.spread(table, inputs), inputs.task_ids, inputs.mask)
-        return self.compare(out["image_features"], out["text_features"], inputs)
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Texts to features (U, E_text)."""
+        with self._autocast():
+            return self.model.text_features(texts)
 
-    def spread(self, table: Tensor, inputs: Inputs) -> Tensor:
+    def rows_and_classes(self, features: Tensor, mask: Tensor | None) -> tuple[NormParams, Tensor]:
+        """Features (G, K, E_text) of the tasks' classes to a row a task and class embeddings (G, K, E)."""
+        with self._autocast():
+            return self.model.rows(features, mask), self.model.project_text(features)
+
+    def embed_images(self, images: Tensor, params: NormParams) -> Tensor:
+        """Images (B, 3, S, S), each with its row, to embeddings (B, E)."""
+        with self._autocast():
+            return self.model.encode_image(images, params)
+
+    def gather_text_features(self, table: Tensor, inputs: Inputs) -> Tensor:
         """Features (U, E_text) of texts to those of the tasks' classes (G, K, E_text), all processes' if it spans."""
         features = table[inputs.index]
         return gather_texts(features) if self.spans else features
 
-    def compare(self, images: Tensor, classes: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def loss_and_accuracy(self, images: Tensor, classes: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Loss and accuracy of image embeddings (B, E) and class embeddings (G, K, E), in float32."""
         with torch.autocast(images.device.type, enabled=False):
-            images, classes = images.float().split(inputs.counts), classes.float()
+            pictures, classes = images.float().split(inputs.counts), classes.float()
             sizes = (classes.shape[1],) if self.spans else inputs.sizes
             texts = [task[:size] for task, size in zip(classes, sizes)]
             labels = (inputs.labels + self.share.rank * inputs.sizes[0] * self.spans).split(inputs.counts)
             known = None if inputs.paired and not self.spans else labels
             scale, bias = self.model.logit_scale.exp(), self.model.logit_bias
-            loss = siglip_loss(images, texts, scale, bias, known, self.chunk)
-            return loss, _accuracy(images, texts, labels, self.chunk)
+            loss = siglip_loss(pictures, texts, scale, bias, known, self.chunk)
+            return loss, _accuracy(pictures, texts, labels, self.chunk)
 
 
 @torch.no_grad()

@@ -102,7 +102,8 @@ def clip_gradients(model: HyperCLIP, largest: float) -> Tensor:
     if not sharded:
         return torch.nn.utils.clip_grad_norm_(parameters, largest or torch.inf)
     plain = [parameter for parameter in parameters if not is_sharded(parameter)]
-    norms = [whole(torch.nn.utils.get_total_norm([p.grad for p in some])) for some in (sharded, plain) if some]
+    grads = [[p.grad for p in some if p.grad is not None] for some in (sharded, plain)]
+    norms = [whole(torch.nn.utils.get_total_norm(some)) for some in grads if some]
     norm = torch.stack(norms).norm()
     for some in (sharded, plain):
         torch.nn.utils.clip_grads_with_norm_(some, largest or torch.inf, norm)

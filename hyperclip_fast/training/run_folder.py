@@ -29,7 +29,8 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, settings: dict[str, Any], tensorboard: bool = False, writes: bool = True):
-        self.path, self.writes, self.events = Path(path), writes, None
+        self.path, self.writes = Path(path), writes
+        self.events: Any = None  # TensorBoard's writer
         settings, file = json.loads(json.dumps(settings)), self.path / "config.json"
         if file.exists() and json.loads(file.read_text()) != settings:
             raise ValueError(f"out must be a new folder, or a run with this configuration: {self.path} has another one")
@@ -74,7 +75,9 @@ class RunFolder:
             return
         with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **entry}) + "\n")
-        for name, value in entry.items() if self.events else ():
+        if self.events is None:
+            return
+        for name, value in entry.items():
             values = value if isinstance(value, dict) else {"": value}
             for key, number in values.items():
                 if number is not None:

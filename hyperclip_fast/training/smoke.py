@@ -8,6 +8,7 @@ import io
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hyperclip_fast.data.batch import Share
 from hyperclip_fast.data.config import DataConfig
@@ -28,10 +29,10 @@ def smoke(run: RunConfig, folder: str | Path, steps: int, share: Share) -> RunCo
         steps: of the rehearsal.
         share: of this process; the first one writes, and all are given a part of the batch.
     """
-    sizes = {"img_size": 32, "embed_dim": 32}
+    sizes: dict[str, Any] = {"img_size": 32, "embed_dim": 32}
     if "vit_" in run.model.image_tower:
         sizes |= {"patch_size": 8, "width": 64, "depth": 2, "num_heads": 2}
-    hyper = {"hyper_width": 32, "hyper_depth": 1, "hyper_heads": 2, "hyper_bottleneck": 16}
+    hyper: dict[str, Any] = {"hyper_width": 32, "hyper_depth": 1, "hyper_heads": 2, "hyper_bottleneck": 16}
     model = replace(run.model, **sizes, **hyper)
     if model.text_tower != "minilm":
         model = replace(model, text_tower="transformer:width=32,depth=1,heads=2,dim=32", text_dim=None)

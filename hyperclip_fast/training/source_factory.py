@@ -1,26 +1,27 @@
-"""The source that a configuration asks for."""
+"""The source that a configuration asks for, and what it holds out."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from hyperclip_fast.data.batch import Share, Source
+from hyperclip_fast.data.batch import BatchShape, Share, Source
 from hyperclip_fast.data.config import SCENES, DataConfig
 from hyperclip_fast.data.file_source import ImageSetSource, read_folder, read_table
-from hyperclip_fast.data.picture_source import JoinedSource, TaskSource, picture_source
+from hyperclip_fast.data.held_out import EvalTask
+from hyperclip_fast.data.picture_source import JoinedSource, picture_source
 from hyperclip_fast.data.pictures import Pictures, load_pictures
-from hyperclip_fast.data.preprocessing import Preprocessing
-from hyperclip_fast.data.scenes import MOST_VALUES, SceneSampler
+from hyperclip_fast.data.preprocessing import HALF
+from hyperclip_fast.data.scenes import MOST_VALUES, evaluation_tasks, scene_source
 from hyperclip_fast.data.shard_source import ShardSource
 from hyperclip_fast.data.transforms import create_reader
-from hyperclip_fast.training.config import RunConfig, TrainConfig
+from hyperclip_fast.training.config import RunConfig
 
 
 def create_source(
     run: RunConfig, image_size: int, share: Share, device: torch.device, pictures: Pictures | None = None
-) -> tuple[Source, Pictures | None]:
-    """The source of a run's batches, and the pictures that some are held out of, where it is made of such.
+) -> tuple[Source, list[EvalTask]]:
+    """The source of a run's batches, and tasks of what it holds out of them: nothing of files.
 
     Args:
         run: the configuration.
@@ -30,42 +31,46 @@ def create_source(
         pictures: those of kind "pictures", where they are loaded already.
 
     Raises:
-        ValueError: for data that is not there, or does not have what a batch takes.
+        ValueError: for data that is not there, or does not have what a batch takes, or pictures for a model with
+            another mean or std than theirs.
     """
-    data, pin = run.data, device.type == "cuda"
+    data, shape, pin = run.data, run.train.batch_shape, device.type == "cuda"
+    preprocessing = run.model.preprocessing(image_size)
     if pictures is not None or data.kind == "pictures":
+        if not preprocessing.mean == preprocessing.std == HALF:
+            raise ValueError(f"model.mean and model.std must be {HALF} for pictures, got {preprocessing}")
         named = tuple(name for name in data.sets if name != SCENES)
         pictures = pictures or load_pictures(named or ("openmoji",), run.train.picture_size, progress=share.rank == 0)
         if SCENES not in data.sets:
-            return picture_source(pictures, run.train, image_size, share), pictures
-        return _with_scenes(pictures, bool(named), run.train, image_size, share), pictures
+            source: Source = picture_source(pictures, shape, image_size, share)
+        else:
+            source = _with_scenes(pictures, bool(named), shape, image_size, share)
+        return source, evaluation_tasks(pictures, data.sets)
     if not data.path:
         raise ValueError(f"data.path must say where the {data.kind} is, as --set data.path=..., got nothing")
-    preprocessing = Preprocessing(image_size, run.model.mean, run.model.std)
     reader = create_reader(data, preprocessing)
     if data.kind == "shards":
-        return ShardSource(run.train, data, reader, share, pin), None
+        return ShardSource(shape, data, reader, share, pin), []
     names = _class_names(data)
     if data.kind == "folder":
         images = read_folder(data.path, names)
     else:
         images = read_table(data.path, data.image_column, data.text_column, names)
-    return ImageSetSource(images, run.train, data, reader, share, pin), None
+    return ImageSetSource(images, shape, data, reader, share, pin), []
 
 
-def _with_scenes(pictures: Pictures, is_named: bool, config: TrainConfig, image_size: int, share: Share) -> Source:
+def _with_scenes(pictures: Pictures, is_named: bool, shape: BatchShape, image_size: int, share: Share) -> Source:
     """Attribute tasks on scenes of the pictures' training part; half of a batch's tasks where others are names."""
-    tasks, (low, high) = config.tasks_per_batch, config.class_range
+    tasks, (low, high) = shape.tasks_per_batch, shape.class_range
     count = tasks // 2 if is_named else tasks
     if is_named and (tasks < 2 or count % share.world or tasks % share.world):
         wanted = "at least 2" if share.world == 1 else f"a multiple of twice the number of processes, {share.world},"
         raise ValueError(f"tasks_per_batch must be {wanted} for scenes beside other pictures, got {tasks}")
-    ours = replace(config, tasks_per_batch=count, classes_per_task=(min(low, MOST_VALUES), min(high, MOST_VALUES)))
-    sampler = SceneSampler(pictures, count, ours.class_range[1], config.seed, image_size)
-    scenes = TaskSource(sampler, sampler.names, ours, image_size, share)
+    ours = replace(shape, tasks_per_batch=count, classes_per_task=(min(low, MOST_VALUES), min(high, MOST_VALUES)))
+    scenes = scene_source(pictures, ours, image_size, share)
     if not is_named:
         return scenes
-    others = replace(config, tasks_per_batch=tasks - count)
+    others = replace(shape, tasks_per_batch=tasks - count)
     return JoinedSource([picture_source(pictures, others, image_size, share), scenes])
 
 

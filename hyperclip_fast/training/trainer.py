@@ -9,7 +9,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hyperclip_fast.data.batch import Batch, Source
-from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.data.held_out import EvalTask
-from hyperclip_fast.data.picture_source import Sampler, TaskSource
-from hyperclip_fast.data.pictures import Pictures
-from hyperclip_fast.data.scenes import evaluation_tasks
 from hyperclip_fast.evaluation.swapping import mean_accuracy, swap_test
-from hyperclip_fast.hyperclip import HyperCLIP, HyperCLIPConfig
+from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.training import distributed
-from hyperclip_fast.training.config import RunConfig, TrainConfig
+from hyperclip_fast.training.config import RunConfig
 from hyperclip_fast.training.grad_cache import backward_in_parts
 from hyperclip_fast.training.losses import balanced_bias
 from hyperclip_fast.training.objective import Inputs, Objective
@@ -46,20 +42,30 @@ from hyperclip_fast.training.source_factory import create_source
 from hyperclip_fast.utils.seeds import hash_seed, step_seed
 
 STOP_EVERY = 10  # steps after which several processes ask each other whether one was told to stop
+Callback = Callable[["Trainer", dict[str, Tensor]], None]
+
+
+def new_model(run: RunConfig) -> HyperCLIP:
+    """The model that a run starts from. Its weights follow from the seed."""
+    config = run.model
+    if run.train.balance_bias:
+        config = replace(config, init_logit_bias=balanced_bias(sum(run.train.class_range) / 2))
+    torch.manual_seed(run.train.seed)
+    return HyperCLIP(config)
 
 
 class Trainer:
     """One model, one data set, one run folder. In several processes, one Trainer each: see `distributed.processes`.
 
     Args:
-        model_config: what to train.
-        config: how.
+        run: what is trained, how, and on what.
         out: the run's folder; a checkpoint in it is resumed.
-        pictures: the data, and its held-out part for the swap test; None: what `data` says.
         device: where to train.
-        sampler: mixed batches of other pictures, see `sources.Sampler`.
-        source: batches of any other data, see `sources.Source`.
-        data: what to train on; its defaults are OpenMoji and digits, rendered at `config.picture_size`.
+        source: batches in place of those that `run.data` describes, see `data.batch.Source`.
+        held_out: tasks that such batches leave out, for the swap test. Those of `run.data` come with it.
+        model: what to train in place of a new model, such as a trained one; a checkpoint's weights replace its own.
+        callback: called after every step and what is logged of it, with the trainer and the step's metrics. What it
+            logs and saves stays; what it draws from torch's chance changes no run, as every step has its own seed.
 
     Raises:
         ValueError: if `out` holds a run with another configuration.
@@ -67,39 +73,35 @@ class Trainer:
 
     def __init__(
         self,
-        model_config: HyperCLIPConfig,
-        config: TrainConfig,
+        run: RunConfig,
         out: str | Path,
-        pictures: Pictures | None = None,
         device: str | torch.device = "cpu",
-        sampler: Sampler | None = None,
         source: Source | None = None,
-        data: DataConfig | None = None,
+        held_out: Sequence[EvalTask] = (),
+        model: HyperCLIP | None = None,
+        callback: Callback | None = None,
     ):
-        self.config, self.out, self.device, self.share = config, Path(out), torch.device(device), distributed.share()
-        if config.balance_bias:
-            model_config = replace(model_config, init_logit_bias=balanced_bias(sum(config.class_range) / 2))
-        torch.manual_seed(config.seed)
-        self.model = HyperCLIP(model_config).to(self.device)
+        self.config, self.out, self.callback = run.train, Path(out), callback
+        self.device, self.share = torch.device(device), distributed.share()
+        config = self.config
+        self.model = (model or new_model(run)).to(self.device)
         freeze(self.model, config.freeze)
         train_mode(self.model, config.freeze)
-        self.pictures, self.source, self.data = pictures, source, data or DataConfig()
-        if sampler is not None:
-            self.source = TaskSource(sampler, sampler.names, config, self.model.image_size, self.share)
-        elif source is None:
-            run = RunConfig(model_config, config, self.data)
-            self.source, self.pictures = create_source(run, self.model.image_size, self.share, self.device, pictures)
+        settings = {"model": asdict(self.model.config), "train": asdict(config)}
+        if source is None:
+            settings["data"] = asdict(run.data)
+            source, held_out = create_source(run, self.model.image_size, self.share, self.device)
+        self.source, self.held_out = source, held_out
         self.features = self._known_features()
         self._places = {name: i for i, name in enumerate(self.source.names)}
         self._prepare_model()
         self.optimizer = create_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
-        self.step, self.broken, self.stopped, self._images = 0, 0, None, 0
+        self.step, self.broken, self._images = 0, 0, 0
+        self.stopped: int | None = None
         self._norms: dict[str, Tensor] = {}
         self._stream: Iterator[Batch] | None = None
         self._stream_state: Any = None
-        settings = {"model": asdict(self.model.config), "train": asdict(config)}
-        settings |= {} if data is None else {"data": asdict(data)}
         self.folder = RunFolder(out, settings, config.tensorboard, writes=self.share.rank == 0)
         self._load(self.folder.resume())
 
@@ -117,9 +119,9 @@ class Trainer:
         """Checkpoint, average, wrap, compile: what the configuration asks for."""
         config, model = self.config, self.model
         if config.grad_checkpointing:
-            model.image.set_grad_checkpointing()
-            if self._trains_text:
-                model.text.set_grad_checkpointing()
+            towers: list[Any] = [model.image, *([model.text] if self._trains_text else [])]
+            for tower in towers:
+                tower.set_grad_checkpointing()
         self.ema = None
         if config.ema:
             self.ema = ModelEmaV3(model, decay=config.ema, use_warmup=True)
@@ -230,12 +232,11 @@ class Trainer:
             "broken": sum(distributed.collect(self.broken, self.share.world)),
         }
 
-    def evaluate(self, tasks: list[EvalTask], model: HyperCLIP | None = None) -> dict[str, float]:
+    def evaluate(self, model: HyperCLIP | None = None) -> dict[str, float]:
         """Mean held-out accuracy with the right, the base and a wrong row, logged; nothing for fewer than two tasks."""
-        if len(tasks) < 2:
+        if len(self.held_out) < 2:
             return {}
-        model = model or self.model
-        by_row = swap_test(model, tasks, rows=("right", "base", "wrong"))
+        by_row = swap_test(model or self.model, self.held_out, rows=("right", "base", "wrong"))
         result = {row: mean_accuracy(by_task) for row, by_task in by_row.items()}
         self.log({"held_out": {row: round(value, 4) for row, value in result.items()}})
         return result
@@ -265,27 +266,25 @@ class Trainer:
         if self.step >= self.config.steps and (self.out / "model").is_dir():
             model = self.current_model()  # finished in an earlier run
             return model if model is None else model.eval()
-        is_judged = self.pictures is not None and self.share.rank == 0
-        tasks = evaluation_tasks(self.pictures, self.data.sets) if is_judged else []
         with _signals_noted() as noted:
-            self._train(tasks, noted)
+            self._train(noted)
         self.save()
         model = self.current_model()
-        if self.stopped is None and self.share.rank == 0:
-            print(f"held out {self.evaluate(tasks, model)}" if tasks else f"trained {self.step} steps")
+        if self.stopped is None and model is not None and self.share.rank == 0:
+            print(f"held out {self.evaluate(model)}" if self.held_out else f"trained {self.step} steps")
             self.folder.save_model(model.eval())
         distributed.barrier(self.share.world)
         return model
 
-    def _train(self, tasks: list[EvalTask], noted: list[int]) -> None:
-        config, first = self.config, self.share.rank == 0
+    def _train(self, noted: list[int]) -> None:
+        config = self.config
         bar = tqdm(
             initial=self.step,
             total=config.steps,
             desc="train",
             unit="step",
             dynamic_ncols=True,
-            disable=None if first else True,
+            disable=None if self.share.rank == 0 else True,
         )
         images, start = 0, time.perf_counter()
         while self.step < config.steps and self.stopped is None:
@@ -296,11 +295,14 @@ class Trainer:
                 values = self.measures(metrics, images / (time.perf_counter() - start))
                 self.log(values)
                 bar.set_postfix({name: values[name] for name in metrics})
-            if config.eval_every and self.step % config.eval_every == 0 and self.step < config.steps:
-                model = None if self.pictures is None else self.current_model()
-                if first and tasks:
-                    bar.write(f"step {self.step}: held out {self.evaluate(tasks, model)}")
-                images, start = 0, time.perf_counter()
+            paused = time.perf_counter()
+            if config.eval_every and self.step % config.eval_every == 0 and self.step < config.steps and self.held_out:
+                model = self.current_model()
+                if self.share.rank == 0:
+                    bar.write(f"step {self.step}: held out {self.evaluate(model)}")
+            if self.callback is not None:
+                self.callback(self, metrics)
+            start += time.perf_counter() - paused
             if self.step % config.save_every == 0 and self.step < config.steps:
                 self.save()
             if self.share.world == 1 or self.step % STOP_EVERY == 0:
@@ -318,7 +320,7 @@ def _signals_noted() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield noted  # only the main thread may set handlers
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def note(number: int, frame: Any) -> None:
         noted.append(number)

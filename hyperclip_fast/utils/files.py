@@ -1,10 +1,18 @@
-"""Files and folders written beside their place and renamed: whoever looks finds the old ones whole, or the new ones."""
+"""Files and folders written beside their place and renamed: whoever looks finds the old ones whole, or the new ones.
+
+That holds for a process that is killed at any moment, and, since content reaches the disk before its name, for a
+machine that loses power.
+"""
 
 import contextlib
+import ctypes
+import errno
 import json
 import os
+import secrets
 import shutil
-import threading
+import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,23 +21,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
 UNFINISHED = ".tmp-"  # how the names of what is being written begin; a killed process leaves such behind
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of writing to an open file: they name none
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
 
 @contextlib.contextmanager
 def written_file(path: str | Path) -> Iterator[Path]:
-    """A path beside `path` to write to. It takes `path`'s place at the end, on the disk first; a failure removes it.
+    """An empty file beside `path` to write to. It takes `path`'s place at the end; a failure removes it.
 
-    Its suffix is that of `path`, since some writers look at it.
+    Its suffix is that of `path`, since some writers look at it. Who may read it follows from the umask, whatever its
+    writer says. Errors name `path`.
     """
-    path = Path(path)
-    beside = _beside(path)
-    try:
-        yield beside
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    place, beside = _place_and_beside(path)
+    with _errors_naming(path, beside):
+        beside.touch(exist_ok=False)
+        mode = beside.stat().st_mode
+        try:
+            yield beside
+            _settle(beside, mode)
+            os.replace(beside, place)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def write_file(path: str | Path, content: bytes | str) -> None:
@@ -40,9 +52,10 @@ def write_file(path: str | Path, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def written_folder(path: str | Path, argument: str = "out", replace: bool = False) -> Iterator[Path]:
-    """A folder beside `path` to write to, which takes `path`'s place at the end; a failure removes it.
+    """An empty folder beside `path` to write to. It takes `path`'s place at the end; a failure removes it.
 
-    An old folder is renamed first. Killed between the two renames, a process leaves both, whole, beside `path`.
+    On Linux an old folder and the new one change places in one step. Elsewhere, and on file systems that cannot, the
+    old one is renamed first; killed between the two renames, a process leaves both, whole, beside `path`.
 
     Args:
         path: the folder; those that it lies in are made.
@@ -52,38 +65,95 @@ def written_folder(path: str | Path, argument: str = "out", replace: bool = Fals
     Raises:
         ValueError: for a file, or a folder with files in it, unless `replace`.
     """
-    path = Path(path)
-    if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{argument} must be a new or an empty folder, got {path}")
-    beside, old = _beside(path), _beside(path, "old-")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in (beside, old):  # of a process that was killed, whose number is ours now
-        shutil.rmtree(left, ignore_errors=True)
-    beside.mkdir()
-    try:
-        yield beside
-        if path.exists():
-            os.replace(path, old)
+    if not replace:
+        _check_free(path, argument)
+    place, beside = _place_and_beside(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with _errors_naming(path, beside):
+        beside.mkdir()
         try:
-            os.replace(beside, path)
-        except OSError:
-            if old.exists():
-                os.replace(old, path)
-            raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+            yield beside
+            for file in beside.rglob("*"):
+                if file.is_file():
+                    _settle(file, beside.stat().st_mode & 0o666)
+            if not replace:
+                _check_free(path, argument)
+            _put(beside, place)
+        finally:
+            _remove(beside)
 
 
 def remove_unfinished(folder: str | Path) -> None:
     """Remove what a killed process was writing into a folder."""
     for left in Path(folder).glob(f"{UNFINISHED}*"):
-        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        _remove(left)
 
 
-def _beside(path: Path, kind: str = "") -> Path:
-    """A name that no other process or thread writes to."""
-    return path.with_name(f"{UNFINISHED}{kind}{os.getpid()}-{threading.get_ident()}.{path.name}")
+def _place_and_beside(path: str | Path) -> tuple[Path, Path]:
+    """Where a path is, links followed, and a name beside it that nobody else writes to."""
+    place = Path(os.path.realpath(path))
+    return place, place.with_name(f"{UNFINISHED}{secrets.token_hex(8)}{place.suffix}")
+
+
+def _check_free(path: str | Path, argument: str) -> None:
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{argument} must be a new or an empty folder, got {path}")
+
+
+@contextlib.contextmanager
+def _errors_naming(path: str | Path, beside: Path) -> Iterator[None]:
+    """Errors inside name `path` in place of what lies beside it."""
+    try:
+        yield
+    except OSError as error:
+        if str(beside) in str(error.filename):
+            error.filename = str(error.filename).replace(str(beside), str(path))
+            del error.filename2
+        elif error.filename is None and error.errno in DISK_ERRORS:
+            error.filename = str(path)
+        raise
+
+
+def _settle(file: Path, mode: int) -> None:
+    """Give a file the permissions of `mode` that it lacks, as one of mkstemp does, and have it on the disk."""
+    given = stat.S_IMODE(file.stat().st_mode)
+    if stat.S_IMODE(mode) & ~given:
+        file.chmod(given | stat.S_IMODE(mode))
+    with open(file, "rb+") as content:
+        os.fsync(content.fileno())
+
+
+def _put(folder: Path, place: Path) -> None:
+    """Rename a folder; what had its new name afterwards has its old one, or is gone."""
+    if not place.exists():
+        os.replace(folder, place)
+    elif not _swap(folder, place):
+        _, old = _place_and_beside(place)
+        try:
+            os.replace(place, old)
+            os.replace(folder, place)
+        except BaseException:
+            if old.exists() and not place.exists():
+                os.replace(old, place)
+            raise
+        _remove(old)
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where the platform or the file system cannot."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # glibc has it since 2.28
+    names = os.fsencode(one), os.fsencode(other)
+    return rename is not None and rename(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def save_safetensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:

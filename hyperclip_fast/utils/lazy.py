@@ -6,7 +6,6 @@ A package says where its public names live (PEP 562), and imports them under `ty
 """
 
 import importlib
-import importlib.abc
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,8 @@ def lazy_names(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """The `__getattr__` and `__dir__` of a package whose names are found in its modules.
 
+    The package's own modules are found, too, as in `hyperclip_fast.data.load_pictures()` after `import hyperclip_fast`.
+
     Args:
         package: its `__name__`.
         modules: public names by the module that has them: "models" is one of the package, ".data.models" one beside it.
@@ -27,9 +28,12 @@ def lazy_names(
     homes = {name: module for module, names in modules.items() for name in names}
 
     def find(name: str) -> Any:
-        if name not in homes:
+        if name in homes:
+            value = getattr(importlib.import_module(f".{homes[name]}", package), name)
+        elif not name.startswith("_") and importlib.util.find_spec(f"{package}.{name}"):
+            value = importlib.import_module(f"{package}.{name}")
+        else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f".{homes[name]}", package), name)
         setattr(sys.modules[package], name, value)  # the next access does not come here
         return value
 
@@ -47,8 +51,8 @@ def after_import(module: str, then: Callable[[], object]) -> None:
         sys.meta_path.insert(0, _Watcher(module, then))
 
 
-class _Watcher(importlib.abc.MetaPathFinder):
-    """Finds one module as everybody else does, and has its loader call a function afterwards. Serves once."""
+class _Watcher:
+    """A finder that finds one module as everybody else does, and has its loader call a function afterwards, once."""
 
     def __init__(self, module: str, then: Callable[[], object]):
         self.module, self.then = module, then
@@ -59,11 +63,12 @@ class _Watcher(importlib.abc.MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
+            loader, execute = spec.loader, spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
+                del vars(loader)["exec_module"]  # from here on it is the class's again
                 execute(module)
                 self.then()
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this spec's loader alone
+            vars(loader)["exec_module"] = exec_module
         return spec

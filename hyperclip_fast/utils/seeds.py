@@ -24,6 +24,11 @@ def hash_seed(*parts: object) -> int:
     return stable_hash(repr(parts)) >> 1
 
 
+def generator_of(*parts: object) -> torch.Generator:
+    """Chance of its own, on the CPU, that follows from anything that prints."""
+    return torch.Generator().manual_seed(hash_seed(*parts))
+
+
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Chance inside, of torch, numpy and Python, follows from `seed`; outside it goes on as if nothing had been."""

@@ -2,9 +2,16 @@
 
 from dataclasses import fields
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_origin
 
-Config = TypeVar("Config")
+
+class Dataclass(Protocol):
+    """What every dataclass has."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+Config = TypeVar("Config", bound=Dataclass)
 
 
 def from_dict(kind: type[Config], values: dict[str, Any], name: str) -> Config:

@@ -144,16 +144,16 @@ def launch_backward(
             residual,
             grad_x=None if two_passes else grad_x,
             grad_residual=grad_residual,
-            partial_weight=partials[0] if sum_weight else None,
-            partial_bias=partials[-1] if sum_bias else None,
+            partial_weight=partials[0] if partials is not None and sum_weight else None,
+            partial_bias=partials[-1] if partials is not None and sum_bias else None,
         )
-        if two_passes:
+        if partials is not None and two_passes:
             sums = _channel_means(partials, norm.rows, x.numel() // C)
             if grad_residual is None:
                 _launch_pass(grad_out, x, norm, residual, sums=sums, grad_x=grad_x)
             else:  # what passed the activation is written already
                 _launch_pass(grad_residual, x, norm._replace(act="none"), None, sums=sums, grad_x=grad_x)
-    if not needs.weight and not needs.bias:
+    if partials is None or not (needs.weight or needs.bias):
         return grad_x, grad_residual, None
     if two_passes:
         partials = partials[0 if needs.weight else 1 : 2 if needs.bias else 1]

@@ -49,8 +49,8 @@ def is_flat(x: torch.Tensor) -> bool:
 def _flat_batch_norm(x, mean, var, weight, bias, eps) -> torch.Tensor:
     """F.batch_norm of contiguous x with rows (B, C), or (C,) for all samples, seen as (1, B * C, H, W)."""
     B, C, H, W = x.shape
-    rows = (rows.expand(B, C).reshape(-1) for rows in (mean, var, weight, bias))
-    out = F.batch_norm(x.view(1, B * C, H, W), *rows, False, 0.0, eps)
+    mean, var, weight, bias = (rows.expand(B, C).reshape(-1) for rows in (mean, var, weight, bias))
+    out = F.batch_norm(x.view(1, B * C, H, W), mean, var, weight, bias, False, 0.0, eps)
     return unsafe_view(out, x.shape)  # no view, which autograd lets nobody write over
 
 
@@ -121,8 +121,8 @@ class _MixedBatchNorm(torch.autograd.Function):
         if torch.is_grad_enabled():  # somebody wants the gradient's own gradient: autograd writes that graph
 
             def plain(x, weight, bias):
-                statistics = _statistics_plain(x) if ctx.is_batch else (mean, var)
-                return _mixed_plain(x, weight, bias, *statistics, ctx.eps)
+                seen_mean, seen_var = _statistics_plain(x) if ctx.is_batch else (mean, var)
+                return _mixed_plain(x, weight, bias, seen_mean, seen_var, ctx.eps)
 
             return *traced_gradients(plain, (x, weight, bias), grad, ctx.needs_input_grad), *[None] * 4
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]

@@ -48,7 +48,7 @@ def _backward(grad_out, x, weight, bias, task_ids, mean, var, eps, act, residual
 
 def _statistics(x):
     with torch.cuda.device_of(x):
-        return launch_statistics(*_dense(x))
+        return launch_statistics(x.contiguous(memory_format=_format(x)))
 
 
 def _forward_fake(x, *rest):
@@ -97,7 +97,7 @@ def _gradients(ctx, grad_out):
     eps, act, is_batch = ctx.options
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     need_residual = ctx.needs_input_grad[8]
-    grads = (None, None, None)
+    grads: tuple = (None, None, None)
     if need_x or need_weight or need_bias or ctx.is_seen:
         needed = need_x, need_weight, need_bias, need_residual and ctx.is_seen
         grads = _batch_norm_act_backward(grad_out, *tensors, eps, act, residual, is_batch, *needed)
@@ -146,8 +146,8 @@ def fused_batch_norm_act(
     check_devices(x, weight=weight, bias=bias, task_ids=task_ids, mean=mean, var=var, residual=residual)
     if weight.shape[0] == 1:
         task_ids = None
-    is_batch = mean is None
-    if is_batch:
+    is_batch = mean is None or var is None
+    if mean is None or var is None:
         mean, var = _batch_norm_statistics(x.detach())
     options = (eps, act, residual, residual_after_act, is_batch)
     out = _batch_norm_act(needs_grad(x, weight, bias, residual), x, weight, bias, task_ids, mean, var, *options)

@@ -68,7 +68,7 @@ def register_differentiable(
         return output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
-    eager = type(name, (torch.autograd.Function,), methods)
+    eager: Any = type(name, (torch.autograd.Function,), methods)
 
     def call(needs_grad: bool, *arguments: Any) -> Any:
         if not is_plain(arguments[0]):

@@ -94,8 +94,8 @@ def launch_backward(
             task_ids=task_ids,
             grad_x=grad_x,
             grad_delta=grad_delta,
-            partial_weight=partials[0] if needs.weight else None,
-            partial_bias=partials[-1] if needs.bias else None,
+            partial_weight=partials[0] if partials is not None and needs.weight else None,
+            partial_bias=partials[-1] if partials is not None and needs.bias else None,
             N=N,
             T=weight.shape[0],
             slices=slices,
@@ -105,4 +105,4 @@ def launch_backward(
             BLOCK_D=padded,
             num_warps=warps,
         )
-    return grad_x, grad_delta, reduce_partials(partials, weight, task_ids) if kinds else None
+    return grad_x, grad_delta, None if partials is None else reduce_partials(partials, weight, task_ids)

@@ -70,7 +70,7 @@ def launch_linear_gelu_backward(
         if grad_out.numel():
             outputs = {"grad_pre": grad_pre, "partial_bias": partial}
             _linear_gelu_bwd_kernel[grid](bias=bias, grad_out=grad_out, **outputs, **options)
-    return grad_pre, partial.sum(0).to(bias.dtype) if need_bias else None
+    return grad_pre, None if partial is None or bias is None else partial.sum(0).to(bias.dtype)
 
 
 def _gelu_backward_pass(grad_out, pre, grad_pre, need_bias) -> torch.Tensor | None:
@@ -132,5 +132,6 @@ def launch_linear_add_backward(
         inputs = {"grad_out": grad_out, "y": y, "scale": scale, "keep": keep, "N": grad_out.shape[1]}
         outputs = {"grad_y": grad_y, "partial_bias": partial_bias, "partial_scale": partial_scale}
         _linear_add_bwd_kernel[grid](**inputs, **outputs, **options)
-    grad_bias = None if bias_dtype is None else partial_bias.sum(0).to(bias_dtype)
-    return grad_y, grad_bias, None if y is None else partial_scale.sum(0).to(scale.dtype)
+    grad_bias = None if partial_bias is None else partial_bias.sum(0).to(bias_dtype)
+    grad_scale = None if partial_scale is None or scale is None else partial_scale.sum(0).to(scale.dtype)
+    return grad_y, grad_bias, grad_scale

@@ -18,6 +18,7 @@ def launch_norm_linear(
     (B, N, K), F = x.shape, weight.shape[0]
     out = torch.empty(B, N, F, dtype=weight.dtype, device=x.device)
     tiles = choose_norm_tiles(x.device, K)
+    assert tiles is not None  # the caller has checked K
     row_tiles, column_tiles = cdiv(B * N, tiles.block_m), cdiv(F, tiles.block_n)
     if x.numel():
         slices = min(column_tiles, cdiv(PROGRAMS, row_tiles))

@@ -29,7 +29,7 @@ from hyperclip_fast.bench.conditioning.scores import SCENES, SHUFFLED, SceneTask
 from hyperclip_fast.bench.conditioning.tuning import METHODS, tune
 from hyperclip_fast.bench.conditioning.width import schedule, width_table, widths
 from hyperclip_fast.data.scenes import ATTRIBUTES, CHANCES, COMBINATIONS, scene_tasks
-from hyperclip_fast.training.trainer import TrainConfig
+from hyperclip_fast.training.config import TrainConfig
 from tests.data.test_scenes import blocks
 from tests.towers import patch_text_tower, tiny_model
 
@@ -118,6 +118,7 @@ def paired(run):
     return schedule(asdict(run.model), asdict(run.train)), run.seed
 
 
+@pytest.mark.slow
 def test_run_and_report(plan, tmp_path, capsys):
     assert conditioning.main(["run", *plan]) == 2  # the rivals' baseline belongs to another group
     assert "needs its group's baseline" in capsys.readouterr().err
@@ -218,18 +219,18 @@ def test_one_adapter_a_block(tower, widths):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_tuning_moves_what_it_should_and_nothing_else(baseline, method):
+def test_tuning_moves_what_it_should_and_nothing_else(baseline, method, tmp_path):
     run = Run(
         "g", method, baseline.config, TrainConfig(steps=3, tasks_per_batch=2, classes_per_task=2, lr=1e-2), method
     )
     torch.manual_seed(run.seed)
     start = METHODS[method](baseline.specialize(["any"]), baseline).state_dict()  # with BatchNorm's statistics
-    encoder, count = tune(baseline, run, "colour", blocks())
+    encoder, count = tune(baseline, run, "colour", blocks(), tmp_path / "run")
     state = encoder.state_dict()
     assert {name for name in state if not torch.equal(state[name], start[name])} == tuned_names(encoder)
     assert count == sum(state[name].numel() for name in tuned_names(encoder))
     with pytest.raises(ValueError, match="tune must be one of"):
-        tune(baseline, replace(run, tune="prompts"), "colour", blocks())
+        tune(baseline, replace(run, tune="prompts"), "colour", blocks(), tmp_path / "other")
 
 
 def test_a_stopped_run_goes_on_where_it_was(plan, tmp_path, monkeypatch):
@@ -461,6 +462,7 @@ def test_logs_without_a_position_scale_have_the_queues():
     assert "start at 3 or 10 times timm's" in report("logs", grouped([old, {**new, "position_scale": 3.0}]), (), 10.0)
 
 
+@pytest.mark.slow
 def test_the_committed_report_is_of_the_committed_logs(tmp_path, monkeypatch):
     config, committed = Path(conditioning.CONFIG).resolve(), Path(conditioning.RESULTS).resolve()
     shutil.copytree(committed, tmp_path / conditioning.RESULTS)

@@ -33,7 +33,7 @@ from hyperclip_fast.data.openmoji import line_drawings
 from hyperclip_fast.data.pictures import Pictures, _join
 from hyperclip_fast.evaluation.corruptions import CORRUPTIONS
 from hyperclip_fast.evaluation.eval_sets import EvalSet
-from hyperclip_fast.evaluation.swapping import ROWS, row_names
+from hyperclip_fast.evaluation.swapping import ROW_SOURCES, row_names
 from tests.bench.test_conditioning import PLAN
 from tests.data.test_scenes import blocks
 from tests.towers import patch_text_tower, tiny_model
@@ -110,15 +110,16 @@ def test_queue(tmp_path):
             load_runs(tmp_path / "plan.yaml")
 
 
+@pytest.mark.slow
 def test_run_and_report(plan, tmp_path, capsys):
     assert conditioning.main(["run", *plan, "--only", "n"]) == 0
     assert conditioning.main(["report", *plan[:4]]) == 2  # the report's head is of scenes
     assert "must have logs of runs on scenes" in capsys.readouterr().err
     first, *lines, last = [json.loads(line) for line in (tmp_path / "logs/n-cross-0.jsonl").read_text().splitlines()]
-    assert first["data"] == "names" and last["step"] == 4 and set(ROWS) < set(last["scores"])
+    assert first["data"] == "names" and last["step"] == 4 and set(ROW_SOURCES) < set(last["scores"])
     assert {key for line in lines for key in line.get("held_out", {})} == set(last["scores"]["right"])
     baseline = json.loads((tmp_path / "logs/n-baseline-0.jsonl").read_text().splitlines()[-1])["scores"]
-    assert set(baseline) & set(ROWS) == {"right"}
+    assert set(baseline) & set(ROW_SOURCES) == {"right"}
     assert conditioning.main(["run", *plan, "--only", "a"]) == 0
     assert conditioning.main(["report", *plan[:4]]) == 0
     scenes, names = (tmp_path / "logs.md").read_text().split("## Group n: OpenMoji names and digits")

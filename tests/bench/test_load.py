@@ -54,6 +54,7 @@ def test_an_answer_is_right_refused_or_lost(status, name, meanwhile, expected):
     }[expected]
 
 
+@pytest.mark.slow
 def test_a_short_run(monkeypatch, tmp_path, capsys):
     patch_text_tower(monkeypatch)
     model = tiny_model()

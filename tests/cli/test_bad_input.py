@@ -245,7 +245,8 @@ def test_the_limit_on_labels_is_not_below_it(bank):
 
 
 def test_a_task_file_of_nested_lists_is_refused(tmp_path):
-    for name, text in (("deep", "[" * 100_000), ("laughs", "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]")):
+    laughs = "a: [[&b0 [x]" + "".join(f", &b{i + 1} [*b{i}, *b{i}]" for i in range(60)) + "]]"  # 2**60 x in words
+    for name, text in (("deep", "[" * 100_000), ("laughs", laughs)):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match="--tasks must"):
             read_tasks(tmp_path / name)

@@ -128,6 +128,9 @@ def test_help(command, capsys):
     assert f"usage: hyperclip {command}" in capsys.readouterr().out
 
 
-def test_module_runs_and_needs_a_command():
-    run = subprocess.run([sys.executable, "-m", "hyperclip_fast.cli"], capture_output=True, text=True)
-    assert run.returncode == 2 and "demo" in run.stderr and "Traceback" not in run.stderr
+@pytest.mark.parametrize("arguments", [[], ["bench"]])
+def test_without_a_command_the_help_is_shown(arguments):
+    command = [sys.executable, "-m", "hyperclip_fast.cli", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.startswith(" ".join(["usage: hyperclip", *arguments])) and "example" in run.stderr

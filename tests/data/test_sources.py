@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from hyperclip_fast.data.batch import Share
+from hyperclip_fast.data.batch import BatchShape, Share
 from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.data.file_source import read_folder
+from hyperclip_fast.data.image_files import load_image
 from hyperclip_fast.data.picture_source import TaskSource, picture_source
+from hyperclip_fast.data.preprocessing import Preprocessing
 from hyperclip_fast.data.scenes import VALUES, class_names, evaluation_tasks
 from hyperclip_fast.data.task_sampler import TaskBatch
 from hyperclip_fast.training.config import RunConfig, TrainConfig
@@ -80,6 +82,19 @@ def test_hidden_folders_are_no_classes(tmp_path):
     assert set(read_folder(folder).texts) == {"class 0", "class 1"}
 
 
+def test_a_models_own_preprocessing_reaches_its_training(tmp_path):
+    other = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25), "interpolation": "bicubic", "crop_pct": 0.8}
+    data = DataConfig(kind="table", path=write_table(tmp_path, 8), tasks="captions", transform="plain")
+    for i in range(8):
+        Image.effect_noise((30, 24), 50 + i).convert("RGB").save(tmp_path / f"{i}.jpg")
+    run = RunConfig(tiny_config(**other), TrainConfig(tasks_per_batch=1, classes_per_task=8), data)
+    batch = take(create_source(run, SIDE, Share(), CPU)[0], 1)[0]
+    files = [tmp_path / f"{text.removeprefix('picture ')}.jpg" for text in batch.classes[0]]
+    assert torch.equal(batch.images, torch.stack([load_image(file, Preprocessing(SIDE, **other)) for file in files]))
+    with pytest.raises(ValueError, match=r"model\.mean and model\.std must be"):
+        create_source(run, SIDE, Share(), CPU, blocks())
+
+
 def test_labels_make_tasks_of_varying_size(tmp_path):
     folder = write_folder(tmp_path / "set", classes=10, each=3)
     stream = source({"kind": "folder", "path": folder}, tasks_per_batch=4, classes_per_task=[2, 6])
@@ -132,7 +147,7 @@ def test_a_sampler_of_ones_own_gives_float_images_as_they_are(tmp_path):
             images = torch.full((4, 3, SIDE, SIDE), step / 10)
             return TaskBatch(images, torch.tensor([0, 0, 1, 1]), torch.tensor([[0, 1], [2, 0]]), torch.ones(4) > 0)
 
-    batch = take(TaskSource(Own(), Own.names, TrainConfig(), SIDE, Share()), 1, start=3)[0]
+    batch = take(TaskSource(Own(), Own.names, BatchShape(), SIDE, Share()), 1, start=3)[0]
     assert torch.equal(batch.images, torch.full((4, 3, SIDE, SIDE), 0.3))
     assert batch.classes == (("a", "b"), ("c", "a")) and batch.labels.tolist() == [0, 1, 0, 1]
 

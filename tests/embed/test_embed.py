@@ -167,6 +167,7 @@ def test_a_run_stopped_before_any_rename_goes_on_to_the_same_bytes(source, tmp_p
     assert stops == len(whole)
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_to_the_same_bytes(source, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -191,6 +192,7 @@ def test_a_killed_process_goes_on_to_the_same_bytes(source, tmp_path):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_on_ray_the_bytes_are_the_same(source, tmp_path):
     ray = pytest.importorskip("ray")
     threads = torch.get_num_threads()
@@ -259,6 +261,13 @@ def test_another_run_is_not_overwritten(source, tmp_path):
         with pytest.raises(ValueError, match="out must be a new or an empty folder"):
             run(source, out)
     assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("tasks", [{"pets": ["cat", "cat"]}, {"pets": "cat"}, {" ": ["cat"]}, {}])
+def test_bad_tasks_leave_no_folder(source, tmp_path, tasks):
+    with pytest.raises(ValueError, match="task"):
+        embed([source / "photos"], tasks, tmp_path / "out", model=source / "model")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_bank_that_tasks_were_removed_from_goes_on(source, tmp_path):

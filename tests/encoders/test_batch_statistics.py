@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hyperclip_fast import HyperEncoder, NormParams
 from tests.encoders.encoder_cases import rows_of, small_pair, with_row
-from tests.helpers import assert_close
+from tests.helpers import assert_close, run_twice
 
 IDS = [2, 0, 0, 1, 2, 3, 3, 0]
 TASKS = (4, 1)
@@ -164,7 +164,7 @@ def worker(rank, folder):
 @pytest.mark.slow
 @pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 def test_synchronized_statistics_are_those_of_one_process_with_the_whole_batch(tmp_path):
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    run_twice(worker, tmp_path)
     for tasks, rank in itertools.product(TASKS, range(2)):
         expected, ours = step(Adapted(tasks), images(), torch.tensor(IDS)), torch.load(tmp_path / f"{tasks}-{rank}.pt")
         assert_close(ours.pop("out"), expected["out"][4 * rank : 4 * rank + 4], "out", slack=10)

@@ -7,6 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hyperclip_fast import NormParams
 from tests.encoders.vit_cases import gradients, hyper_pair, make_images, random_rows
+from tests.helpers import run_twice
 
 IDS = [3, 1, 0, 0, 5, 3, 1, 0]  # rows 2 and 4 unused, row 5 by one process only
 
@@ -43,7 +44,7 @@ def worker(rank, folder):
 @pytest.mark.slow
 @pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 def test_gradients_are_those_of_one_process(tmp_path):
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    run_twice(worker, tmp_path)
     expected = step(Adapted(), make_images(dtype=torch.float64), torch.tensor(IDS))
     assert expected["table"][[0, 1, 3, 5]].abs().amin(0).max() > 0 and not expected["table"][[2, 4]].any()
     for rank in range(2):

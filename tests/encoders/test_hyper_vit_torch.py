@@ -203,8 +203,9 @@ def test_compile_keeps_the_widths_static():
     assert {int(symbol) for symbol in symbols} == {len(ids), rows.num_tasks}
 
 
+@pytest.mark.slow
 def test_compile_takes_rows_indexed_inside():
-    _, vit = hyper_pair()
+    _, vit = hyper_pair(depth=1)
     run, counter = compiled(lambda images, rows, ids: vit(images, rows[ids]))
     frames = set()
     for images, rows, ids in batches(vit.norm_spec):
@@ -213,6 +214,7 @@ def test_compile_takes_rows_indexed_inside():
     assert len(frames) == 1
 
 
+@pytest.mark.slow
 def test_compile_of_checkpointed_blocks():
     _, vit = hyper_pair()
     vit.set_grad_checkpointing()

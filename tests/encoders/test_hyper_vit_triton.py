@@ -55,6 +55,7 @@ def test_checkpointing_changes_no_gradient(half, reentrant):
         assert_same(recomputed, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_compiles_to_one_graph(dtype):
     vit, images, rows = small(dtype, depth=1)

@@ -11,12 +11,14 @@ from PIL import Image
 
 from hyperclip_fast.cli.main import main
 from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
+from hyperclip_fast.data.image_files import load_image
 from hyperclip_fast.data.openmoji import TONES, load_skin_tones
+from hyperclip_fast.data.preprocessing import Preprocessing
 from hyperclip_fast.data.scenes import ATTRIBUTES, scene_tasks
 from hyperclip_fast.evaluation import dense, eval_sets, zero_shot
 from hyperclip_fast.evaluation.corruptions import CORRUPTIONS, corrupt
 from hyperclip_fast.evaluation.eval_sets import EvalSet, load_eval_set
-from hyperclip_fast.evaluation.swapping import ROWS, class_scores, partition_table, swap_test
+from hyperclip_fast.evaluation.swapping import ROW_SOURCES, class_scores, partition_table, swap_test
 from hyperclip_fast.evaluation.zero_shot import evaluate, metrics
 from hyperclip_fast.text import create_text_tower
 from tests.data.test_scenes import blocks
@@ -70,21 +72,32 @@ def check_colours(task: EvalTask, counts):
 
 
 def test_a_folder_and_shards(folder, shards):
-    data = load_eval_set(str(folder), 16)
+    data = load_eval_set(str(folder), Preprocessing(16))
     assert data.name == "colours" and data.groups is None
     check_colours(data.tasks[0], [1, 2, 3])
     (folder / ".cache").mkdir()
     (folder / ".cache" / "0.png").write_bytes(png("red"))
-    check_colours(load_eval_set(str(folder), 16).tasks[0], [1, 2, 3])
-    check_colours(load_eval_set(str(shards), 16).tasks[0], [1, 2, 2])
-    check_colours(load_eval_set(str(shards / "0.tar"), 16).tasks[0], [0, 1, 2])
+    check_colours(load_eval_set(str(folder), Preprocessing(16)).tasks[0], [1, 2, 3])
+    check_colours(load_eval_set(str(shards), Preprocessing(16)).tasks[0], [1, 2, 2])
+    check_colours(load_eval_set(str(shards / "0.tar"), Preprocessing(16)).tasks[0], [0, 1, 2])
 
 
 @pytest.mark.parametrize("what, message", [("nothing here", "data must be"), ("empty", "a folder for each class")])
 def test_no_data(tmp_path, what, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=message):
-        load_eval_set(str(tmp_path / what), 16)
+        load_eval_set(str(tmp_path / what), Preprocessing(16))
+
+
+def test_a_models_own_preprocessing_reaches_what_it_is_scored_on(folder, monkeypatch):
+    other = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25), "interpolation": "bicubic", "crop_pct": 0.8}
+    Image.effect_noise((40, 32), 50).convert("RGB").save(folder / "lime" / "0.png")
+    model, seen = tiny_model(**other), []
+    monkeypatch.setattr(model, "encode_image", lambda images, _: seen.append(images) or torch.zeros(len(images), 16))
+    class_scores(model, load_eval_set(str(folder), model.preprocessing).tasks)
+    files = [file for name in sorted(COLOURS) for file in sorted((folder / name.replace(" ", "_")).iterdir())]
+    expected = torch.stack([load_image(file, model.preprocessing) for file in files])
+    torch.testing.assert_close(torch.cat(seen), expected, atol=2e-6, rtol=0)  # pixels are whole numbers
 
 
 def test_skin_tones_are_groups():
@@ -299,7 +312,8 @@ def test_command_line_averages_over_partitions(tmp_path, monkeypatch, capsys):
     head, _, *table = capsys.readouterr().out.splitlines()
     count = sum(len(task.images) for task in tasks[0])
     assert head == f"{count} held-out pictures in {len(tasks[0])} tasks, partitions: 2, guessing: 33.3%"
-    assert table == partition_table(results).splitlines() and [line.split()[0] for line in table[1:]] == list(ROWS)
+    assert table == partition_table(results).splitlines()
+    assert tuple(line.split()[0] for line in table[1:]) == ROW_SOURCES
 
 
 def test_partitions_as_a_table():

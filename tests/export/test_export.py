@@ -70,7 +70,7 @@ def bank(monkeypatch):
     return bank
 
 
-@pytest.mark.parametrize("format", ["onnx", "torch", "executorch"])
+@pytest.mark.parametrize("format", ["onnx", "torch", pytest.param("executorch", marks=pytest.mark.slow)])
 def test_specialized(bank, tmp_path, format):
     run, metadata = written(specialized_graph(bank.model, TASKS["pets"]), tmp_path, format)
     expected = bank.logits(IMAGES, ["pets"] * 5)
@@ -79,7 +79,7 @@ def test_specialized(bank, tmp_path, format):
     assert json.loads(metadata["labels"]) == TASKS["pets"] and metadata["image_size"] == "32"
 
 
-@pytest.mark.parametrize("format", ["onnx", "torch", "aoti"])
+@pytest.mark.parametrize("format", ["onnx", "torch", pytest.param("aoti", marks=pytest.mark.slow)])
 def test_mixed_serves_every_task_of_a_bank(bank, tmp_path, format):
     run, metadata = written(mixed_graph(bank.model), tmp_path, format)
     scale, bias = float(metadata["logit_scale"]), float(metadata["logit_bias"])
@@ -95,7 +95,9 @@ def test_mixed_serves_every_task_of_a_bank(bank, tmp_path, format):
     torch.testing.assert_close(alone, run(IMAGES[:2], bank.params.table, torch.tensor([1, 1]))[0], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("format, templates", [("onnx", ()), ("torch", ("a {}", "the {} here"))])
+@pytest.mark.parametrize(
+    "format, templates", [pytest.param("onnx", (), marks=pytest.mark.slow), ("torch", ("a {}", "the {} here"))]
+)
 def test_text_makes_a_task(tmp_path, format, templates):
     model = tiny_model(text_tower=TEXT, templates=templates, depth=1)
     run, metadata = written(text_graph(model), tmp_path, format)
@@ -109,18 +111,18 @@ def test_text_makes_a_task(tmp_path, format, templates):
             torch.testing.assert_close(embeddings, model.encode_text(names), atol=1e-4, rtol=1e-4)
 
 
-def readme_code(word):
-    """The block of Python in the README's section on export that holds `word`."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Export\n")[1].split("\n## ")[0]
-    (code,) = [block for block in section.split("```python\n")[1:] if word in block.split("```")[0]]
+def timm_code():
+    """The block of Python in docs/export.md that loads a specialised folder."""
+    page = (ROOT / "docs/export.md").read_text(encoding="utf-8")
+    (code,) = [block for block in page.split("```python\n")[1:] if "local-dir:" in block.split("```")[0]]
     return code.split("```")[0]
 
 
-def test_readme_loads_a_specialised_folder_with_timm_alone(tmp_path, monkeypatch):
+def test_the_page_loads_a_specialised_folder_with_timm_alone(tmp_path, monkeypatch):
     model = load_model()
     save_specialized(model, ["cat", "dog"], tmp_path / "cat_or_dog")
     Image.new("RGB", (60, 50), "orange").save(tmp_path / "photo.jpg")
-    code = readme_code("local-dir:")
+    code = timm_code()
     assert len(code.strip().splitlines()) <= 10
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "hyperclip_fast", None)
@@ -134,18 +136,6 @@ def test_readme_loads_a_specialised_folder_with_timm_alone(tmp_path, monkeypatch
     bank.add("pets", ["cat", "dog"])
     exact = bank.logits(pixels[None], ["pets"]).softmax(-1)[0]
     torch.testing.assert_close(scope["shares"][0].detach(), exact, atol=1e-5, rtol=1e-4)
-
-
-def test_readme_makes_and_runs_a_task_in_onnx_runtime(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for what in ("mixed", "text"):
-        assert main(["export", what, "--out", f"{what}.onnx"]) == 0
-    scope = {}
-    exec(readme_code("AutoTokenizer"), scope)
-    bank = TaskBank(load_model())
-    bank.add_many({"pets": ["cat", "dog"], "food": ["pizza", "sushi"]})
-    exact = bank.logits(torch.from_numpy(scope["images"]), ["pets", "food", "food"])
-    torch.testing.assert_close(torch.from_numpy(scope["logits"]), exact, atol=1e-4, rtol=1e-4)
 
 
 def test_a_file_that_computes_something_else_is_not_written(bank, tmp_path, monkeypatch):

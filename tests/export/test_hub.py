@@ -146,6 +146,7 @@ assert len(names) == 2, names  # ours, and the kernel's own
 """
 
 
+@pytest.mark.slow
 def test_kernels_load_as_a_hugging_face_kernel_beside_the_package(tmp_path):
     pytest.importorskip("kernels.load", exc_type=ImportError)
     folder = write_hub_kernel(tmp_path / "kernel")

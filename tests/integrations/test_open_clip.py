@@ -152,6 +152,17 @@ def test_a_tokenizer_that_pads_with_the_end_of_a_text(tmp_path):
         torch.testing.assert_close(adapter.encode_text(tokenizer(NAMES), normalize=True), model.encode_text(NAMES))
 
 
+def test_a_name_may_come_twice_as_in_imagenets():
+    model, names = tiny_model(text_tower=TEXT), ["missile", "cat", "missile"]
+    adapter, _, tokenizer = to_open_clip(model, names)
+    with torch.no_grad():
+        logits, _ = adapter.get_logits(IMAGES, tokenizer(names))
+        row = model.adapt([names])
+        features = model.encode_image(IMAGES, NormParams(row.spec, row.table))
+        expected = model.logit_scale.exp() * features @ model.encode_text(names).T + model.logit_bias
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_no_class_names_is_the_base_row():
     model = tiny_model(text_tower=TEXT)
     adapter, _, _ = to_open_clip(model, None)
@@ -173,3 +184,8 @@ def test_no_class_names_is_the_base_row():
 def test_refused_input(names, templates, match):
     with pytest.raises(ValueError, match=match):
         to_open_clip(tiny_model(text_tower=TEXT), names, templates)
+
+
+def test_a_crop_that_open_clip_has_not_is_refused():
+    with pytest.raises(ValueError, match=r"crop_pct must be 1.* got 0\.9"):
+        to_open_clip(tiny_model(text_tower=TEXT, crop_pct=0.9), NAMES)

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from hyperclip_fast import set_backend
 from hyperclip_fast.kernels.batch_norm import batch_norm_act, batch_norm_act_train
 from hyperclip_fast.kernels.batch_norm import launch as batch_norm_launch
-from tests.helpers import DEVICE, KERNEL_DTYPES, MODE, allocating, assert_close, kernel_run, poisoned_empty
+from tests.helpers import DEVICE, KERNEL_DTYPES, MODE, allocating, assert_close, examples, kernel_run, poisoned_empty
 
 pytest.importorskip("triton")
 LAUNCH = "hyperclip_fast.kernels.batch_norm.launch"
-EXAMPLES = {"gpu": 200, "interpreter": 50}.get(MODE, 30)
+EXAMPLES = examples(gpu=200, interpreter=50, other=30)
 NAMES = ("x", "weight", "bias", "residual")
 F32, F16 = torch.float32, torch.float16
 ACTS = {name: getattr(F, name) for name in ("relu", "relu6", "silu", "gelu")}
@@ -222,10 +222,10 @@ def test_slices_of_several_tiles(layout, programs, statistics):
     compare(case)
 
 
-@pytest.mark.parametrize("statistics", ["task", "batch"])
-@pytest.mark.parametrize("layout", ["contiguous", "last"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout, statistics", [("contiguous", "batch"), ("last", "task")])
 def test_wide_batch_is_combined_in_chunks(layout, statistics):
-    # 150 samples: three chunks of the kernels that add partials, the last one partly filled
+    # 150 samples: three chunks of the kernels that add partials, the last one partly filled; they see no layout
     compare(Case(B=150, C=5, H=2, W=2, T=3, statistics=statistics, layout=layout, act="relu", residual="no"))
 
 
@@ -372,6 +372,7 @@ def compiled_step(x, weight, bias, residual, task_ids, mean, var):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "last"])
 def test_compiles_to_one_graph_with_a_dynamic_batch(layout, triton_backend):
     torch._dynamo.reset()

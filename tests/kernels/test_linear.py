@@ -31,6 +31,7 @@ from tests.helpers import (
     TOLERANCE,
     allocating,
     assert_close,
+    examples,
     kernel_run,
     poisoned_empty,
     rms,
@@ -40,7 +41,7 @@ pytest.importorskip("triton")
 from hyperclip_fast.kernels.linear import launch as linear_launch
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-EXAMPLES = {"gpu": 200, "interpreter": 40}.get(MODE, 20)
+EXAMPLES = examples(gpu=200, interpreter=40, other=20)
 SMALL = {4: Tiles(32, 32, 32, 2, 4, 2), 2: Tiles(64, 32, 32, 2, 4, 3)}  # many tiles, groups and K-steps in few programs
 NAMES = ("x", "weight", "bias", "residual", "scale")
 

@@ -16,13 +16,23 @@ from hypothesis import strategies as st
 from hyperclip_fast import set_backend
 from hyperclip_fast.kernels.norm_linear import functional as norm_linear
 from hyperclip_fast.kernels.tables import NORM_TILES, WIDEST, Tiles, choose_norm_tiles
-from tests.helpers import DEVICE, KERNEL_DTYPES, MODE, allocating, assert_close, kernel_run, poisoned_empty, rms
+from tests.helpers import (
+    DEVICE,
+    KERNEL_DTYPES,
+    MODE,
+    allocating,
+    assert_close,
+    examples,
+    kernel_run,
+    poisoned_empty,
+    rms,
+)
 
 pytest.importorskip("triton")
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 NARROW = KERNEL_DTYPES[-1]
-EXAMPLES = {"gpu": 200, "interpreter": 40}.get(MODE, 20)
+EXAMPLES = examples(gpu=200, interpreter=40, other=20)
 SMALL = Tiles(32, 32, 32, 1, 4, 2)  # many tiles and K-steps in few programs
 
 
@@ -340,6 +350,7 @@ def step(arguments):
     return norm_linear.norm_linear(**arguments).sum() + norm_linear.norm_linear_gelu(**arguments)
 
 
+@pytest.mark.slow
 def test_compiles_to_one_graph_with_a_dynamic_batch():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

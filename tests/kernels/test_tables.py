@@ -86,6 +86,7 @@ def test_a_wrong_file_is_refused_and_changes_nothing(case, tmp_path):
     assert before == TABLES
 
 
+@pytest.mark.slow
 def test_the_environment_names_a_file(tmp_path):
     path = write(tmp_path / "table.json", {"widest": {"linear_add": {"amd": 192}}})
     code = "from hyperclip_fast.kernels.tables import WIDEST; print(WIDEST['linear_add'])"

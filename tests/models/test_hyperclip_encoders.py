@@ -79,6 +79,7 @@ def test_training_step_moves_hypernetwork_and_statistics():
     assert not torch.equal(model.image.bn1.running_mean, before)
 
 
+@pytest.mark.slow
 def test_mixed_onnx_of_a_batch_norm_encoder(tmp_path):
     """`export` itself runs the file at two sizes and compares it with PyTorch."""
     pytest.importorskip("onnxruntime")

@@ -147,7 +147,7 @@ def test_rows_of_other_layers_of_the_same_size_are_refused(bank, tmp_path):
 
 def test_a_bank_that_grew_beyond_one_calls_names_is_read(bank, tmp_path, monkeypatch):
     bank.save(tmp_path / "tasks.safetensors")
-    monkeypatch.setattr("hyperclip_fast.task_bank.MAX_NAMES", 12)
+    monkeypatch.setattr("hyperclip_fast.utils.class_names.MAX_NAMES", 12)
     assert TaskBank.load(tmp_path / "tasks.safetensors", bank.model).tasks == bank.tasks
 
 
@@ -219,7 +219,12 @@ def test_a_bank_reads_like_a_mapping(bank):
 
 
 def test_classes_twice_are_refused(bank):
-    for change in (lambda: bank.add("twice", ["cat", "dog", "cat"]), lambda: bank.add_many({"twice": ["a", "a"]})):
-        with pytest.raises(ValueError, match="distinct class names, got"):
+    names = ["cat", "dog", "cat"]
+    for change in (
+        lambda: bank.add("twice", names),
+        lambda: bank.add_many({"fine": ["a"], "twice": names}),
+        lambda: bank.add_row("twice", names, bank.model.image.base_params),
+    ):
+        with pytest.raises(ValueError, match="distinct class names, got 'cat' twice"):
             change()
-    assert "twice" not in bank
+    assert bank.tasks == tuple(TASKS)

@@ -88,6 +88,7 @@ def test_hf_tower_is_the_mean_of_hidden_states(tmp_path):
     torch.testing.assert_close(tower.encode(TEXTS).double(), F.normalize(torch.cat(one_by_one)), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["RN50-quickgelu", "coca_ViT-B-32"])
 def test_open_clip_tower_is_encode_text(model):
     open_clip = pytest.importorskip("open_clip")

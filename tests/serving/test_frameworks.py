@@ -11,5 +11,6 @@ import hyperclip_fast.serving.batching, hyperclip_fast.serving.task_registry
 """
 
 
+@pytest.mark.slow
 def test_registry_and_batcher_import_no_web_framework():
     subprocess.run([sys.executable, "-c", CODE], check=True)

@@ -68,6 +68,7 @@ async def ask_all(address):
         return questions, await asyncio.gather(*asked)
 
 
+@pytest.mark.slow
 def test_the_same_answers_from_model_replicas(address, tmp_path):
     assert httpx.get(f"{address}/readyz").json() == {"status": "ready", "tasks": 0}
     questions, answers = asyncio.run(ask_all(address))

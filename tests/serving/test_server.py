@@ -236,16 +236,21 @@ def test_a_failure_inside_tells_nothing_of_the_inside(client, service, monkeypat
     assert "secret" not in check_error(ask(client, task="pets"), 500, "internal")
 
 
-def test_more_than_there_are_places_for(client, service, monkeypatch):
-    """Six requests wait for the model; the seventh is told when to come again, and then served."""
-    gate = asyncio.Event()
-    real = service.batcher._classify
+@pytest.fixture
+def held(service, monkeypatch):
+    """Batches wait until this event is set."""
+    gate, real = asyncio.Event(), service.batcher._classify
 
-    async def held(images, tasks, topk):
+    async def classify(images, tasks, topk):
         await gate.wait()
         return await real(images, tasks, topk)
 
-    monkeypatch.setattr(service.batcher, "_classify", held)
+    monkeypatch.setattr(service.batcher, "_classify", classify)
+    return gate
+
+
+def test_more_requests_than_are_taken_at_a_time(client, held):
+    """Six requests wait for the model; the seventh is told when to come again, and then served."""
     with ThreadPoolExecutor(6) as pool:
         waiting = [pool.submit(ask, client, task="pets") for _ in range(6)]
         until(lambda: "hyperclip_pending_requests 6.0" in client.get("/metrics").text)
@@ -253,26 +258,18 @@ def test_more_than_there_are_places_for(client, service, monkeypatch):
         check_error(response, 503, "busy")
         assert response.headers["retry-after"] == "1"
         assert client.get("/healthz").status_code == client.get("/v1/tasks").status_code == 200
-        client.portal.call(gate.set)
+        client.portal.call(held.set)
         assert [each.result().status_code for each in waiting] == [200] * 6
     assert ask(client, task="pets").status_code == 200
 
 
-def test_a_task_may_go_while_requests_wait_for_it(client, service, model, monkeypatch):
-    gate = asyncio.Event()
-    real = service.batcher._classify
-
-    async def held(images, tasks, topk):
-        await gate.wait()
-        return await real(images, tasks, topk)
-
-    monkeypatch.setattr(service.batcher, "_classify", held)
+def test_a_task_may_go_while_requests_wait_for_it(client, service, model, held):
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(ask, client, task=task) for task in ("pets", "food")]
         until(lambda: len(service.batcher._unanswered) == 2)
         client.delete("/v1/tasks/pets")
         assert client.put("/v1/tasks/food", json={"classes": ["soup"]}).status_code == 200
-        client.portal.call(gate.set)
+        client.portal.call(held.set)
         answers = [each.result().json()["results"] for each in waiting]
     assert answers == [expected(model, [png()], [task], 5) for task in ("pets", "food")]
     assert ask(client, task="food").json()["results"][0]["ranked"][0]["name"] == "soup"

@@ -10,9 +10,9 @@ from torch import distributed
 from hyperclip_fast.training.config import TrainConfig
 from hyperclip_fast.training.distributed import gather_texts, share, whole
 from hyperclip_fast.training.losses import siglip_loss
-from hyperclip_fast.training.trainer import Trainer
+from tests.helpers import run_twice
 from tests.towers import patch_text_tower, tiny_config
-from tests.training.test_training import pictures
+from tests.training.test_training import trainer_of
 
 ONE_TASK = {"tasks_per_batch": 1, "classes_per_task": 8}
 TWO_TASKS = {"tasks_per_batch": 2, "classes_per_task": 4}
@@ -39,7 +39,7 @@ def steps(folder, name, count=2):
     with pytest.MonkeyPatch.context() as patch:
         if "text_tower" not in model:
             patch_text_tower(patch)
-        trainer = Trainer(tiny_config(**model), config, folder / name, pictures())
+        trainer = trainer_of(tiny_config(**model), config, folder / name)
         losses, grads, trained = [], [], None
         for _ in range(count):
             losses.append(trainer.measures(trainer.train_step(), 1.0))
@@ -47,7 +47,7 @@ def steps(folder, name, count=2):
             grads.append({n: whole(p.grad).clone() for n, p in parameters if p.grad is not None})
         if name in TO_THE_END:
             trainer.save()
-            again = Trainer(tiny_config(**model), config, folder / name, pictures())
+            again = trainer_of(tiny_config(**model), config, folder / name)
             assert again.step == count
             model = again.train()
             if model is None:  # FSDP's other processes
@@ -90,7 +90,7 @@ def worker(rank, folder):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(worker, (folder,), nprocs=2)
+    run_twice(worker, folder)
     return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -70,7 +70,9 @@ def test_dropout_is_the_same_in_both_passes():
     for i, (images, ids) in enumerate(zip(inputs.images.chunk(2), inputs.task_ids.chunk(2))):
         torch.manual_seed(hash_seed(5, i))
         embeddings.append(model.encode_image(images, params[ids]))
-    expected, _ = objective.compare(torch.cat(embeddings), model.project_text(inputs.table[inputs.index]), inputs)
+    expected, _ = objective.loss_and_accuracy(
+        torch.cat(embeddings), model.project_text(inputs.table[inputs.index]), inputs
+    )
     expected.backward()
     torch.testing.assert_close(loss, expected.detach())
     for name, parameter in model.named_parameters():

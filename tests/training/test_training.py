@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
+from hyperclip_fast.data.picture_source import picture_source
 from hyperclip_fast.data.pictures import Pictures
-from hyperclip_fast.evaluation.swapping import ELSEWHERE, ROWS, accuracy, predict, row_names, swap_test
+from hyperclip_fast.evaluation.swapping import ELSEWHERE, ROW_SOURCES, accuracy, predict, row_names, swap_test
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
-from hyperclip_fast.training.config import TrainConfig, load_config
+from hyperclip_fast.training.config import RunConfig, TrainConfig, load_config
+from hyperclip_fast.training.distributed import share
 from hyperclip_fast.training.optimizer import learning_rate
 from hyperclip_fast.training.trainer import Trainer
 from tests.towers import patch_text_tower, tiny_config, tiny_model
@@ -39,8 +41,16 @@ def pictures(names_per_group=12, per_name=3):
     return Pictures(images, labels, names, groups, labels % 6 >= 4)
 
 
-def trainer(out, **changes):
-    return Trainer(tiny_config(drop_path_rate=0.2, init_logit_bias=-1.0), replace(CONFIG, **changes), out, pictures())
+def trainer_of(model, config, out, **options):
+    """A Trainer on the pictures."""
+    data = pictures()
+    source = picture_source(data, config.batch_shape, 32, share())
+    return Trainer(RunConfig(model, config), out, source=source, held_out=held_out_tasks(data), **options)
+
+
+def trainer(out, callback=None, **changes):
+    model = tiny_config(drop_path_rate=0.2, init_logit_bias=-1.0)
+    return trainer_of(model, replace(CONFIG, **changes), out, callback=callback)
 
 
 def test_training_learns(tmp_path):
@@ -110,7 +120,7 @@ def test_a_model_takes_the_place_of_another(tmp_path):
 
 def test_the_trainers_own_evaluation_takes_three_rows(tmp_path):
     run = trainer(tmp_path)
-    assert tuple(run.evaluate(held_out_tasks(pictures(), min_classes=2))) == ("right", "base", "wrong")
+    assert tuple(run.evaluate()) == ("right", "base", "wrong")
 
 
 def test_seeds_differ_and_repeat(tmp_path):
@@ -119,7 +129,7 @@ def test_seeds_differ_and_repeat(tmp_path):
 
 
 def test_a_trainable_text_tower_trains(tmp_path):
-    run = Trainer(tiny_config(train_text=True), CONFIG, tmp_path, pictures())
+    run = trainer_of(tiny_config(train_text=True), CONFIG, tmp_path)
     before = run.model.text.matrix.detach().clone()
     run.train_step()
     assert not torch.equal(before, run.model.text.matrix)
@@ -199,7 +209,7 @@ def test_held_out_tasks_cover_the_held_out_names_once():
     assert held_out_tasks(data, classes=3, min_classes=50) == []
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", ROW_SOURCES)
 def test_predictions_equal_one_image_at_a_time(row):
     model, tasks = tiny_model(), held_out_tasks(pictures(), min_classes=2)
     assert len(tasks) >= 2
@@ -235,7 +245,7 @@ def test_accuracy_and_swap_test():
     model, tasks = tiny_model(), held_out_tasks(pictures(), min_classes=2)
     result = swap_test(model.train(), tasks)
     assert model.training
-    assert tuple(result) == ROWS
+    assert tuple(result) == ROW_SOURCES
     assert swap_test(model, tasks, rows=("wrong", "right")) == {row: result[row] for row in ("wrong", "right")}
     for by_task in result.values():
         assert set(by_task) == {task.name for task in tasks}

@@ -1,12 +1,13 @@
 """What the trainer does beside descending: goes on in mid-epoch, freezes, averages, has rates, precisions and logs."""
 
+import copy
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -17,12 +18,12 @@ from hyperclip_fast.cli.main import main
 from hyperclip_fast.configs import shipped_configs
 from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.hyperclip import HyperCLIP
-from hyperclip_fast.training.config import TrainConfig, load_config
+from hyperclip_fast.training.config import RunConfig, TrainConfig, load_config
 from hyperclip_fast.training.optimizer import learning_rate, part_of
 from hyperclip_fast.training.trainer import Trainer
 from tests.image_data import write_folder, write_shards
 from tests.towers import patch_text_tower, tiny_config
-from tests.training.test_training import CONFIG, pictures, trainer
+from tests.training.test_training import CONFIG, trainer, trainer_of
 
 CONFIGS = list(shipped_configs().values())
 
@@ -46,12 +47,12 @@ def test_a_run_stopped_in_mid_epoch_goes_on_bit_for_bit(towers, tmp_path, kind, 
     train = {"tasks_per_batch": 1, "classes_per_task": 8, "steps": 9, "ema": 0.9, "accumulate": 2}
     config = replace(CONFIG, eval_every=0, save_every=100, **train)
     model = tiny_config(drop_path_rate=0.3, train_text=True)
-    whole = Trainer(model, config, tmp_path / "whole", data=data)
-    first = Trainer(model, config, tmp_path / "parts", data=data)
+    whole = Trainer(RunConfig(model, config, data), tmp_path / "whole")
+    first = Trainer(RunConfig(model, config, data), tmp_path / "parts")
     for _ in range(3):
         first.train_step()
     first.save()
-    second = Trainer(model, config, tmp_path / "parts", data=data)
+    second = Trainer(RunConfig(model, config, data), tmp_path / "parts")
     assert second.step == 3
     whole.train(), second.train()
     equal(second.model, whole.model)
@@ -82,6 +83,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(towers, tmp_path
     equal(again.model, whole.model)
 
 
+@pytest.mark.slow
 def test_sigterm_from_outside(tmp_path):
     """The command as it is run: workers end with it, its status tells the signal, and it goes on."""
     command = [sys.executable, "-m", "hyperclip_fast.cli", "train", "--config", "folder", "--smoke"]
@@ -100,7 +102,7 @@ def test_sigterm_from_outside(tmp_path):
 
 @pytest.mark.parametrize("part", ["image", "text", "hypernetwork", "logit"])
 def test_a_frozen_part_stays_as_it_is(towers, tmp_path, part):
-    run = Trainer(tiny_config(train_text=True), replace(CONFIG, freeze=(part,)), tmp_path, pictures())
+    run = trainer_of(tiny_config(train_text=True), replace(CONFIG, freeze=(part,)), tmp_path)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     for _ in range(2):
         run.train_step()
@@ -112,9 +114,8 @@ def test_a_frozen_part_stays_as_it_is(towers, tmp_path, part):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_frozen_text_tower_of_the_models_own(towers, tmp_path, accumulate):
     """Its projection is frozen with it, and what it gives is computed once."""
-    run = Trainer(
-        tiny_config(train_text=True), replace(CONFIG, freeze=("text",), accumulate=accumulate), tmp_path, pictures()
-    )
+    config = replace(CONFIG, freeze=("text",), accumulate=accumulate)
+    run = trainer_of(tiny_config(train_text=True), config, tmp_path)
     calls = run.model.text.calls
     run.train_step(), run.train_step()
     assert run.model.text.calls == calls == 1
@@ -125,7 +126,7 @@ def test_checkpointing_a_text_tower_changes_no_gradient(tmp_path, tower):
     norms = []
     for on in (False, True):
         config = replace(CONFIG, grad_checkpointing=on, tasks_per_batch=1)
-        run = Trainer(tiny_config(text_tower=tower, train_text=True), config, tmp_path / str(on), pictures())
+        run = trainer_of(tiny_config(text_tower=tower, train_text=True), config, tmp_path / str(on))
         torch.manual_seed(0)  # dropout: the same in both runs, and in the second forward pass
         weights, saved = {p.untyped_storage().data_ptr() for p in run.model.parameters()}, []
 
@@ -143,7 +144,7 @@ def test_checkpointing_a_text_tower_changes_no_gradient(tmp_path, tower):
 
 def test_parts_have_rates_and_decay_of_their_own(towers, tmp_path):
     changes = {"image_lr": 1e-4, "hyper_lr": 0.0, "text_weight_decay": 0.5, "weight_decay": 0.1, "lr": 1e-3}
-    run = Trainer(tiny_config(), replace(CONFIG, warmup=4, **changes), tmp_path, pictures())
+    run = trainer_of(tiny_config(), replace(CONFIG, warmup=4, **changes), tmp_path)
     run.train_step()
     names = {id(p): name for name, p in run.model.named_parameters()}
     for group in run.optimizer.param_groups:
@@ -189,7 +190,7 @@ def test_checkpointing_and_compiling_change_no_gradient(towers, tmp_path, monkey
 
     monkeypatch.setattr(nn.Module, "compile", compile_eagerly)
     changes = [replace(CONFIG, grad_checkpointing=on, compile=on) for on in (False, True)]
-    runs = [Trainer(tiny_config(), change, tmp_path / str(i), pictures()) for i, change in enumerate(changes)]
+    runs = [trainer_of(tiny_config(), change, tmp_path / str(i)) for i, change in enumerate(changes)]
     losses = [[float(run.train_step()["loss"]) for _ in range(2)] for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert compiled == ["HyperViT", "HyperNetwork"] and runs[1].model.image.grad_checkpointing
@@ -234,7 +235,7 @@ def test_logs_say_what_happened(towers, tmp_path):
 
 def test_the_bias_follows_the_batch_where_asked(towers, tmp_path):
     model = tiny_config(init_logit_bias=-7.0)
-    run = Trainer(model, replace(CONFIG, balance_bias=True, classes_per_task=(2, 6)), tmp_path, pictures())
+    run = trainer_of(model, replace(CONFIG, balance_bias=True, classes_per_task=(2, 6)), tmp_path)
     assert run.model.logit_bias.item() == pytest.approx(-1.0986123)
     assert trainer(tmp_path / "other").model.logit_bias.item() == -1.0
 
@@ -257,3 +258,62 @@ def test_every_recipe_runs_as_a_rehearsal(tmp_path, config, capsys):
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     HyperCLIP.from_pretrained(str(tmp_path / "model"))
+
+
+def test_a_callback_sees_every_step_and_changes_no_run(towers, tmp_path):
+    seen = []
+
+    def look(run, metrics):
+        torch.rand(3)
+        seen.append((run.step, sorted(metrics)))
+
+    config = tiny_config(), replace(CONFIG, steps=3)
+    watched = trainer_of(*config, tmp_path / "watched", callback=look).train()
+    plain = trainer_of(*config, tmp_path / "plain").train()
+    assert seen == [(step, ["accuracy", "grad_norm", "loss"]) for step in (1, 2, 3)]
+    for ours, theirs in zip(watched.parameters(), plain.parameters()):
+        assert torch.equal(ours, theirs)
+
+
+def test_what_a_callback_logs_and_saves_comes_after_the_step(towers, tmp_path):
+    def look(run, metrics):
+        if run.step == 2:
+            run.log({"seen": float(metrics["loss"])})
+            run.save()
+        if run.step == 4:
+            raise KeyboardInterrupt  # after a line that the checkpoint does not know
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, callback=look, save_every=100).train()
+    again = trainer(tmp_path, save_every=100)
+    assert again.step == 2
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], "seen" in line) for line in lines] == [(1, False), (2, False), (2, True)]
+    assert lines[2]["seen"] == pytest.approx(lines[1]["loss"], abs=1e-4)
+
+
+def test_a_given_model_is_trained_on_and_resumed(towers, tmp_path):
+    """Its own weights are where a run begins; a checkpoint's take their place."""
+    given, config = tiny_config(), replace(CONFIG, steps=3, balance_bias=True)
+    model = trainer_of(given, config, tmp_path / "first").train()
+    start = copy.deepcopy(model)
+    run = trainer_of(given, config, tmp_path / "second", model=model)
+    equal(run.model, start)
+    run.train_step()
+    run.save()
+    again = trainer_of(given, config, tmp_path / "second", model=start)
+    assert again.step == 1
+    equal(again.model, run.model)
+
+
+@pytest.mark.parametrize("data", [None, DataConfig(sets=("digits",))])
+def test_a_folder_tells_its_data_where_that_is_what_is_trained_on(towers, tmp_path, data):
+    """A run's folder that an older version began is one that this version goes on with."""
+    if data is None:
+        trainer(tmp_path)
+    else:
+        run = Trainer(RunConfig(tiny_config(), CONFIG, data), tmp_path)
+        assert [task.name for task in run.held_out] == ["digits"]
+    known = json.loads((tmp_path / "config.json").read_text())
+    assert known.get("data") == (None if data is None else json.loads(json.dumps(asdict(data))))
+    assert list(known)[:2] == ["model", "train"]

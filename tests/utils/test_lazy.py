@@ -17,6 +17,7 @@ ORDERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_timm_knows_our_models_in_any_order(order):
     check = "assert len(timm.list_models('hyper_vit_tiny_*')) > 1; timm.create_model('hyper_vit_tiny_patch16_224')"
@@ -29,6 +30,32 @@ def test_every_public_name_is_there(package):
         assert getattr(package, name) is not None and name in dir(package)
     with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'nothing'"):
         _ = package.nothing
+
+
+def test_all_names_and_modules_after_a_bare_import():
+    code = """
+import pickle, sys
+from hyperclip_fast import *
+import hyperclip_fast
+assert __version__ == hyperclip_fast.__version__ and HyperViT.__module__ == "hyperclip_fast.hyper_vit"
+assert pickle.loads(pickle.dumps(NormSpec)) is hyperclip_fast.norm_params.NormSpec
+assert "hyperclip_fast.training" not in sys.modules and hyperclip_fast.training.TrainConfig().steps
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_watched_module_can_be_loaded_again():
+    code = """
+import importlib, sys
+from hyperclip_fast.utils.lazy import after_import
+before, calls = len(sys.meta_path), []
+after_import("colorsys", lambda: calls.append("colorsys" in sys.modules))
+import colorsys
+importlib.reload(colorsys)
+after_import("colorsys", lambda: calls.append(True))
+assert calls == [True, True] and len(sys.meta_path) == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_name_is_looked_up_once(monkeypatch):
