@@ -56,6 +56,23 @@ def _rstd(var, row, stride, eps, o_c, C):
 
 
 @triton.jit
+def _norm(weight, bias, mean, var, row, strides, eps, o_c, C, CHANNELS_LAST: tl.constexpr):
+    """mean, rstd, rstd * weight and bias of channels o_c, spread; strides: of weight, of bias, of mean and var."""
+    b_mean, b_rstd = load_row(mean, row, strides[2], o_c, C), _rstd(var, row, strides[2], eps, o_c, C)
+    b_scale = _spread(load_row(weight, row, strides[0], o_c, C) * b_rstd, CHANNELS_LAST)
+    b_bias = _spread(load_row(bias, row, strides[1], o_c, C), CHANNELS_LAST)
+    return _spread(b_mean, CHANNELS_LAST), _spread(b_rstd, CHANNELS_LAST), b_scale, b_bias
+
+
+@triton.jit
+def _batch_terms(sums, b_rstd, o_c, C, CHANNELS_LAST: tl.constexpr):
+    """What d x loses since mean and var are those of the batch: a constant, and a slope over x - mean."""
+    b_constant = _spread(tl.load(sums + o_c, mask=o_c < C, other=0.0), CHANNELS_LAST) * b_rstd
+    b_slope = _spread(tl.load(sums + (C + o_c), mask=o_c < C, other=0.0), CHANNELS_LAST) * b_rstd * b_rstd
+    return b_constant, b_slope
+
+
+@triton.jit
 def _grad_at(
     grad_out,
     x,
@@ -118,12 +135,11 @@ def _fwd_kernel(
     s = outer if CHANNELS_LAST else inner
     o_c = c + tl.arange(0, BLOCK_I if CHANNELS_LAST else BLOCK_O)
     row = row_of_sample(task_ids, b, T)
-    b_mean = load_row(mean, row, stats_stride, o_c, C)
-    b_scale = load_row(weight, row, weight_stride, o_c, C) * _rstd(var, row, stats_stride, eps, o_c, C)
-    b_bias = load_row(bias, row, bias_stride, o_c, C)
+    strides = (weight_stride, bias_stride, stats_stride)
+    b_mean, _, b_scale, b_bias = _norm(weight, bias, mean, var, row, strides, eps, o_c, C, CHANNELS_LAST)
     start, o_tile, m_tile = _tile(b, c, s, OUTER, INNER, CHANNELS_LAST, BLOCK_O, BLOCK_I)
     b_x = tl.load(x + start + o_tile, mask=m_tile, other=0.0).to(tl.float32)
-    b_x = (b_x - _spread(b_mean, CHANNELS_LAST)) * _spread(b_scale, CHANNELS_LAST) + _spread(b_bias, CHANNELS_LAST)
+    b_x = (b_x - b_mean) * b_scale + b_bias
     if residual is None:
         b_x = activate(b_x, ACT)
     else:
@@ -169,18 +185,13 @@ def _bwd_kernel(
     part, c, first = _place(chunk, slices, C, BLOCK_C)
     b, o_c = part // slices, c + tl.arange(0, BLOCK_C)
     row = row_of_sample(task_ids, b, T)
-    b_mean = _spread(load_row(mean, row, stats_stride, o_c, C), CHANNELS_LAST)
-    b_rstd = _spread(_rstd(var, row, stats_stride, eps, o_c, C), CHANNELS_LAST)
-    b_scale = _spread(load_row(weight, row, weight_stride, o_c, C), CHANNELS_LAST) * b_rstd
-    b_bias = _spread(load_row(bias, row, bias_stride, o_c, C), CHANNELS_LAST)
+    strides = (weight_stride, bias_stride, stats_stride)
+    b_mean, b_rstd, b_scale, b_bias = _norm(weight, bias, mean, var, row, strides, eps, o_c, C, CHANNELS_LAST)
     if sums is not None:
-        b_offset = _spread(tl.load(sums + o_c, mask=o_c < C, other=0.0), CHANNELS_LAST) * b_rstd
-        b_slope = _spread(tl.load(sums + (C + o_c), mask=o_c < C, other=0.0), CHANNELS_LAST) * b_rstd * b_rstd
-    b_sum_weight = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    b_sum_bias = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+        b_constant, b_slope = _batch_terms(sums, b_rstd, o_c, C, CHANNELS_LAST)
+    b_sum_weight, b_sum_bias = tl.zeros((BLOCK_O, BLOCK_I), tl.float32), tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     for tile in range(first, tl.minimum(first + chunk, tl.cdiv(S, BLOCK_S))):
-        s = tile * BLOCK_S
-        start, o_tile, m_tile = _tile(b, c, s, OUTER, INNER, CHANNELS_LAST, BLOCK_O, BLOCK_I)
+        start, o_tile, m_tile = _tile(b, c, tile * BLOCK_S, OUTER, INNER, CHANNELS_LAST, BLOCK_O, BLOCK_I)
         b_grad, b_centred = _grad_at(grad_out, x, residual, start, o_tile, m_tile, b_mean, b_scale, b_bias, ACT)
         if grad_residual is not None:
             tl.store(grad_residual + start + o_tile, b_grad.to(grad_residual.dtype.element_ty), mask=m_tile)
@@ -191,7 +202,7 @@ def _bwd_kernel(
         if grad_x is not None:
             b_grad *= b_scale
             if sums is not None:
-                b_grad -= b_offset + b_centred * b_slope
+                b_grad -= b_constant + b_centred * b_slope
             tl.store(grad_x + start + o_tile, b_grad.to(grad_x.dtype.element_ty), mask=m_tile)
     if partial_weight is not None:
         b_sum = tl.sum(b_sum_weight, axis=AXIS) * _rstd(var, row, stats_stride, eps, o_c, C)
