@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import sys
 for name in ("fastapi", "starlette", "prometheus_client", "uvicorn", "pydantic"):
