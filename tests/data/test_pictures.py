@@ -26,8 +26,9 @@ def cache_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("pictures")
 
 
-@pytest.fixture(scope="module")
-def pictures(cache_dir):
+@pytest.fixture(scope="module", params=[pytest.param("all", marks=pytest.mark.slow)])
+def pictures(cache_dir, request):
+    """Every emoji and digit, which take seconds to draw: each test of them is slow."""
     return data.load_pictures(size=SIZE, cache_dir=cache_dir, progress=False)
 
 

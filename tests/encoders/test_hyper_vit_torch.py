@@ -150,9 +150,9 @@ def batches(spec):
         yield make_images(batch=batch, seed=seed), rows, ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("backend", "option"),
-    [("aot_eager", "token"), ("aot_eager", "layer_scale"), pytest.param("inductor", "avg", marks=pytest.mark.slow)],
+    ("backend", "option"), [("aot_eager", "token"), ("aot_eager", "layer_scale"), ("inductor", "avg")]
 )
 def test_compile_with_dynamic_batch_and_no_recompilation(backend, option):
     _, vit = hyper_pair(option, depth=1)
