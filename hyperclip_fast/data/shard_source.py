@@ -75,13 +75,13 @@ class ShardSource:
         size = mine.stop - mine.start
         self.counts = (size,) if shape.tasks_per_batch == 1 else (shape.class_range[1],) * size
 
-    def batches(self, start: int, state: dict[int, Position] | None = None) -> Iterator[Batch]:
+    def batches(self, start: int, state: dict[int, tuple[int, ...]] | None = None) -> Iterator[Batch]:
         """The batches from step `start` on; `state` says where the workers stood then, by their number."""
         workers = max(1, self.data.workers)
         positions = dict(state or {})
         for batch in load(_Stream(self, start % workers, positions), self.data.workers, self.pin):
             number, position = batch.state
-            positions = {**positions, number: Position(*position)}
+            positions = {**positions, number: tuple(position)}  # a checkpoint holds no class of ours
             yield Batch(batch.images, batch.labels, batch.counts, batch.classes, batch.broken, positions)
 
     def order(self, epoch: int, slot: int) -> list[str]:
@@ -97,7 +97,7 @@ class _Stream(IterableDataset):
     turn comes first, stands in for that one.
     """
 
-    def __init__(self, source: ShardSource, first: int, positions: dict[int, Position]):
+    def __init__(self, source: ShardSource, first: int, positions: dict[int, tuple[int, ...]]):
         super().__init__()
         self.source, self.first, self.positions = source, first, positions
 

@@ -58,10 +58,11 @@ def _rstd(var, row, stride, eps, o_c, C):
 @triton.jit
 def _norm(weight, bias, mean, var, row, strides, eps, o_c, C, CHANNELS_LAST: tl.constexpr):
     """mean, rstd, rstd * weight and bias of channels o_c, spread; strides: of weight, of bias, of mean and var."""
-    b_mean, b_rstd = load_row(mean, row, strides[2], o_c, C), _rstd(var, row, strides[2], eps, o_c, C)
-    b_scale = _spread(load_row(weight, row, strides[0], o_c, C) * b_rstd, CHANNELS_LAST)
+    b_mean = _spread(load_row(mean, row, strides[2], o_c, C), CHANNELS_LAST)
+    b_rstd = _spread(_rstd(var, row, strides[2], eps, o_c, C), CHANNELS_LAST)
+    b_scale = _spread(load_row(weight, row, strides[0], o_c, C), CHANNELS_LAST) * b_rstd
     b_bias = _spread(load_row(bias, row, strides[1], o_c, C), CHANNELS_LAST)
-    return _spread(b_mean, CHANNELS_LAST), _spread(b_rstd, CHANNELS_LAST), b_scale, b_bias
+    return b_mean, b_rstd, b_scale, b_bias
 
 
 @triton.jit

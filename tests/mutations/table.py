@@ -96,8 +96,14 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
             ("min(cdiv(N, block_n),", "min(cdiv(N, block_n) + 1,"),
             ("dtype=needs.delta_dtype", "dtype=total.dtype"),
             ("kinds = needs.weight + needs.bias", "kinds = 2"),
-            ("partials[0] if needs.weight", "partials[-1] if needs.weight"),
-            ("partials[-1] if needs.bias", "partials[0] if needs.bias"),
+            (
+                "partials[0] if partials is not None and needs.weight",
+                "partials[-1] if partials is not None and needs.weight",
+            ),
+            (
+                "partials[-1] if partials is not None and needs.bias",
+                "partials[0] if partials is not None and needs.bias",
+            ),
             ("if needs.x else None", "if True else None"),
             ("weight_stride=row_stride(weight)", "weight_stride=D"),
         ),

@@ -32,7 +32,7 @@ BATCH_NORM = {
             ("load_row(mean, row, strides[2]", "load_row(mean, row, strides[0]"),
             ("load_row(weight, row, strides[0]", "load_row(weight, row, strides[1]"),
             ("load_row(bias, row, strides[1]", "load_row(bias, row, strides[0]"),
-            ("o_c, C) * b_rstd, CHANNELS_LAST)", "o_c, C), CHANNELS_LAST)"),
+            ("CHANNELS_LAST) * b_rstd", "CHANNELS_LAST)"),
         ),
         "_batch_terms": (
             ("sums + (C + o_c)", "sums + o_c"),

@@ -41,11 +41,11 @@ def pictures(names_per_group=12, per_name=3):
     return Pictures(images, labels, names, groups, labels % 6 >= 4)
 
 
-def trainer_of(model, config, out, **options):
+def trainer_of(model_config, config, out, **options):
     """A Trainer on the pictures."""
     data = pictures()
     source = picture_source(data, config.batch_shape, 32, share())
-    return Trainer(RunConfig(model, config), out, source=source, held_out=held_out_tasks(data), **options)
+    return Trainer(RunConfig(model_config, config), out, source=source, held_out=held_out_tasks(data), **options)
 
 
 def trainer(out, callback=None, **changes):
