@@ -1,7 +1,9 @@
 """README.md and docs/: every block of Python runs as written, page by page; every shell command is one that exists."""
 
 import argparse
+import importlib
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -178,8 +180,10 @@ def test_links_lead_somewhere(page):
             assert heading in slugs, f"{page} links to {target}"
 
 
-def test_the_picture_is_what_its_script_draws():
-    spec = importlib.util.spec_from_file_location("draw", ROOT / "docs/pictures/draw.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    assert (ROOT / "docs/pictures/idea.svg").read_text(encoding="utf-8") == script.draw()
+def test_pictures_are_what_their_scripts_draw(monkeypatch):
+    folder = ROOT / "docs/pictures"
+    monkeypatch.syspath_prepend(folder)
+    idea, throughput = (importlib.import_module(name) for name in ("draw", "throughput"))
+    assert (folder / "idea.svg").read_text(encoding="utf-8") == idea.draw()
+    record = json.loads((folder / "throughput.json").read_text(encoding="utf-8"))
+    assert (folder / "throughput.svg").read_text(encoding="utf-8") == throughput.draw(record)
