@@ -6,7 +6,9 @@ measured first; what no time is left for is listed. On a CPU it measures less, b
 """
 
 import argparse
+import importlib.util
 import json
+import os
 import re
 import signal
 import subprocess
@@ -33,6 +35,7 @@ from hyperclip_fast.utils.files import write_file
 TI, S, B = "vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224"
 NORMS = ["layer_norm", "add_layer_norm"]
 PRODUCTS = [name for name in OPERATIONS if "linear" in name]
+TESTS = "quick or gpu"
 Plan = list[dict[str, Any]]
 
 
@@ -127,19 +130,29 @@ def _identity(case: Case, provider: Provider) -> str:
     return f"{case.labels} {provider.key}"
 
 
-def run_tests(files: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Run test files for at most so many seconds; each test's verdict counts from the moment it is printed."""
-    command = [sys.executable, "-m", "pytest", "-vv", "-rN", "--tb=line", "-p", "no:cacheprovider", *files]
+def run_tests(files: Sequence[str], seconds: float, log: Path) -> dict[str, Any]:
+    """Run one case of every test, and all that need a GPU, for at most so many seconds, side by side if pytest-xdist is
+    there; each test's verdict counts from the moment it is printed, and `log` keeps what pytest said.
+    """
+    command = [sys.executable, "-m", "pytest", "-vv", "-rN", "--tb=short", "-p", "no:cacheprovider", "-m", TESTS]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--dist", "worksteal"]
+    environment = {**os.environ, "HYPERCLIP_HYPOTHESIS": "quick"}
     start = time.monotonic()
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds)
-        output, code = done.stdout, done.returncode
-    except subprocess.TimeoutExpired as stopped:
-        output, code = stopped.stdout or b"", None
-    lines = output.decode(errors="replace").splitlines()
-    verdicts = [re.match(r"(\S+::.+?) (PASSED|SKIPPED|FAILED|ERROR)\b", line) for line in lines]
-    count = Counter(verdict[2].lower() for verdict in verdicts if verdict)
-    failures = [verdict[1] for verdict in verdicts if verdict and verdict[2] in ("FAILED", "ERROR")]
+    with log.open("wb") as output:
+        tests = subprocess.Popen(
+            [*command, *files], stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            code = tests.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+            os.killpg(tests.pid, signal.SIGKILL)
+            tests.wait()
+    lines = log.read_text(errors="replace").splitlines()
+    verdicts = [verdict for verdict in map(verdict_of, lines) if verdict]
+    count = Counter(verdict.lower() for _, verdict in verdicts)
+    failures = [test for test, verdict in verdicts if verdict in ("FAILED", "ERROR")]
     status = "failed" if failures or code else "stopped" if code is None else "passed"
     return {
         "files": list(files),
@@ -148,6 +161,14 @@ def run_tests(files: Sequence[str], seconds: float) -> dict[str, Any]:
         "summary": ", ".join(f"{number} {verdict}" for verdict, number in count.items()) or "\n".join(lines[-3:]),
         "failures": failures,
     }
+
+
+def verdict_of(line: str) -> tuple[str, str] | None:
+    """Test and verdict in a line of `pytest -vv`, with pytest-xdist or without."""
+    words = r"(PASSED|SKIPPED|FAILED|ERROR|XFAIL|XPASS)"
+    alone = re.match(rf"(\S+::.+?) {words}\b", line)
+    shared = re.match(rf"\[gw\d+\] +\[ *\d+%\] {words} (\S+::.*\S)", line)
+    return (alone[1], alone[2]) if alone else (shared[2], shared[1]) if shared else None
 
 
 def widest(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
@@ -192,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(header(report.machine), flush=True)
     red: set[str] = set()
     if args.tests:
-        report.more["tests"] = tests = run_tests(args.tests, 0.25 * total)
+        report.more["tests"] = tests = run_tests(args.tests, 0.25 * total, args.out / f"{label}-tests.log")
         print(f"\ntests {tests['status']} in {tests['seconds']} s: {tests['summary']}", *tests["failures"], sep="\n")
         red = {name for name, operation in OPERATIONS.items() if any(operation.tests in f for f in tests["failures"])}
     common = {"dtype": dtype, "device": device}

@@ -10,27 +10,26 @@ Where the kernels' table prefers it, the last product of a sub-layer writes the 
 
 and in inference, where it says so, the norm is the prologue of the sub-layer's first product: norm_linear.
 A stock block becomes a HyperBlock by a change of class. Rows are arguments, never state. A block asks once a call
-whether the Triton kernels run (`fused`), and tells its steps and the kernels' functions. What runs a module's work
-without calling the module does so only for timm's own class, and only where nobody listens to it.
+whether the Triton kernels run (`fused`) and what it is made of (`parts`), and tells its steps. What runs a module's
+work without calling the module does so only where block_parts.py allows it.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, DropPath, LayerNorm, LayerNormFp32, LayerScale, Mlp
+from timm.layers import Attention, DropPath, LayerNormFp32, LayerScale, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from hyperclip_fast.block_parts import MODULATED_NORMS, BlockParts, Way, follow, linear, parts_of
+from hyperclip_fast.kernels.common.private_api import gelu_
 from hyperclip_fast.kernels.common.rows import Rows
 from hyperclip_fast.kernels.dispatch import is_preferred, is_traced, use_triton
 from hyperclip_fast.kernels.layer_norm.functional import run_layer_norm
 from hyperclip_fast.kernels.linear.functional import run_linear_add, run_linear_gelu
 from hyperclip_fast.kernels.norm_linear.functional import fits_one_kernel, run_norm_linear
-from hyperclip_fast.utils.private_api import has_forward_hooks, has_hooks, is_fast_norm, own_children
-
-MODULATED_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
-PLAIN_MLP = (nn.Linear, nn.GELU, nn.Dropout, nn.Identity)  # timm's Mlp up to fc2: fc1, act, drop1, norm
+from hyperclip_fast.utils.private_api import has_forward_hooks, has_hooks, is_fast_norm
 
 
 def add_norm(
@@ -92,52 +91,45 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
-def _is_plain_mlp(mlp: nn.Module) -> bool:
-    """Whether `mlp` is timm's Linear, exact GELU, Linear with nothing in between, and nobody listens inside."""
-    # read without nn.Module's __getattr__: this runs once a block
-    parts: tuple[Any, ...] = tuple(own_children(mlp).values())[:4]
-    if type(mlp) is not Mlp or tuple(map(type, parts)) != PLAIN_MLP:
-        return False
-    _, act, drop, _ = parts
-    return act.approximate == "none" and not (drop.p and drop.training) and not has_hooks(mlp, *parts)
-
-
 def may_overwrite() -> bool:
     """Whether nothing but the next step will read a result: no autograd, no tracing."""
     return not (torch.is_grad_enabled() or is_traced())
 
 
-def _is_plain_attention(attn: nn.Module, fused: bool) -> bool:
-    """Whether `attn` is timm's Attention around scaled_dot_product_attention, and nobody listens to it."""
-    if type(attn) is not Attention or not attn.fused_attn or getattr(attn, "gate", None) is not None:
-        return False
-    kinds = {type(attn.q_norm), type(attn.k_norm)}
-    if kinds != {nn.Identity} and not (fused and kinds <= set(MODULATED_NORMS)):
-        return False  # the reference path promises timm's gradients bit for bit, and q/k norms add theirs up in order
-    return not has_hooks(attn, attn.q_norm, attn.k_norm)
-
-
 def run_attention(
-    attn: Attention, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
+    attn: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    has_norms: bool = True,
+    has_scale_norm: bool = True,
 ) -> Tensor:
     """timm's Attention between its products: q, k, v (B, N, H, D / H) to what proj reads, (B, N of q, D).
 
     q, k and v are views of the packed product, their heads still behind their tokens. So the attention's output lies as
     proj reads it, and in backward one stack packs d q, d k, d v: timm's order copies the packed gradient once more.
+    `has_norms`, `has_scale_norm`: whether the modules of this name do anything.
     """
-    q, k, v = (heads.transpose(1, 2) for heads in (attn.q_norm(q), attn.k_norm(k), v))
+    if has_norms:
+        q, k = attn.q_norm(q), attn.k_norm(k)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     dropout = attn.attn_drop.p if attn.training else 0.0
     h = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
-    return attn.norm(h.transpose(1, 2).flatten(2))
+    h = h.transpose(1, 2).flatten(2)
+    return attn.norm(h) if has_scale_norm else h
 
 
 def run_mlp(mlp: Mlp, h: Tensor, fused: bool) -> Tensor:
     """A plain Mlp up to its last product: h (B, N, D) to what fc2 reads; the GELU joins fc1, or overwrites it."""
-    if fused:
-        weight = mlp.fc1.weight
-        return run_linear_gelu(h, weight, mlp.fc1.bias, is_preferred("linear_gelu", h, min(weight.shape)))
-    h = F.linear(h, mlp.fc1.weight, mlp.fc1.bias)
-    return _Gelu.apply(h) if torch.is_grad_enabled() else torch.ops.aten.gelu_(h)
+    weight, bias = mlp.fc1.weight, mlp.fc1.bias
+    if fused and is_preferred("linear_gelu", h, min(weight.shape)):
+        return run_linear_gelu(h, weight, bias, True)
+    h = F.linear(h, weight, bias)
+    if not torch.is_grad_enabled():
+        return gelu_(h)
+    return F.gelu(h) if fused else _Gelu.apply(h)
 
 
 class _Gelu(torch.autograd.Function):
@@ -161,49 +153,39 @@ class _Gelu(torch.autograd.Function):
         return torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
 
 
-def _may_join(norm: nn.Module, x: Tensor, rows: Rows | None, product: nn.Module) -> bool:
+def _may_join(norm: nn.Module, x: Tensor, rows: Rows | None) -> bool:
     """Whether the norm may be the prologue of the product that reads it: in inference, and nobody listens."""
     if torch.is_grad_enabled() or x.requires_grad:  # reentrant checkpointing: the same way twice
         return False
-    return type(product) is nn.Linear and not has_hooks(product) and (rows is not None or _is_fusable(norm))
+    return rows is not None or _is_fusable(norm)
 
 
-class _Way(NamedTuple):
-    """What leads from a sub-layer's last product to the stream."""
+def _is_ours(attn: Attention, parts: BlockParts, fused: bool) -> bool:
+    """Whether plain attention is run here, around scaled_dot_product_attention.
 
-    product: Any  # a Linear; where it is another, it is called
-    dropout: nn.Module
-    scale: nn.Module
-    drop_path: nn.Module
+    With norms of q and k the reference path calls timm's: it promises timm's gradients bit for bit, and these norms add
+    theirs up in order.
+    """
+    return attn.fused_attn and (fused or not parts.has_norms)
 
 
-def _add(x: Tensor, h: Tensor, way: _Way, fused: bool) -> tuple[Tensor, Tensor | None]:
+def _add(x: Tensor, h: Tensor, way: Way, fused: bool) -> tuple[Tensor, Tensor | None]:
     """A sub-layer's last product of h (B, N, K), and its way to the stream x (B, N, D).
 
     Returns:
         (sum, None) where the product's epilogue adds it to the stream, (x, delta) where that is left to the next norm.
     """
-    product, dropout, scale, drop_path = way
-    if not (fused and _has_epilogue(h, way)):
-        return x, drop_path(scale(dropout(product(h))))
+    product, dropout, scale, drop_path, is_plain, is_linear_add, _ = way
+    if not (fused and is_linear_add and is_preferred("linear_add", h, min(product.weight.shape))):
+        return x, follow(way, linear(product, h, is_plain))
+    if dropout.p and dropout.training:
+        return x, follow(way, product(h))
     gamma = scale.gamma if isinstance(scale, LayerScale) else None
     keep = None
     if type(drop_path) is DropPath and drop_path.training and drop_path.drop_prob:
         dtype = h.dtype if gamma is None else torch.promote_types(h.dtype, gamma.dtype)
         keep = drop_path(h.new_ones(h.shape[0], 1, 1, dtype=dtype)).flatten().float()  # timm's own draw
     return run_linear_add(h, product.weight, product.bias, x, gamma, keep, fused=True), None
-
-
-def _has_epilogue(h: Tensor, way: _Way) -> bool:
-    """Whether `linear_add` does all of it: the table prefers it, the modules are timm's, and nobody listens inside."""
-    product, dropout, scale, drop_path = way
-    if type(product) is not nn.Linear or not is_preferred("linear_add", h, min(product.weight.shape)):
-        return False
-    if type(dropout) is not nn.Dropout or (dropout.p and dropout.training):
-        return False
-    if type(scale) not in (nn.Identity, LayerScale) or type(drop_path) not in (nn.Identity, DropPath):
-        return False
-    return not has_hooks(*way)
 
 
 class HyperBlock(Block):
@@ -213,6 +195,10 @@ class HyperBlock(Block):
     mlp: Mlp
     norm1: nn.LayerNorm
     norm2: nn.LayerNorm
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what the last look at the parts found: a copy looks for itself."""
+        return {key: value for key, value in self.__dict__.items() if key != "kept_parts"}
 
     def forward(  # type: ignore[override]  # the stream comes in two parts, and rows with it
         self,
@@ -250,14 +236,14 @@ class HyperBlock(Block):
             x (B, N, D) and delta (B, N, D) where a kernel of the next norm adds them; else their sum and None. With
             `tokens`, N is that.
         """
-        fused = use_triton(x)
+        fused, parts = use_triton(x), parts_of(self)
         rows1 = None if weight1 is None or bias1 is None else Rows(weight1, bias1, task_ids)
         rows2 = None if weight2 is None or bias2 is None else Rows(weight2, bias2, task_ids)
         if tokens is None:
-            x, delta = self.attend(x, delta, rows1, fused, attn_mask, is_causal)
+            x, delta = self.attend(x, delta, rows1, fused, parts, attn_mask, is_causal)
         else:
-            x, delta = self.attend_few(x, delta, rows1, fused, tokens)
-        x, delta = self.feed_forward(x, delta, rows2, fused)
+            x, delta = self.attend_few(x, delta, rows1, fused, parts, tokens)
+        x, delta = self.feed_forward(x, delta, rows2, fused, parts)
         if delta is None or fused:
             return x, delta
         if may_overwrite() and not has_hooks(self.norm2) and torch.result_type(x, delta) == x.dtype:
@@ -270,44 +256,47 @@ class HyperBlock(Block):
         delta: Tensor | None,
         rows: Rows | None,
         fused: bool,
+        parts: BlockParts | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """norm1 and attention: x and delta, both (B, N, D), to their sum and attention's delta, or all and None."""
-        attn, norm, dtype = self.attn, self.norm1, _product_dtype(x)
-        if not _is_plain_attention(attn, fused):
+        parts = parts or parts_of(self)
+        attn, norm, dtype = parts.attn, self.norm1, _product_dtype(x)
+        if attn is None or parts.attended is None or not _is_ours(attn, parts, fused):
             h, x = add_norm(norm, x, delta, rows, dtype, fused)
-            return x, self.drop_path1(self.ls1(attn(h, attn_mask=attn_mask, is_causal=is_causal)))
+            return x, self.drop_path1(self.ls1(self.attn(h, attn_mask=attn_mask, is_causal=is_causal)))
         qkv = attn.qkv
         is_joined = fused and delta is None and fits_one_kernel(x, dtype, gelu=False)  # with nothing left to add
-        if is_joined and _may_join(norm, x, rows, qkv):
+        if is_joined and parts.is_plain_qkv and _may_join(norm, x, rows):
             rows = rows or _own_rows(norm)
             packed = run_norm_linear(x, rows, norm.eps, qkv.weight, qkv.bias, dtype, gelu=False, fused=True)
         else:
             h, x = add_norm(norm, x, delta, rows, dtype, fused)
-            packed = qkv(h)
+            packed = linear(qkv, h, parts.is_plain_qkv)
         q, k, v = packed.unflatten(2, (3, attn.num_heads, attn.head_dim)).unbind(2)
-        h = run_attention(attn, q, k, v, attn_mask, is_causal)
-        return _add(x, h, _Way(attn.proj, attn.proj_drop, self.ls1, self.drop_path1), fused)
+        h = run_attention(attn, q, k, v, attn_mask, is_causal, parts.has_norms, parts.has_scale_norm)
+        return _add(x, h, parts.attended, fused)
 
     def can_narrow(self) -> bool:
         """Whether the output for some tokens can be had without the others': timm's own parts, and nobody listens.
 
         Dropout within the sub-layers forbids it, too: it would draw other numbers than timm's.
         """
-        attn, mlp = self.attn, self.mlp
-        if type(attn) is not Attention or type(attn.qkv) is not nn.Linear or type(mlp) is not Mlp:
+        attn, mlp, parts = self.attn, self.mlp, parts_of(self)
+        if parts.attn is None or type(attn.qkv) is not nn.Linear or type(mlp) is not Mlp:
             return False
-        if not _is_plain_attention(attn, use_triton(attn.qkv.weight)):
+        if not _is_ours(attn, parts, use_triton(attn.qkv.weight)):
             return False
         drops = (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2)
         return not any(drop.p and drop.training for drop in drops) and not has_hooks(*self.modules())
 
     def attend_few(
-        self, x: Tensor, delta: Tensor | None, rows: Rows | None, fused: bool, tokens: int
+        self, x: Tensor, delta: Tensor | None, rows: Rows | None, fused: bool, parts: BlockParts, tokens: int
     ) -> tuple[Tensor, Tensor | None]:
         """`attend` for the first tokens alone: all tokens give keys and values, only these a query."""
         attn = self.attn
+        assert parts.attended is not None  # `can_narrow` has said so
         h, x = add_norm(self.norm1, x, delta, rows, _product_dtype(x), fused)
         weights = attn.qkv.weight.tensor_split((attn.attn_dim,))
         biases: tuple[Tensor | None, ...] = (None, None)
@@ -316,23 +305,24 @@ class HyperBlock(Block):
         q, packed = (F.linear(t, w, b) for t, w, b in zip((h[:, :tokens], h), weights, biases))
         q = q.unflatten(2, (attn.num_heads, attn.head_dim))
         k, v = packed.unflatten(2, (2, attn.num_heads, attn.head_dim)).unbind(2)
-        h = run_attention(attn, q, k, v, None, False)
-        way = _Way(attn.proj, attn.proj_drop, self.ls1, self.drop_path1)
-        return _add(x[:, :tokens].contiguous(), h, way, fused)
+        h = run_attention(attn, q, k, v, None, False, parts.has_norms, parts.has_scale_norm)
+        return _add(x[:, :tokens].contiguous(), h, parts.attended, fused)
 
     def feed_forward(
-        self, x: Tensor, delta: Tensor | None, rows: Rows | None, fused: bool
+        self, x: Tensor, delta: Tensor | None, rows: Rows | None, fused: bool, parts: BlockParts | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """norm2 and MLP: x and delta, both (B, N, D), to their sum and the MLP's delta, or all and None."""
-        mlp, norm, dtype = self.mlp, self.norm2, _product_dtype(x)
-        if not ((fused or not is_traced()) and _is_plain_mlp(mlp)):
+        parts = parts or parts_of(self)
+        mlp, act, drop, norm, dtype = parts.mlp, parts.act, parts.drop, self.norm2, _product_dtype(x)
+        is_ours = (fused or not is_traced()) and act is not None and act.approximate == "none"
+        if not is_ours or mlp is None or drop is None or parts.fed is None or (drop.p and drop.training):
             h, x = add_norm(norm, x, delta, rows, dtype, fused)
-            return x, self.drop_path2(self.ls2(mlp(h)))
-        fc1 = mlp.fc1
-        if fused and delta is None and fits_one_kernel(x, dtype, gelu=True) and _may_join(norm, x, rows, fc1):
-            rows = rows or _own_rows(norm)
+            return x, self.drop_path2(self.ls2(self.mlp(h)))
+        is_joined = fused and delta is None and fits_one_kernel(x, dtype, gelu=True)
+        if is_joined and _may_join(norm, x, rows):
+            rows, fc1 = rows or _own_rows(norm), mlp.fc1
             h = run_norm_linear(x, rows, norm.eps, fc1.weight, fc1.bias, dtype, gelu=True, fused=True)
         else:
             h, x = add_norm(norm, x, delta, rows, dtype, fused)
             h = run_mlp(mlp, h, fused)
-        return _add(x, h, _Way(mlp.fc2, mlp.drop2, self.ls2, self.drop_path2), fused)
+        return _add(x, h, parts.fed, fused)

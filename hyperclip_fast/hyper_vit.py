@@ -16,7 +16,8 @@ from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import default_cfgs as timm_cfgs
 from torch import Tensor, nn
 
-from hyperclip_fast.hyper_block import MODULATED_NORMS, HyperBlock, add_norm
+from hyperclip_fast.block_parts import MODULATED_NORMS
+from hyperclip_fast.hyper_block import HyperBlock, add_norm
 from hyperclip_fast.kernels.common.rows import Rows
 from hyperclip_fast.kernels.dispatch import use_triton
 from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams, NormSpec, check_params

@@ -20,6 +20,7 @@ Whoever has timed a machine knows better: `load` puts the numbers of a JSON file
 as the environment variable HYPERCLIP_KERNEL_TABLE does on import; `save` writes what is in force.
 """
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -65,7 +66,7 @@ NORM_TILES = {
 }
 # Widest D at which Triton takes the operation in 16 bits under set_backend("auto"); 0: never. Wider goes to cuBLAS.
 WIDEST = {
-    "linear_gelu": {"large": 768, "small": 768, "amd": 384},
+    "linear_gelu": {"large": 0, "small": 768, "amd": 384},
     "linear_add": {"large": 0, "small": 0, "amd": 0},
     "norm_linear": {"large": 0, "small": 0, "amd": 0},
     "norm_linear_gelu": {"large": 0, "small": 0, "amd": 0},
@@ -97,8 +98,12 @@ def device_kind(device_type: str, index: int | None) -> str:
     """The table's word for a device: "large", "small" or "amd"; a CPU, where kernels are only simulated, is "large"."""
     if torch.version.hip is not None:
         return "amd"
-    if device_type != "cuda":
-        return "large"
+    return nvidia_kind(index) if device_type == "cuda" else "large"
+
+
+@functools.cache
+def nvidia_kind(index: int | None) -> str:
+    """`device_kind` of an NVIDIA GPU: asked several times a block, and answered by the driver once."""
     return "small" if torch.cuda.get_device_capability(index) in SMALL_NVIDIA else "large"
 
 
@@ -133,7 +138,7 @@ def choose_norm_tiles(device: torch.device, width: int) -> Tiles | None:
 def layer_norm_tiles(width: int) -> tuple[int, tuple[int, int], tuple[int, int]]:
     """(padded width, (BLOCK_N, warps) forward, (BLOCK_N, warps) backward) of width D."""
     padded = 1 << (width - 1).bit_length()
-    return padded, *LAYER_NORM_TILES[max(padded, min(LAYER_NORM_TILES))]
+    return padded, *LAYER_NORM_TILES[padded if padded in LAYER_NORM_TILES else min(LAYER_NORM_TILES)]
 
 
 def batch_norm_tiles(inner: int) -> tuple[int, int, int]:

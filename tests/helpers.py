@@ -76,7 +76,11 @@ def poisoned_empty(*shape: int, dtype: torch.dtype = torch.float32, device: str 
 
 def allocating(empty):
     """The kernels' launches allocate with `empty` in place of torch.empty."""
-    shim = types.SimpleNamespace(**{**vars(torch), "empty": empty})
+
+    def empty_like(tensor, dtype=None):
+        return empty(*tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device)
+
+    shim = types.SimpleNamespace(**{**vars(torch), "empty": empty, "empty_like": empty_like})
     stack = contextlib.ExitStack()
     for operation in ("layer_norm", "linear", "norm_linear", "batch_norm", "common"):
         stack.enter_context(mock.patch(f"hyperclip_fast.kernels.{operation}.launch.torch", shim))

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..common.launch import cdiv, reduce_partials
+from ..common.launcher import launch
 from ..common.rows import Rows, row_stride
 from ..tables import COMBINE_CONFIG, batch_norm_tiles
 from .triton_kernels import _bwd_kernel, _fwd_kernel
@@ -50,9 +51,11 @@ def launch_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     partial_mean, partial_m2 = (torch.empty(B * slices, C, dtype=torch.float32, device=x.device) for _ in range(2))
     mean, var = (torch.empty(C, dtype=torch.float32, device=x.device) for _ in range(2))
     partials = {"partial_mean": partial_mean, "partial_m2": partial_m2, "slices": slices}
-    _stats_kernel[(B * slices * programs,)](x=x, chunk=chunk, **partials, **layout)
+    launch(_stats_kernel, (B * slices * programs,), x=x, chunk=chunk, **partials, **layout)
     block_p, block_c, warps = COMBINE_CONFIG
-    _combine_kernel[(cdiv(C, block_c),)](
+    launch(
+        _combine_kernel,
+        (cdiv(C, block_c),),
         mean=mean,
         var=var,
         S=H * W,
@@ -101,7 +104,9 @@ def launch_forward(
     layout = _layout(x)
     if x.numel():
         tiles = cdiv(layout["OUTER"], layout["BLOCK_O"]) * cdiv(layout["INNER"], layout["BLOCK_I"])
-        _fwd_kernel[(x.shape[0] * tiles,)](
+        launch(
+            _fwd_kernel,
+            (x.shape[0] * tiles,),
             x=x,
             residual=residual,
             out=out,
@@ -174,7 +179,9 @@ def _launch_pass(
     """One pass of backward, which writes the outputs that it is given."""
     layout = _layout(x)
     _, chunk, slices, programs = _slices(x, layout)
-    _bwd_kernel[(x.shape[0] * slices * programs,)](
+    launch(
+        _bwd_kernel,
+        (x.shape[0] * slices * programs,),
         grad_out=grad_out,
         x=x,
         residual=residual,
@@ -196,7 +203,9 @@ def _channel_means(partials: torch.Tensor, rows: Rows, count: int) -> torch.Tens
     _, B, slices, C = partials.shape
     sums = torch.empty(2, C, dtype=torch.float32, device=partials.device)
     block_p, block_c, warps = COMBINE_CONFIG
-    _sums_kernel[(cdiv(C, block_c), 2)](
+    launch(
+        _sums_kernel,
+        (cdiv(C, block_c), 2),
         partials=partials,
         weight=rows.weight,
         task_ids=rows.task_ids,

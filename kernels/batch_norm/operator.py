@@ -35,20 +35,17 @@ def _norm(weight, bias, task_ids, mean, var, eps, act) -> Norm:
 def _forward(x, weight, bias, task_ids, mean, var, eps, act, residual, residual_after_act, is_batch):
     x, residual = _dense(x, residual)
     norm = _norm(weight, bias, task_ids, mean, var, eps, act)
-    with torch.cuda.device_of(x):
-        return launch_forward(x, norm, residual, residual_after_act)
+    return launch_forward(x, norm, residual, residual_after_act)
 
 
 def _backward(grad_out, x, weight, bias, task_ids, mean, var, eps, act, residual, is_batch, *needed):
     x, grad_out, residual = _dense(x, grad_out, residual)
     norm = _norm(weight, bias, task_ids, mean, var, eps, act)
-    with torch.cuda.device_of(x):
-        return launch_backward(grad_out, x, norm, residual, is_batch, Needs(*needed))
+    return launch_backward(grad_out, x, norm, residual, is_batch, Needs(*needed))
 
 
 def _statistics(x):
-    with torch.cuda.device_of(x):
-        return launch_statistics(x.contiguous(memory_format=_format(x)))
+    return launch_statistics(x.contiguous(memory_format=_format(x)))
 
 
 def _forward_fake(x, *rest):

@@ -54,7 +54,7 @@ def check_row_dtype(weight: torch.Tensor, x: torch.Tensor, prefix: str = "") -> 
 
 def check_devices(x: torch.Tensor, prefix: str = "", /, **others: torch.Tensor | None) -> None:
     """Raise ValueError for a tensor that is not where x is; `prefix`: of the others' names."""
-    device = x.device
+    index = x.get_device()  # -1 for a CPU; half as long as a look at `device`
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{prefix}{name} must be on x's device {device}, got {tensor.device}")
+        if tensor is not None and (tensor.get_device() != index or (index < 0 and tensor.device != x.device)):
+            raise ValueError(f"{prefix}{name} must be on x's device {x.device}, got {tensor.device}")

@@ -2,6 +2,7 @@
 
 import torch
 
+from .launcher import launch
 from .triton_rows import _reduce_kernel
 
 REDUCE_CONFIG = (64, 32, 4)  # BLOCK_B, BLOCK_D, warps
@@ -21,7 +22,9 @@ def reduce_partials(partials: torch.Tensor, weight: torch.Tensor, task_ids: torc
     T = weight.shape[0]
     grads = torch.empty(kinds, T, D, dtype=weight.dtype, device=weight.device)
     block_b, block_d, warps = REDUCE_CONFIG
-    _reduce_kernel[(T, cdiv(D, block_d), kinds)](
+    launch(
+        _reduce_kernel,
+        (T, cdiv(D, block_d), kinds),
         partials=partials,
         task_ids=task_ids,
         grads=grads,

@@ -15,19 +15,20 @@ class Rows(NamedTuple):
     def arguments(self) -> dict[str, Any]:
         """What every kernel that applies rows takes of them."""
         weight, bias, task_ids = self
+        count = weight.size(0)
         return {
             "weight": weight,
             "bias": bias,
             "task_ids": task_ids,
-            "T": weight.shape[0],
-            "weight_stride": row_stride(weight),
-            "bias_stride": row_stride(bias),
+            "T": count,
+            "weight_stride": 0 if count == 1 else weight.stride(0),
+            "bias_stride": 0 if count == 1 else bias.stride(0),
         }
 
 
 def row_stride(table: torch.Tensor) -> int:
     """Elements from one row to the next; 0 for one row that all samples use."""
-    return 0 if table.shape[0] == 1 else table.stride(0)
+    return 0 if table.size(0) == 1 else table.stride(0)
 
 
 def dense_columns(table: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from ..common.launch import cdiv, reduce_partials
+from ..common.launcher import launch
 from ..common.rows import Rows, row_stride
 from ..tables import layer_norm_tiles
 from .triton_kernels import _bwd_kernel, _fwd_kernel
@@ -40,14 +41,16 @@ def launch_forward(
     x and delta are contiguous.
     """
     B, N, D = x.shape
-    out = torch.empty(B, N, D, dtype=out_dtype, device=x.device)
-    total = None if delta is None else torch.empty(B, N, D, dtype=x.dtype, device=x.device)
+    out = torch.empty_like(x) if out_dtype == x.dtype else torch.empty_like(x, dtype=out_dtype)
+    total = None if delta is None else torch.empty_like(x)
     mean = torch.empty(B, N, dtype=torch.float32, device=x.device) if keep else None
     rstd = torch.empty(B, N, dtype=torch.float32, device=x.device) if keep else None
     padded, (block_n, warps), _ = layer_norm_tiles(D)
     tiles = cdiv(N, block_n)
-    if x.numel():
-        _fwd_kernel[(B * tiles,)](
+    if out.numel():
+        launch(
+            _fwd_kernel,
+            (B * tiles,),
             x=x,
             delta=delta,
             out=out,
@@ -77,14 +80,16 @@ def launch_backward(
     B, N, D = total.shape
     padded, _, (block_n, warps) = layer_norm_tiles(D)
     slices = min(cdiv(N, block_n), cdiv(BACKWARD_PROGRAMS, max(B, 1)))
-    grad_x = torch.empty(B, N, D, dtype=total.dtype, device=total.device) if needs.x else None
+    grad_x = torch.empty_like(total) if needs.x else None
     grad_delta = None
     if needs.delta_dtype is not None:
         grad_delta = torch.empty(B, N, D, dtype=needs.delta_dtype, device=total.device)
     kinds = needs.weight + needs.bias
     partials = torch.empty(kinds, B, slices, D, dtype=torch.float32, device=total.device) if kinds else None
     if total.numel():
-        _bwd_kernel[(B * slices,)](
+        launch(
+            _bwd_kernel,
+            (B * slices,),
             grad_out=grad_out,
             grad_total=grad_total,
             total=total,

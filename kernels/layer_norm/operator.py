@@ -17,15 +17,13 @@ from .launch import MAX_WIDTH, Kept, Needs, launch_backward, launch_forward
 
 def _forward(x, delta, weight, bias, task_ids, eps, out_dtype, keep):
     rows = dense_rows(weight, bias, task_ids)
-    with torch.cuda.device_of(x):
-        return launch_forward(x.contiguous(), contiguous(delta), rows, eps, out_dtype, keep)
+    return launch_forward(x.contiguous(), contiguous(delta), rows, eps, out_dtype, keep)
 
 
 def _backward(grad_out, grad_total, total, mean, rstd, weight, task_ids, need_x, delta_dtype, need_weight, need_bias):
     kept = Kept(total.contiguous(), mean, rstd, dense_columns(weight), contiguous(task_ids))
     needs = Needs(need_x, delta_dtype, need_weight, need_bias)
-    with torch.cuda.device_of(total):
-        return launch_backward(grad_out.contiguous(), contiguous(grad_total), kept, needs)
+    return launch_backward(grad_out.contiguous(), contiguous(grad_total), kept, needs)
 
 
 def _forward_fake(x, delta, weight, bias, task_ids, eps, out_dtype, keep):
@@ -103,14 +101,17 @@ def check_fused(
     x: torch.Tensor, delta: torch.Tensor | None, rows: Rows, out_dtype: torch.dtype, prefix: str = ""
 ) -> None:
     """Raise ValueError for dtypes, widths and devices that the kernels do not take; `prefix`: of the rows' names."""
-    check_dtype("x", x.dtype)
-    if delta is not None:
+    dtype, width = x.dtype, x.size(2)
+    check_dtype("x", dtype)
+    if delta is not None and delta.dtype != dtype:
         check_dtype("delta", delta.dtype)
-    check_dtype("out_dtype", out_dtype)
-    if not 1 <= x.shape[2] <= MAX_WIDTH:
-        raise ValueError(f"x must be (B, N, D) with D in 1..{MAX_WIDTH} for the Triton kernel, got D = {x.shape[2]}")
+    if out_dtype != dtype:
+        check_dtype("out_dtype", out_dtype)
+    if not 1 <= width <= MAX_WIDTH:
+        raise ValueError(f"x must be (B, N, D) with D in 1..{MAX_WIDTH} for the Triton kernel, got D = {width}")
     weight, bias, task_ids = rows
-    check_row_dtype(weight, x, prefix)
+    if weight.dtype != dtype:
+        check_row_dtype(weight, x, prefix)
     check_devices(x, prefix, weight=weight, bias=bias)
     check_devices(x, delta=delta, task_ids=task_ids)
 
@@ -127,7 +128,7 @@ def fused_layer_norm(
     """
     check_fused(x, delta, rows, out_dtype)
     weight, bias, task_ids = rows
-    if weight.shape[0] == 1:
+    if weight.size(0) == 1:
         task_ids = None
     keep = needs_grad(x, delta, weight, bias)
     out, total, _, _ = _layer_norm(keep, x, delta, weight, bias, task_ids, eps, out_dtype, keep)

@@ -3,6 +3,7 @@
 import torch
 
 from ..common.launch import cdiv
+from ..common.launcher import launch
 from ..tables import Tiles, choose_tiles
 from .triton_kernels import (
     _gelu_bwd_kernel,
@@ -47,7 +48,7 @@ def launch_linear_gelu(
     pre = torch.empty(*shape, dtype=x.dtype, device=x.device) if keep_pre else None
     if x.numel():
         _, grid, options = _product_options(x, weight)
-        _linear_gelu_kernel[grid](bias=bias, out=out, pre=pre, **options)
+        launch(_linear_gelu_kernel, grid, bias=bias, out=out, pre=pre, **options)
     return out, pre
 
 
@@ -69,7 +70,7 @@ def launch_linear_gelu_backward(
         partial = _partials(lines, weight.shape[0], x) if need_bias else None
         if grad_out.numel():
             outputs = {"grad_pre": grad_pre, "partial_bias": partial}
-            _linear_gelu_bwd_kernel[grid](bias=bias, grad_out=grad_out, **outputs, **options)
+            launch(_linear_gelu_bwd_kernel, grid, bias=bias, grad_out=grad_out, **outputs, **options)
     return grad_pre, None if partial is None or bias is None else partial.sum(0).to(bias.dtype)
 
 
@@ -77,7 +78,7 @@ def _gelu_backward_pass(grad_out, pre, grad_pre, need_bias) -> torch.Tensor | No
     slices, grid, options = _pass_options(pre)
     partial = _partials(slices, pre.shape[2], pre) if need_bias else None
     if pre.numel():
-        _gelu_bwd_kernel[grid](grad_out=grad_out, pre=pre, grad_pre=grad_pre, partial_bias=partial, **options)
+        launch(_gelu_bwd_kernel, grid, grad_out=grad_out, pre=pre, grad_pre=grad_pre, partial_bias=partial, **options)
     return partial
 
 
@@ -110,7 +111,7 @@ def launch_linear_add(
     if x.numel():
         _, grid, options = _product_options(x, weight)
         epilogue = {"bias": bias, "residual": residual, "scale": scale, "keep": keep, "out": out, "y": y}
-        _linear_add_kernel[grid](N=x.shape[1], **epilogue, **options)
+        launch(_linear_add_kernel, grid, N=x.shape[1], **epilogue, **options)
     return out, y
 
 
@@ -131,7 +132,7 @@ def launch_linear_add_backward(
     if grad_out.numel():
         inputs = {"grad_out": grad_out, "y": y, "scale": scale, "keep": keep, "N": grad_out.shape[1]}
         outputs = {"grad_y": grad_y, "partial_bias": partial_bias, "partial_scale": partial_scale}
-        _linear_add_bwd_kernel[grid](**inputs, **outputs, **options)
+        launch(_linear_add_bwd_kernel, grid, **inputs, **outputs, **options)
     grad_bias = None if partial_bias is None else partial_bias.sum(0).to(bias_dtype)
     grad_scale = None if partial_scale is None or scale is None else partial_scale.sum(0).to(scale.dtype)
     return grad_y, grad_bias, grad_scale

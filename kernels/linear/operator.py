@@ -19,12 +19,10 @@ from .launch import launch_linear_add, launch_linear_add_backward, launch_linear
 
 
 def _launching(launch: Callable) -> Callable:
-    """A launch on its first argument's device, every tensor made contiguous."""
+    """A launch, every tensor made contiguous."""
 
     def run(*arguments):
-        dense = (a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments)
-        with torch.cuda.device_of(arguments[0]):
-            return launch(*dense)
+        return launch(*(a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments))
 
     return run
 

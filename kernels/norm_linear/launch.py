@@ -3,6 +3,7 @@
 import torch
 
 from ..common.launch import cdiv
+from ..common.launcher import launch
 from ..common.rows import Rows, row_stride
 from ..tables import choose_norm_tiles
 from .triton_kernels import _norm_linear_kernel
@@ -22,7 +23,9 @@ def launch_norm_linear(
     row_tiles, column_tiles = cdiv(B * N, tiles.block_m), cdiv(F, tiles.block_n)
     if x.numel():
         slices = min(column_tiles, cdiv(PROGRAMS, row_tiles))
-        _norm_linear_kernel[(row_tiles * slices,)](
+        launch(
+            _norm_linear_kernel,
+            (row_tiles * slices,),
             x=x,
             norm_weight=rows.weight,
             norm_bias=rows.bias,

@@ -342,7 +342,7 @@ def test_device_report_keeps_what_it_measured(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu_report, "describe", lambda *_: MACHINE)
     monkeypatch.setattr(gpu_report, "device_name", lambda _: "A Machine (R) 1")
     result = {"status": "failed", "seconds": 1, "summary": "1 failed", "failures": ["FAILED test_layer_norm.py::test"]}
-    monkeypatch.setattr(gpu_report, "run_tests", lambda files, seconds: result)
+    monkeypatch.setattr(gpu_report, "run_tests", lambda files, seconds, log: result)
     arguments = ["--minutes", "0.2", "--out", str(tmp_path / "out"), "--device", "cpu", "--tests", "test_layer_norm.py"]
     begin = time.monotonic()
     assert gpu_report.main(arguments) == 1
@@ -364,16 +364,18 @@ def endless_cases(**_):
 
 @pytest.mark.slow
 def test_red_tests_are_named_and_slow_ones_stopped(tmp_path):
-    red, slow = tmp_path / "test_red.py", tmp_path / "test_slow.py"
+    red, slow, log = tmp_path / "test_red.py", tmp_path / "test_slow.py", tmp_path / "tests.log"
     bad = "@pytest.mark.parametrize('x', ['a b'])\ndef test_bad(x):\n    assert False\n"
-    red.write_text(f"import pytest\ndef test_good():\n    pass\n{bad}")
-    slow.write_text("import time\ndef test_slow():\n    time.sleep(600)\n")
-    result = gpu_report.run_tests([str(red)], 300)
+    head = "import time\nimport pytest\npytestmark = pytest.mark.gpu\n"
+    red.write_text(f"{head}def test_good():\n    pass\n{bad}")
+    slow.write_text(f"{head}def test_slow():\n    time.sleep(600)\n")
+    result = gpu_report.run_tests([str(red)], 300, log)
     assert result["status"] == "failed" and result["summary"] == "1 passed, 1 failed"
+    assert "assert False" in log.read_text()
     assert len(result["failures"]) == 1 and result["failures"][0].endswith("test_red.py::test_bad[a b]")
-    result = gpu_report.run_tests([str(slow)], 3)
+    result = gpu_report.run_tests([str(slow)], 3, log)
     assert result["status"] == "stopped" and result["failures"] == []
-    result = gpu_report.run_tests([str(tmp_path / "test_none.py")], 300)
+    result = gpu_report.run_tests([str(tmp_path / "test_none.py")], 300, log)
     assert result["status"] == "failed" and "test_none.py" in result["summary"]
 
 

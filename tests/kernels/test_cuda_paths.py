@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperclip_fast import NormParams, hyper_block
-from hyperclip_fast.kernels.tables import WIDEST
+from hyperclip_fast.kernels.tables import WIDEST, nvidia_kind
 from tests.encoders.vit_cases import hyper_pair, random_rows
 from tests.helpers import assert_close
 
@@ -52,6 +52,7 @@ class Operators(TorchDispatchMode):
 @contextlib.contextmanager
 def fake_h100(*models: nn.Module, autocast: bool = False):
     """Models, and what is made inside, lie on an H100 that is not there; torch.autocast would see that it is not."""
+    nvidia_kind.cache_clear()
     with mock.patch("torch.cuda.get_device_capability", lambda _: (9, 0)), FakeTensorMode(), torch.device("cuda"):
         for module in (module for model in models for module in model.modules()):
             for name, old in module._parameters.items():
@@ -63,6 +64,7 @@ def fake_h100(*models: nn.Module, autocast: bool = False):
             yield
         finally:
             torch.set_autocast_enabled("cuda", False)
+            nvidia_kind.cache_clear()
 
 
 def fake_inputs(vit, dtype=torch.float32):
@@ -81,16 +83,20 @@ def operators_of(vit, autocast=False, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("kind", ["autocast", "bf16", "f16", "f32"])
-def test_the_table_decides_and_nothing_is_read_back(kind):
+def test_the_table_decides_and_nothing_is_read_back(kind, monkeypatch):
+    monkeypatch.setitem(WIDEST["linear_gelu"], "large", 48)
     dtype = {"bf16": torch.bfloat16, "f16": torch.float16}.get(kind, torch.float32)
     _, vit = hyper_pair("layer_scale", drop_path_rate=0.3, dtype=dtype)
     block = ["layer_norm", "layer_norm"] if kind == "f32" else ["layer_norm", "layer_norm", "linear_gelu"]
     assert operators_of(vit.train(), kind == "autocast", dtype) == block * 2 + ["layer_norm"]
+    monkeypatch.setitem(WIDEST["linear_gelu"], "large", 47)
+    assert operators_of(vit, kind == "autocast", dtype) == ["layer_norm"] * 5
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_products_write_the_stream_where_the_table_says_so(autocast, monkeypatch):
-    monkeypatch.setitem(WIDEST["linear_add"], "large", 48)
+    for operation in ("linear_add", "linear_gelu"):
+        monkeypatch.setitem(WIDEST[operation], "large", 48)
     dtype = torch.float32 if autocast else torch.bfloat16
     _, vit = hyper_pair("layer_scale", drop_path_rate=0.3, dtype=dtype)
     block = ["layer_norm", "linear_add", "layer_norm", "linear_gelu", "linear_add"]

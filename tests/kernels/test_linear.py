@@ -23,7 +23,7 @@ from hyperclip_fast.kernels.linear import (
     linear_gelu,
     linear_gelu_reference,
 )
-from hyperclip_fast.kernels.tables import TILES, WIDEST, Tiles, choose_tiles, device_kind, is_chosen
+from hyperclip_fast.kernels.tables import TILES, WIDEST, Tiles, choose_tiles, device_kind, is_chosen, nvidia_kind
 from tests.helpers import (
     DEVICE,
     KERNEL_DTYPES,
@@ -419,6 +419,7 @@ def test_float32_products_use_tf32_only_where_torch_may(monkeypatch):
 
 def test_the_table_decides_under_auto(monkeypatch):
     x = torch.zeros(1, 1, 8, dtype=BF16)
+    monkeypatch.setitem(WIDEST["linear_gelu"], "large", 768)
     assert [is_chosen("linear_gelu", x, width) for width in (192, 384, 768, 1024)] == [True, True, True, False]
     assert not is_chosen("linear_gelu", x.float(), 192)
     assert not is_chosen("linear_add", x, 192)
@@ -439,7 +440,9 @@ def test_the_table_decides_under_auto(monkeypatch):
 def test_kind_of_device(capability, kind, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    nvidia_kind.cache_clear()
     assert device_kind("cuda", 0) == kind
+    nvidia_kind.cache_clear()
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert device_kind("cuda", 0) == "amd"
 

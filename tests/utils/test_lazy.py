@@ -13,6 +13,7 @@ ORDERS = {
     "ours first": "import hyperclip_fast, sys; assert 'torch' not in sys.modules; import timm",
     "timm first": "import timm, hyperclip_fast",
     "a name first": "from hyperclip_fast import HyperViT; import timm",
+    "a part of ours first": "import hyperclip_fast.hyper_block; from hyperclip_fast import HyperViT; import timm",
     "a part of timm first": "from timm.models import vision_transformer; import hyperclip_fast; import timm",
 }
 
