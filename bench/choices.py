@@ -8,7 +8,8 @@ from typing import Any
 STEPS = ("forward", "training")
 MIXES = ("identical", "uniform", "skewed", "distinct")
 DTYPES = ("float32", "bfloat16", "float16")
-KERNEL_ENGINES = ("eager", "compiled")
+MODEL_STEPS = (*STEPS, "autocast")
+KERNEL_ENGINES = ("eager", "compiled", "graph")
 ENGINES = ("eager", "compiled", "graph", "frozen", "onnxruntime")
 OPERATIONS = (
     "layer_norm",

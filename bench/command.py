@@ -51,6 +51,6 @@ def _options(args: argparse.Namespace, device: torch.device) -> dict[str, list]:
             raise ValueError(f"--{name} must be at least 1, got {min(options[name])}")
     if args.seconds <= 0:
         raise ValueError(f"--seconds must be positive, got {args.seconds}")
-    engines = ["eager", "compiled"] + (["graph"] if device.type == "cuda" and args.what == "model" else [])
+    engines = ["eager", "compiled", *(["graph"] if device.type == "cuda" else [])]
     more = {"operations": args.operations or OPERATIONS} if args.what == "kernels" else {"img_size": args.img_size}
     return {**options, **more, "steps": args.steps or STEPS, "engines": args.engines or engines}

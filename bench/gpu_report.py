@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from hyperclip_fast.bench.cases.engines import release_memory
 from hyperclip_fast.bench.cases.kernels import kernel_cases
 from hyperclip_fast.bench.cases.models import model_cases
 from hyperclip_fast.bench.cases.operations import OPERATIONS
@@ -48,16 +49,16 @@ def kernel_plan(is_gpu: bool) -> Plan:
             {"operations": PRODUCTS, **small, "tasks": [1], "engines": ["eager"]},
             {"operations": ["add_layer_norm"], **small, "tasks": [16], "engines": ["compiled"]},
         ]
-    both, widths, steps = ["eager", "compiled"], [192, 384, 768], ["forward", "training"]
+    widths, steps, both = [192, 384, 768], ["forward", "training"], ["compiled", "graph"]
     full = {"widths": widths, "batches": [256], "tasks": [256], "mixes": ["distinct"]}
     return [
-        {"operations": PRODUCTS, **full, "steps": steps, "engines": ["eager"]},
         {"operations": ["add_layer_norm"], **full, "steps": steps, "engines": both},
-        {"operations": ["add_layer_norm"], **full, "steps": ["forward"], "engines": ["eager"], "mixes": list(MIXES)},
-        {"operations": ["add_layer_norm"], **full, "steps": steps, "engines": ["eager"], "tasks": [1, 16, 256, 4096]},
-        {"operations": NORMS, **full, "steps": steps, "engines": ["eager"], "batches": [1, 8, 64, 256]},
-        {"operations": PRODUCTS, **full, "steps": steps, "engines": ["eager"], "batches": [1, 8, 64]},
-        {"operations": [*PRODUCTS, "layer_norm"], **full, "steps": steps, "engines": both},
+        {"operations": ["linear_gelu"], **full, "steps": steps, "engines": ["graph"]},
+        {"operations": ["add_layer_norm"], **full, "steps": steps, "engines": ["graph"], "tasks": [1, 16, 256, 4096]},
+        {"operations": PRODUCTS, **full, "steps": steps, "engines": ["graph"]},
+        {"operations": NORMS, **full, "steps": steps, "engines": ["graph"], "batches": [1, 8, 64, 256]},
+        {"operations": ["add_layer_norm"], **full, "steps": ["forward"], "engines": ["graph"], "mixes": list(MIXES)},
+        {"operations": PRODUCTS, **full, "steps": steps, "engines": ["graph"], "batches": [1, 8, 64]},
     ]
 
 
@@ -70,16 +71,18 @@ def model_plan(is_gpu: bool) -> Plan:
             {"models": [TI], "batches": [2], "steps": ["training"], "tasks": [16], "engines": ["eager"], **mix},
             {"models": [TI], "batches": [2], "steps": ["forward"], "tasks": [16], "engines": ["compiled"], **mix},
         ]
-    quick, every, steps = ["eager", "graph"], ["eager", "compiled", "graph"], ["forward", "training"]
-    mixes, fast = list(MIXES), {"without": ["loop"]}  # 256 passes are a minute
+    quick, steps = ["eager", "graph"], ["forward", "training"]
+    one = {"tasks": [256], **mix, "without": ["loop"]}  # 256 passes are a minute
     return [
-        {"models": [TI, S, B], "batches": [256], "steps": steps, "tasks": [256], "engines": quick, **mix, **fast},
-        {"models": [S], "batches": [64], "steps": ["forward"], "tasks": [1, 16, 256, 4096], "engines": every, **mix},
-        {"models": [TI], "batches": [256], "steps": ["forward"], "tasks": [256], "engines": every, **mix, **fast},
-        {"models": [TI, S, B], "batches": [1, 8, 64], "steps": ["forward"], "tasks": [256], "engines": quick, **mix},
-        {"models": [S], "batches": [64], "steps": ["forward"], "tasks": [256], "engines": ["eager"], "mixes": mixes},
-        {"models": [S], "batches": [256], "steps": ["training"], "tasks": [256], "engines": ["compiled"], **mix},
-        {"models": [TI, S, B], "batches": [1, 8, 64], "steps": ["training"], "tasks": [256], "engines": quick, **mix},
+        {"models": [S], "batches": [256], "steps": [*steps, "autocast"], "engines": quick, **one},
+        {"models": [TI, B], "batches": [256], "steps": steps, "engines": quick, **one},
+        {"models": [S], "batches": [64], "steps": ["forward"], "engines": ["eager", "compiled", "graph"], **one},
+        {"models": [S], "batches": [256], "steps": steps, "engines": ["compiled"], **one},
+        {"models": [TI, S, B], "batches": [1, 8], "steps": ["forward"], "engines": quick, **one},
+        {"models": [S], "batches": [64], "steps": ["forward"], "engines": ["graph"], **one, "tasks": [1, 16, 4096]},
+        {"models": [TI, B], "batches": [256], "steps": ["autocast"], "engines": quick, **one},
+        {"models": [S], "batches": [64], "steps": ["forward"], "engines": ["eager"], **mix, "tasks": [16]},
+        {"models": [TI, S, B], "batches": [8, 64], "steps": ["training"], "engines": quick, **one},
     ]
 
 
@@ -118,6 +121,7 @@ def run_part(make, plan: Plan, report: Report, when: float, seconds: float, **co
                     new = [provider for provider in case.providers if _identity(case, provider) not in seen]
                     case.providers = [provider for provider in new if provider.name not in without]
                     if case.providers:
+                        release_memory(case.device)
                         report.add(run_case(case, seconds))
                         seen |= {_identity(case, provider) for provider in case.providers}
         except OutOfTime:
@@ -158,7 +162,8 @@ def run_tests(files: Sequence[str], seconds: float, log: Path) -> dict[str, Any]
         "files": list(files),
         "status": status,
         "seconds": round(time.monotonic() - start),
-        "summary": ", ".join(f"{number} {verdict}" for verdict, number in count.items()) or "\n".join(lines[-3:]),
+        "summary": ", ".join(f"{number} {verdict}" for verdict, number in count.items())
+        or "\n".join([*(line for line in lines if line.startswith("ERROR")), *lines[-1:]]),
         "failures": failures,
     }
 
@@ -218,8 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         red = {name for name, operation in OPERATIONS.items() if any(operation.tests in f for f in tests["failures"])}
     common = {"dtype": dtype, "device": device}
     kernels = list(_without(kernel_plan(is_gpu), red))
-    run_part(kernel_cases, kernels, report, start + 0.55 * total, 1.0, **common)
-    run_part(model_cases, model_plan(is_gpu), report, start + 0.95 * total, 2.0, **common)
+    run_part(kernel_cases, kernels, report, start + 0.45 * total, 0.5, **common)
+    run_part(model_cases, model_plan(is_gpu), report, start + 0.95 * total, 1.5, **common)
     report.more["not measured: their tests failed"] = sorted(red)
     report.more["widest"] = widest(report.rows)
     report.write()

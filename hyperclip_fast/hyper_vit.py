@@ -95,7 +95,7 @@ class HyperViT(VisionTransformer):
             params = NormParams(self._spec, params.table, params.task_ids)
         if not use_triton(x):
             params = params.gather()
-        elif params.table.dtype not in (x.dtype, torch.float32):
+        elif params.table.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
             params = params.to(dtype=torch.float32)  # the kernels take rows of the stream's dtype, or float32
         layers = zip(params.spec.names, params.layers())
         return {name: Rows(weight, bias, params.task_ids) for name, (weight, bias) in layers if bias is not None}

@@ -84,6 +84,7 @@ LAYER_NORM_TILES = {
     4096: ((1, 4), (1, 8)),
     8192: ((1, 8), (1, 16)),
 }
+MAX_WIDTH = max(LAYER_NORM_TILES)  # of a layer norm; wider rows do not stay in a program's registers
 # Padded inner dimension: (BLOCK_O, BLOCK_I, warps); a wider one is cut into several tiles. 16 elements a thread, since
 # backward keeps two float32 sums of each; nothing spills on any target of tests/kernels/test_targets.py.
 BATCH_NORM_TILES = {16: (128, 16, 4), 32: (64, 32, 4), 64: (32, 64, 4), 128: (8, 128, 2)}

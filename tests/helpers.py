@@ -80,7 +80,10 @@ def allocating(empty):
     def empty_like(tensor, dtype=None):
         return empty(*tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device)
 
-    shim = types.SimpleNamespace(**{**vars(torch), "empty": empty, "empty_like": empty_like})
+    def zeros(*shape, **options):
+        return empty(*shape, **options).zero_()
+
+    shim = types.SimpleNamespace(**{**vars(torch), "empty": empty, "empty_like": empty_like, "zeros": zeros})
     stack = contextlib.ExitStack()
     for operation in ("layer_norm", "linear", "norm_linear", "batch_norm", "common"):
         stack.enter_context(mock.patch(f"hyperclip_fast.kernels.{operation}.launch.torch", shim))

@@ -4,6 +4,7 @@ An engine is a function (tower, inputs, training) that returns a function which 
 raises Unavailable.
 """
 
+import gc
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -72,10 +73,19 @@ ENGINES: dict[str, Callable[[nn.Module, tuple[Tensor, ...], bool], Forward]] = {
 }
 
 
+def release_memory(device: torch.device) -> None:
+    """Give a GPU's unused memory back, that of dropped CUDA graphs, too."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
 def captured(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
     """A step recorded as a CUDA graph; each replay fills the same results."""
     if device.type != "cuda":
         raise Unavailable("CUDA graphs need a GPU")
+    release_memory(device)  # a capture may not free what the allocator keeps, nor collect what autograd left in circles
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):

@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperclip_fast.bench.cases.engines import captured
 from hyperclip_fast.bench.cases.operations import OPERATIONS, Inputs, Operation, Shape
 from hyperclip_fast.bench.harness.runner import Case, Provider, Run, relative_error
 from hyperclip_fast.utils.private_api import mark_maybe_dynamic
 from hyperclip_fast.utils.timing import ColdClock, wall_seconds
 
 TOKENS = 197  # of a 224-pixel image in patches of 16, and the class token
-ENGINES = ("eager", "compiled")
+ENGINES = ("eager", "compiled", "graph")
 
 
 def kernel_cases(
@@ -55,7 +56,7 @@ def _functions(operation: Operation, engines: Sequence[str]) -> dict[tuple[str, 
     functions = {}
     for engine in engines:
         for name, function in operation.providers.items():
-            if engine == "eager":
+            if engine != "compiled":
                 functions[name, engine] = function
             elif name not in operation.eager_only:
                 functions[name, engine] = torch.compile(function, fullgraph=True)
@@ -71,7 +72,7 @@ def _case(operation: Operation, shape: Shape, labels: dict, functions: dict, clo
         mine = operation.named_inputs(name, inputs)
         moved, flops = operation.work(mine, training)
         run = _step(function, mine, training, shape.dtype)
-        providers.append(Provider(name, engine, lambda run=run: run, {"bytes": moved, "flops": flops}))
+        providers.append(Provider(name, engine, _builder(run, engine, shape.device), {"bytes": moved, "flops": flops}))
     exact: dict[Callable, tuple[Tensor, ...]] = {}
 
     def check(provider: Provider, run: Run) -> float:
@@ -83,6 +84,10 @@ def _case(operation: Operation, shape: Shape, labels: dict, functions: dict, clo
         return max(relative_error(ours, value) for ours, value in zip(run(), exact[reference], strict=True))
 
     return Case(labels, providers, check, shape.dtype, shape.device, clock)
+
+
+def _builder(run: Run, engine: str, device: torch.device) -> Callable[[], Run]:
+    return lambda: captured(run, device) if engine == "graph" else run
 
 
 def _step(function: Callable, inputs: Inputs, training: bool, dtype: torch.dtype) -> Callable[[], tuple[Tensor, ...]]:

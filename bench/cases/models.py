@@ -1,6 +1,7 @@
 """Cases of `hyperclip bench model`: towers on engines, one model, batch, T, mix and step at a time.
 
-A training step is forward, backward, and the gradients of all weights and of the table; no optimizer.
+A training step is forward, backward, and the gradients of all weights and of the table; no optimizer. "autocast" is a
+training step of float32 weights whose forward runs under torch.autocast.
 """
 
 import copy
@@ -50,7 +51,7 @@ def model_cases(
         for step in steps:
             for batch in batches:
                 torch.compiler.reset()  # compiled for this batch, not for whatever came before
-                group = _Group(name, batch, step == "training", dtype, device, timm_options)
+                group = _Group(name, batch, step, dtype, device, timm_options)
                 for count in tasks:
                     for mix in mixes if count > 1 else mixes[:1]:
                         labels = {"model": name, "step": step, "batch": batch, "tasks": count, "mix": mix}
@@ -61,10 +62,14 @@ class _Group:
     """A model's towers and a batch of images, shared by all cases of it."""
 
     def __init__(
-        self, name: str, batch: int, training: bool, dtype: torch.dtype, device: torch.device, options: dict[str, Any]
+        self, name: str, batch: int, step: str, dtype: torch.dtype, device: torch.device, options: dict[str, Any]
     ):
         torch.manual_seed(0)
-        self.training, self.dtype, self.device = training, dtype, device
+        training = step != "forward"
+        self.training, self.dtype, self.device, self.autocast_dtype = training, dtype, device, None
+        if step == "autocast":
+            self.autocast_dtype = torch.bfloat16 if dtype == torch.float32 else dtype
+            self.dtype = dtype = torch.float32
         side = options.get("img_size")
         given = {key: value for key, value in options.items() if key != "img_size"} | size_options(name, side)
         hyper = create_encoder(name, num_classes=0, **given)
@@ -136,7 +141,8 @@ class _Mixture:
             for name in TOWERS[engine]:
                 providers.append(Provider(name, engine, lambda name=name, engine=engine: self._build(name, engine)))
         slack = COUPLED_SLACK if self.group.is_coupled else 1.0
-        return Case(labels, providers, self._check, self.group.dtype, self.group.device, slack=slack)
+        dtype = self.group.autocast_dtype or self.group.dtype
+        return Case(labels, providers, self._check, dtype, self.group.device, slack=slack)
 
     def _build(self, name: str, engine: str) -> Run:
         group = self.group
@@ -150,6 +156,8 @@ class _Mixture:
         rows = {"stock": (), "loop": (), "single": (self.single, self.no_ids)}.get(name, mixed)
         inputs = (group.images, *rows)
         forward = ENGINES[engine](tower, inputs, group.training)
+        if group.autocast_dtype is not None:
+            forward = _casting(forward, group.device, group.autocast_dtype)
         step = self._training_step(forward, name) if group.training else _inference(forward)
         return captured(step, group.device) if engine == "graph" else step
 
@@ -214,6 +222,14 @@ class _Mixture:
         values = dict(zip(group.spec.keys, row.split(group.spec.sizes)))
         image = group.images[probe : probe + 1].double()
         return torch.func.functional_call(group.exact, values, (image,))
+
+
+def _casting(forward: Callable[[], Tensor], device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
+    def cast_forward():
+        with torch.autocast(device.type, dtype):
+            return forward()
+
+    return cast_forward
 
 
 def _inference(forward: Callable[[], Tensor]) -> Run:

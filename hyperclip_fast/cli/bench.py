@@ -25,11 +25,14 @@ def add_bench(commands) -> None:
     kernels = add_command(kinds, "kernels", "each operation that has a kernel", KERNELS, example)
     _add_choice(kernels, "--operations", choices.OPERATIONS, "operations to time")
     _add_list(kernels, "kernels", "widths", int, "D", "widths of the tokens")
+    _add_choice(kernels, "--steps", choices.STEPS, "passes to time")
     _add_common(kernels, "kernels", choices.KERNEL_ENGINES, choices.KERNEL_PROVIDERS)
     example = "example:\n  hyperclip bench model --models vit_tiny_patch16_224 --batches 16"
     model = add_command(kinds, "model", "whole image towers", MODEL, example)
     _add_list(model, "model", "models", str, "NAME", "timm models")
     _add_side(model)
+    on = "forward and training"
+    _add_choice(model, "--steps", choices.MODEL_STEPS, "passes to time; autocast trains float32 weights in 16 bits", on)
     _add_common(model, "model", choices.ENGINES, choices.MODEL_PROVIDERS)
     _add_encoders(kinds)
     _add_serving(kinds)
@@ -40,7 +43,6 @@ def _add_common(parser: argparse.ArgumentParser, what: str, engines: Sequence[st
     _add_list(parser, what, "tasks", int, "T", "numbers of tasks")
     on = _default_text(what, "mixes")
     _add_choice(parser, "--mixes", choices.MIXES, "ways to spread a batch over the tasks", on)
-    _add_choice(parser, "--steps", choices.STEPS, "passes to time")
     on = "eager, compiled, and graph on a GPU" if "graph" in engines else "all"
     _add_choice(parser, "--engines", engines, "what runs the model", on)
     _add_choice(parser, "--providers", providers, "implementations to compare")

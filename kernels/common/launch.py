@@ -20,11 +20,13 @@ def reduce_partials(partials: torch.Tensor, weight: torch.Tensor, task_ids: torc
         return partials.sum(dims).view(-1, *weight.shape).to(weight.dtype)
     kinds, B, slices, D = partials.shape
     T = weight.shape[0]
-    grads = torch.empty(kinds, T, D, dtype=weight.dtype, device=weight.device)
+    grads = torch.zeros(kinds, T, D, dtype=weight.dtype, device=weight.device)
+    if not partials.numel():
+        return grads
     block_b, block_d, warps = REDUCE_CONFIG
     launch(
         _reduce_kernel,
-        (T, cdiv(D, block_d), kinds),
+        (B, cdiv(D, block_d), kinds),
         partials=partials,
         task_ids=task_ids,
         grads=grads,

@@ -26,7 +26,7 @@ def load_row(table, row, stride, o_d, D):
 def _reduce_kernel(
     partials,  # (R, B, S, D) float32: R = 2 for weight and bias, 1 for one of them
     task_ids,  # (B,)
-    grads,  # (R, T, D)
+    grads,  # (R, T, D), all zero
     B,
     T,
     slices,
@@ -34,19 +34,26 @@ def _reduce_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    task, r = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    """The program of a task's first sample sums its row, in the batch's order: work grows with B, not with T."""
+    b, r = tl.program_id(0), tl.program_id(2).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    b_sum = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-    for first in range(0, B, BLOCK_B):
+    task = tl.load(task_ids + b).to(tl.int64)
+    earlier = 0
+    for first in range(0, b, BLOCK_B):
         o_b = first + tl.arange(0, BLOCK_B)
-        m_b = o_b < B
-        m_b &= tl.load(task_ids + o_b, mask=m_b, other=-1) == task
-        o_partial = (r * B + o_b.to(tl.int64)) * slices * D
-        for s in range(slices):
-            o_slice = (o_partial + s * D)[:, None] + o_d[None, :]
-            b_sum += tl.load(partials + o_slice, mask=m_b[:, None] & m_d[None, :], other=0.0)
-    tl.store(grads + (r * T + task) * D + o_d, tl.sum(b_sum, axis=0).to(grads.dtype.element_ty), mask=m_d)
+        earlier += tl.sum((tl.load(task_ids + o_b, mask=o_b < b, other=-1) == task).to(tl.int32))
+    if (earlier == 0) & (task >= 0) & (task < T):
+        b_sum = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
+        for first in range(b // BLOCK_B * BLOCK_B, B, BLOCK_B):
+            o_b = first + tl.arange(0, BLOCK_B)
+            m_b = tl.load(task_ids + o_b, mask=o_b < B, other=-1) == task
+            if tl.sum(m_b.to(tl.int32)) > 0:
+                o_partial = (r * B + o_b.to(tl.int64)) * slices * D
+                for s in range(slices):
+                    o_slice = (o_partial + s * D)[:, None] + o_d[None, :]
+                    b_sum += tl.load(partials + o_slice, mask=m_b[:, None] & m_d[None, :], other=0.0)
+        tl.store(grads + (r * T + task) * D + o_d, tl.sum(b_sum, axis=0).to(grads.dtype.element_ty), mask=m_d)
 
 
 @triton.jit

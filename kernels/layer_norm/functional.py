@@ -15,7 +15,8 @@ from ..common.autograd import traced_gradients
 from ..common.checks import check_rows
 from ..common.private_api import native_layer_norm, native_layer_norm_backward
 from ..common.rows import Rows
-from ..dispatch import has_triton, is_traced, use_triton
+from ..dispatch import get_backend, has_triton, is_traced, use_triton
+from ..tables import MAX_WIDTH
 
 if has_triton():
     from .operator import fused_layer_norm
@@ -136,7 +137,8 @@ def run_layer_norm(
         fused: what `use_triton` said of x; None: ask it.
     """
     check_arguments(x, delta, rows)
-    if use_triton(x) if fused is None else fused:
+    fused = use_triton(x) if fused is None else fused
+    if fused and (x.size(2) <= MAX_WIDTH or get_backend() == "triton"):
         out, total = fused_layer_norm(x, delta, rows, eps, out_dtype or x.dtype)
         return out, x if total is None else total
     if delta is None:

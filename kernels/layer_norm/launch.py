@@ -10,7 +10,6 @@ from ..common.rows import Rows, row_stride
 from ..tables import layer_norm_tiles
 from .triton_kernels import _bwd_kernel, _fwd_kernel
 
-MAX_WIDTH = 8192
 BACKWARD_PROGRAMS = 1024  # enough to fill a large GPU; fewer samples than this are cut into slices
 
 

@@ -12,7 +12,8 @@ from ..common.autograd import needs_grad
 from ..common.checks import check_devices, check_dtype, check_row_dtype
 from ..common.operator import contiguous, register, register_differentiable
 from ..common.rows import Rows, dense_columns, dense_rows
-from .launch import MAX_WIDTH, Kept, Needs, launch_backward, launch_forward
+from ..tables import MAX_WIDTH
+from .launch import Kept, Needs, launch_backward, launch_forward
 
 
 def _forward(x, delta, weight, bias, task_ids, eps, out_dtype, keep):

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(MODE not in ("interpreter", "guard"), reason="co
 
 if MODE in ("interpreter", "guard"):
     from hyperclip_fast.bench.accesses import accesses
+    from hyperclip_fast.kernels.common.launch import REDUCE_CONFIG, reduce_partials
     from hyperclip_fast.kernels.layer_norm import add_layer_norm, layer_norm
     from hyperclip_fast.kernels.layer_norm import launch as layer_norm_launch
     from hyperclip_fast.kernels.layer_norm.triton_kernels import _bwd_kernel, _fwd_kernel
@@ -86,11 +87,30 @@ def test_backward_moves_each_element_once(tensors, triton_backend):
             grads = torch.autograd.grad((out, total), list(leaves.values()), heads)
     assert_once(log, "load", total=total, grad_out=heads[0], grad_total=heads[1], mean=kept[0], rstd=kept[1])
     assert_never(log, "load", out=out)
-    assert_once(log, "store", grad_x=grads[0], grad_weight=grads[2], grad_bias=grads[3])
+    assert_once(log, "store", grad_x=grads[0])
+    used = task_ids.unique()
+    for rows in grads[2:]:  # a memset has written all T rows, the kernel those of the batch's tasks, once each
+        assert np.array_equal(log.of("store", rows), torch.arange(T * D).view(T, D)[used].flatten().numpy())
     partials = next(tensor for tensor in allocated if tensor.dim() == 4)
     assert_once(log, "store", partials=partials)
     assert_once(log, "load", partials=partials)
-    assert log.total("store") == total.numel() + partials.numel() + 2 * T * D
+    assert log.total("store") == total.numel() + partials.numel() + 2 * len(used) * D
+
+
+@pytest.mark.parametrize("tasks", [4, 64])
+def test_row_gradients_cost_the_same_for_any_number_of_tasks(tasks):
+    """Reads and writes of the sum by task, whatever T."""
+    partials, ids = torch.randn(2, 6, 3, D), torch.tensor([3, 1, 3, 0, 1, 1])
+    weight = torch.zeros(tasks, D)
+    with accesses() as log:
+        grads = reduce_partials(partials, weight, ids)
+    expected = torch.zeros(2, tasks, D).index_add_(1, ids, partials.sum(2))
+    torch.testing.assert_close(grads, expected)
+    assert log.total("store") == 2 * 3 * D
+    assert_once(log, "load", partials=partials)
+    programs = 2 * -(-D // REDUCE_CONFIG[1])
+    # each program: its own id, the ids before it, and, for a task's first sample, those of its block and behind it
+    assert log.total("load") - partials.numel() == programs * (6 + sum(range(6)) + 3 * 6)
 
 
 def test_backward_writes_a_second_copy_only_for_another_dtype(tensors, triton_backend):

@@ -81,10 +81,7 @@ MUTATIONS = {  # module of kernels/: function: (text, what replaces it)
     },
     "layer_norm/launch": {
         "launch_forward": (
-            (
-                "total = None if delta is None else torch.empty(B, N, D, dtype=x.dtype",
-                "total = None if delta is None else torch.empty(B, N, D, dtype=out_dtype",
-            ),
+            ("total = None if delta is None else torch.empty_like(x)", "total = None if delta is None else x"),
             (
                 "mean = torch.empty(B, N, dtype=torch.float32, device=x.device) if keep else None",
                 "mean = torch.empty(B, N, dtype=torch.float32, device=x.device)",

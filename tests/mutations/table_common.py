@@ -17,10 +17,13 @@ COMMON = {
         "_reduce_kernel": (
             ("tl.program_id(1) * BLOCK_D +", "tl.program_id(1) +"),
             ("m_d = o_d < D", "m_d = o_d <= D"),
-            ("range(0, B, BLOCK_B)", "range(0, BLOCK_B, BLOCK_B)"),
-            ("m_b = o_b < B", "m_b = o_b <= B"),
-            ("== task", ">= task"),
-            ("m_b &= tl.load", "m_b |= tl.load"),
+            ("mask=o_b < b,", "mask=o_b <= b,"),
+            ("earlier == 0", "earlier >= 0"),
+            ("earlier += tl.sum", "earlier = tl.sum"),
+            ("range(b // BLOCK_B * BLOCK_B, B, BLOCK_B)", "range(b // BLOCK_B * BLOCK_B, b + 1, BLOCK_B)"),
+            ("m_b = tl.load(task_ids + o_b, mask=o_b < B, other=-1) == task", "m_b = o_b < B"),
+            ("mask=o_b < B, other=-1) == task", "mask=o_b < B, other=-1) >= task"),
+            ("> 0:", "> 1:"),
             ("(r * B + o_b.to(tl.int64))", "o_b.to(tl.int64)"),
             ("range(slices)", "range(1)"),
             ("o_partial + s * D", "o_partial"),
@@ -34,7 +37,7 @@ COMMON = {
         ),
     },
     "common/autograd": {
-        "needs_grad": (("torch.is_grad_enabled() and any", "any"),),
+        "needs_grad": (("return False", "pass"),),
         "traced_gradients": (
             ("create_graph=True", "create_graph=False"),
             ("next(grads) if need else None", "next(grads, None)"),
@@ -46,14 +49,15 @@ COMMON = {
         "_filled": (("first.new_empty(0) if result is None else result", "result"),),
     },
     "common/rows": {
-        "row_stride": (("0 if table.shape[0] == 1 else table.stride(0)", "table.stride(0)"),),
+        "row_stride": (("0 if table.size(0) == 1 else table.stride(0)", "table.stride(0)"),),
         "dense_rows": (("dense_columns(weight)", "weight"), ("dense_columns(bias)", "bias")),
     },
     "common/launch": {
         "reduce_partials": (
             ("(1, 2) if weight.shape[0] == 1 else 2", "(1, 2) if weight.shape[0] == 1 else 1"),
             ("cdiv(D, block_d), kinds", "cdiv(D, block_d), 1"),
-            ("(T, cdiv", "(T - 1, cdiv"),
+            ("(B, cdiv", "(B - 1, cdiv"),
+            ("torch.zeros", "torch.empty"),
         ),
     },
     "common/triton_activations": {
