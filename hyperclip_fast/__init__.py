@@ -65,6 +65,7 @@ __getattr__, __dir__ = lazy_names(
         "hypernetwork": ("HyperNetwork",),
         "kernels.dispatch": ("get_backend", "set_backend"),
         "norm_params": ("NormParams", "NormSpec"),
+        "serving.graphs": ("graphed",),
         "task_bank": ("TaskBank",),
     },
 )

@@ -208,9 +208,11 @@ class TaskBank:
         Raises:
             ValueError: for an unknown task.
         """
-        ids = self.task_ids(tasks)
-        used, places = ids.unique(return_inverse=True)
-        return class_logits(self.model, images, self.params[ids], [self._embeddings[i] for i in used.tolist()], places)
+        params = self.params[self.task_ids(tasks)]
+        places = {task: i for i, task in enumerate(dict.fromkeys(tasks))}
+        embeddings = [self._embeddings[self._find(task)] for task in places]
+        index = torch.tensor([places[task] for task in tasks], device=self.model.device)
+        return class_logits(self.model, images, params, embeddings, index)
 
     def save(self, path: str | Path) -> None:
         """Write every task into one safetensors file (beside, then renamed)."""

@@ -8,6 +8,7 @@ import gc
 import importlib
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +82,16 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def captured(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """A step recorded as a CUDA graph; each replay fills the same results."""
+def captured(step: Callable[[], object], device: torch.device, pool: list[Any]) -> Callable[[], object]:
+    """A step recorded as a CUDA graph; each replay fills the same results.
+
+    Args:
+        step: what to record. What it returns must not hold an autograd graph: a weight's node in it would stay on this
+            recording's stream, which the next recording with the same weight may not wait for.
+        device: where.
+        pool: empty at first; graphs that are given the same list share their memory, so that one's results are gone
+            once another is replayed.
+    """
     if device.type != "cuda":
         raise Unavailable("CUDA graphs need a GPU")
     release_memory(device)  # a capture may not free what the allocator keeps, nor collect what autograd left in circles
@@ -93,7 +102,9 @@ def captured(step: Callable[[], object], device: torch.device) -> Callable[[], o
             step()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    if not pool:
+        pool.append(torch.cuda.graph_pool_handle())
+    with torch.cuda.graph(graph, pool=pool[0], stream=side):
         results = step()
 
     def replay():

@@ -67,12 +67,15 @@ def _case(operation: Operation, shape: Shape, labels: dict, functions: dict, clo
     torch.manual_seed(0)
     inputs = operation.inputs(shape)
     training = labels["step"] == "training"
-    providers = []
+    providers: list[Provider] = []
+    pool: list[Any] = []
     for (name, engine), function in functions.items():
         mine = operation.named_inputs(name, inputs)
         moved, flops = operation.work(mine, training)
         run = _step(function, mine, training, shape.dtype)
-        providers.append(Provider(name, engine, _builder(run, engine, shape.device), {"bytes": moved, "flops": flops}))
+        providers.append(
+            Provider(name, engine, _builder(run, engine, shape.device, pool), {"bytes": moved, "flops": flops})
+        )
     exact: dict[Callable, tuple[Tensor, ...]] = {}
 
     def check(provider: Provider, run: Run) -> float:
@@ -86,8 +89,8 @@ def _case(operation: Operation, shape: Shape, labels: dict, functions: dict, clo
     return Case(labels, providers, check, shape.dtype, shape.device, clock)
 
 
-def _builder(run: Run, engine: str, device: torch.device) -> Callable[[], Run]:
-    return lambda: captured(run, device) if engine == "graph" else run
+def _builder(run: Run, engine: str, device: torch.device, pool: list[Any]) -> Callable[[], Run]:
+    return lambda: captured(run, device, pool) if engine == "graph" else run
 
 
 def _step(function: Callable, inputs: Inputs, training: bool, dtype: torch.dtype) -> Callable[[], tuple[Tensor, ...]]:
@@ -118,7 +121,7 @@ def _step(function: Callable, inputs: Inputs, training: bool, dtype: torch.dtype
             generator = torch.Generator(outputs[0].device).manual_seed(1)
             options: dict[str, Any] = {"generator": generator, "device": outputs[0].device}
             incoming.extend(torch.randn(out.shape, **options).to(dtype).to(out.dtype) for out in outputs)
-        return (*outputs, *torch.autograd.grad(outputs, leaves, incoming))
+        return (*(out.detach() for out in outputs), *torch.autograd.grad(outputs, leaves, incoming))
 
     return forward_backward
 

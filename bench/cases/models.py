@@ -134,6 +134,7 @@ class _Mixture:
         generator = torch.Generator().manual_seed(2)
         self.incoming = torch.randn(batch, width, generator=generator).to(group.device, group.dtype)
         self.expected: dict[str, list[Tensor]] = {}
+        self.pool: list[Any] = []
 
     def case(self, labels: dict[str, Any], engines: Sequence[str]) -> Case:
         providers = []
@@ -159,7 +160,7 @@ class _Mixture:
         if group.autocast_dtype is not None:
             forward = _casting(forward, group.device, group.autocast_dtype)
         step = self._training_step(forward, name) if group.training else _inference(forward)
-        return captured(step, group.device) if engine == "graph" else step
+        return captured(step, group.device, self.pool) if engine == "graph" else step
 
     def _training_step(self, forward: Callable[[], Tensor], name: str) -> Run:
         """Output, gradient of the rows, gradient of the first weight that images meet."""
@@ -174,7 +175,7 @@ class _Mixture:
         def step():
             out = forward()
             gradients = torch.autograd.grad(out, leaves, self.incoming, allow_unused=True)
-            return out, gradients, len(others)
+            return out.detach(), gradients, len(others)
 
         return step
 

@@ -19,13 +19,15 @@ from torch import Tensor
 
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.serving.errors import RequestError
+from hyperclip_fast.serving.graphs import GraphedClassifier
 from hyperclip_fast.tasks import AdaptedTask, Ranked, adapt_tasks, classify_tasks
 
+GRAPH_SIZES, GRAPH_SLOTS = (1, 2, 4, 8, 16, 32), 256  # batches that are recorded, and tasks that stay on the GPU
 Classify = Callable[[list[Tensor], list[AdaptedTask], list[int]], Awaitable[list[Ranked]]]
 
 
 class ModelThread:
-    """One thread that alone runs the model, for new tasks and for batches, in turn.
+    """One thread that alone runs the model, for new tasks and for batches, in turn; on a GPU as CUDA graphs.
 
     Args:
         model: the model, in eval mode.
@@ -34,6 +36,7 @@ class ModelThread:
 
     def __init__(self, model: HyperCLIP, threads: int | None = None):
         self.model = model
+        self._graphs = GraphedClassifier(model, GRAPH_SIZES, GRAPH_SLOTS) if model.device.type == "cuda" else None
         limit: dict[str, Any] = {}
         if threads is not None:
             limit = {"initializer": torch.set_num_threads, "initargs": (threads,)}
@@ -50,13 +53,18 @@ class ModelThread:
         return await loop.run_in_executor(self._thread, self._classify, images, tasks, topk)
 
     def _classify(self, images: list[Tensor], tasks: list[AdaptedTask], topk: list[int]) -> list[Ranked]:
-        return classify_tasks(self.model, torch.stack(images).to(self.model.device), tasks, topk)
+        batch = torch.stack(images).to(self.model.device)
+        if self._graphs is not None and len(set(tasks)) <= GRAPH_SLOTS:
+            return self._graphs.classify(batch, tasks, topk)
+        return classify_tasks(self.model, batch, tasks, topk)
 
     def warm_up(self) -> None:
         """Do each thing once, so that the first request does not wait for what is loaded at first use."""
         size = self.model.image_size
         tasks = self._thread.submit(adapt_tasks, self.model, [["thing"]]).result()
-        self._thread.submit(self._classify, [torch.zeros(3, size, size)], tasks, [1]).result()
+        for count in GRAPH_SIZES if self._graphs is not None else (1,):
+            batch = [torch.zeros(3, size, size)] * count
+            self._thread.submit(self._classify, batch, tasks * count, [1] * count).result()
 
     def close(self) -> None:
         """End the thread once it has done what it was given."""

@@ -263,7 +263,7 @@ def test_a_tower_that_takes_another_row_is_wrong(monkeypatch, name, step):
 @pytest.mark.gpu
 def test_a_graph_replays_with_new_inputs():
     value = torch.ones(4, device="cuda")
-    run = captured(lambda: value * 2, value.device)
+    run = captured(lambda: value * 2, value.device, [])
     value.fill_(3)
     assert torch.equal(run().cpu(), torch.full((4,), 6.0))
     rows = [row for step in ("forward", "training") for row in gpu_rows(step)]
