@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from hyperclip_fast.bench.cases.operations import OPERATIONS
 from hyperclip_fast.bench.harness import plots
 from hyperclip_fast.bench.harness.machine import default_device, describe, device_name
 from hyperclip_fast.bench.harness.mixes import MIXES
-from hyperclip_fast.bench.harness.report import Report, header, markdown
-from hyperclip_fast.bench.harness.runner import Case, Provider, run_case
+from hyperclip_fast.bench.harness.report import LABELS, Report, header, markdown
+from hyperclip_fast.bench.harness.runner import run_case
 from hyperclip_fast.kernels import tables
 from hyperclip_fast.utils.files import write_file
 
@@ -110,28 +110,38 @@ class _Deadline:
 
 
 def run_part(make, plan: Plan, report: Report, when: float, seconds: float, **common) -> None:
-    """Measure a plan until it is done or the time has come; what was not begun or not finished goes to `skipped`."""
-    seen: set[str] = set()
+    """Measure a plan until it is done or the time has come; what was not begun or not finished goes to `skipped`.
+
+    What the report holds already, without a failure, is not measured again.
+    """
+    done = {_group(row, row["engine"]) for row in report.rows}
+    done -= {_group(row, row["engine"]) for row in report.rows if _may_do_better(row)}
     for i, entry in enumerate(plan):
         without = entry.get("without", ())
         arguments = {key: value for key, value in entry.items() if key != "without"}
         try:
             with _Deadline(when):
                 for case in make(**arguments, **common):
-                    new = [provider for provider in case.providers if _identity(case, provider) not in seen]
+                    new = [p for p in case.providers if _group(case.labels, p.engine) not in done]
                     case.providers = [provider for provider in new if provider.name not in without]
                     if case.providers:
                         release_memory(case.device)
                         report.add(run_case(case, seconds))
-                        seen |= {_identity(case, provider) for provider in case.providers}
+                        done |= {_group(case.labels, provider.engine) for provider in case.providers}
         except OutOfTime:
             report.skipped.extend(plan[i:])
             report.write()
             return
 
 
-def _identity(case: Case, provider: Provider) -> str:
-    return f"{case.labels} {provider.key}"
+def _may_do_better(row: Mapping[str, Any]) -> bool:
+    """Whether a row of an earlier run tells of a failure that may have been mended."""
+    return row["status"] in ("failed", "wrong") or row.get("reason", "").startswith("out of memory")
+
+
+def _group(labels: Mapping[str, Any], engine: str) -> tuple:
+    """What is measured together: the providers of a case on one engine, of which `labels` may be a row."""
+    return (engine, *(labels.get(key) for key in LABELS))
 
 
 def run_tests(files: Sequence[str], seconds: float, log: Path) -> dict[str, Any]:
@@ -206,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it; default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="default: %(default)s")
     parser.add_argument("--device", default=default_device(), help="default: %(default)s")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="an earlier JSON of this machine: measure the rest")
     parser.add_argument("--tests", nargs="*", default=[], metavar="FILE", help="run these first; a quarter of the time")
     args = parser.parse_args(argv)
     if args.minutes <= 0:
@@ -215,6 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = torch.bfloat16 if is_gpu else torch.float32
     label = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     report = Report(describe(device, dtype), args.out / f"{label}.json")
+    if args.keep:
+        report.keep(args.keep)
     print(header(report.machine), flush=True)
     red: set[str] = set()
     if args.tests:

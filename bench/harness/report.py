@@ -33,9 +33,23 @@ class Report:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
 
+    def keep(self, path: str | Path) -> None:
+        """Begin with the rows of an earlier report, each of which tells its commit.
+
+        Raises:
+            ValueError: if it was made on another device, or with other numbers.
+        """
+        earlier = json.loads(Path(path).read_text(encoding="utf-8"))
+        for name in ("device", "dtype"):
+            if earlier["machine"][name] != self.machine[name]:
+                raise ValueError(f"{path} must be of {self.machine[name]}, got {earlier['machine'][name]}")
+        commit = earlier["machine"]["commit"]
+        self.rows = [{**row, "commit": row.get("commit", commit)} for row in earlier["rows"]]
+
     def add(self, rows: Sequence[Row]) -> None:
-        """Print one case's rows and write all rows so far."""
-        self.rows.extend(rows)
+        """Print one case's rows and write all rows so far; kept rows of the same name go."""
+        new = {_identity(row) for row in rows}
+        self.rows = [row for row in self.rows if _identity(row) not in new] + list(rows)
         print(case_table(rows, self.machine), flush=True)
         self.write()
 
@@ -53,6 +67,10 @@ class Report:
     def problems(self) -> int:
         """Providers that computed wrongly or raised."""
         return sum(row["status"] in ("wrong", "failed") for row in self.rows)
+
+
+def _identity(row: Row) -> tuple:
+    return tuple(row.get(key) for key in (*LABELS, "provider", "engine"))
 
 
 def header(machine: dict[str, Any]) -> str:
@@ -123,6 +141,13 @@ def case_table(rows: Sequence[Row], machine: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def host_bound(rows: Sequence[Row]) -> set[tuple]:
+    """Eager rows whose time is the host's: as a CUDA graph the same work takes less than 90 % of it."""
+    median = {_identity(row): row["seconds"][1] for row in rows if row["status"] == "ok"}
+    eager = (identity for identity in median if identity[-1] == "eager")
+    return {identity for identity in eager if median.get((*identity[:-1], "graph"), 1e9) < 0.9 * median[identity]}
+
+
 def markdown(record: dict[str, Any]) -> str:
     """All rows of a record, as Markdown tables by operation or model and step."""
     machine = record["machine"]
@@ -130,6 +155,7 @@ def markdown(record: dict[str, Any]) -> str:
     if "tests" in record:
         parts.append(f"Tests {record['tests']['status']}: {record['tests']['summary']}")
         parts += record["tests"]["failures"]
+    waiting = host_bound(record["rows"])
     groups: dict[str, list[Row]] = {}
     for row in record["rows"]:
         groups.setdefault(f"{row.get('operation') or row['model']}, {row['step']}", []).append(row)
@@ -142,7 +168,8 @@ def markdown(record: dict[str, Any]) -> str:
             values = cells(row, machine)
             values += [""] * (len(columns(rows)) - len(values))
             labels = [str(row.get(key, "")) for key in keys]
-            lines.append("| " + " | ".join([*labels, f"{row['provider']} {row['engine']}", *values]) + " |")
+            name = f"{row['provider']} {row['engine']}" + (" (host-bound)" if _identity(row) in waiting else "")
+            lines.append("| " + " | ".join([*labels, name, *values]) + " |")
         parts.append("\n".join(lines))
     if record.get("skipped"):
         lines = (", ".join(f"{key} {value}" for key, value in entry.items()) for entry in record["skipped"])

@@ -379,6 +379,22 @@ def test_red_tests_are_named_and_slow_ones_stopped(tmp_path):
     assert result["status"] == "failed" and "test_none.py" in result["summary"]
 
 
+def test_a_report_adds_to_an_earlier_one(tmp_path):
+    row = {"operation": "layer_norm", "width": 8, "provider": "ours", "engine": "eager", "status": "ok", "ratio": None}
+    row |= {"seconds": (1.0, 1.0, 1.0), "peak_bytes": None, "bytes": 1, "step": "forward"}
+    graph = {**row, "engine": "graph", "seconds": (0.8, 0.8, 0.8)}
+    earlier = report.Report({**MACHINE, "commit": "a1"}, tmp_path / "earlier.json")
+    earlier.add([row, graph, {**row, "width": 16, "status": "failed", "reason": "OutOfMemory"}])
+    later = report.Report({**MACHINE, "commit": "b2"}, tmp_path / "later.json")
+    later.keep(tmp_path / "earlier.json")
+    later.add([{**row, "width": 16}])
+    assert [(each["width"], each.get("commit")) for each in later.rows] == [(8, "a1"), (8, "a1"), (16, None)]
+    text = report.markdown(later.record())
+    assert text.count("| ours eager (host-bound) |") == 1 and text.count("| ours eager |") == 1
+    with pytest.raises(ValueError, match="must be of another, got"):
+        report.Report({**MACHINE, "device": "another"}).keep(tmp_path / "earlier.json")
+
+
 def test_widest_ends_where_a_step_is_lost():
     def row(operation, width, ratio, step="forward", batch=8, provider="triton"):
         ratio = None if ratio is None else (0.5, ratio, 2.0)

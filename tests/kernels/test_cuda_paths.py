@@ -14,12 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperclip_fast import NormParams, hyper_block
+from hyperclip_fast.kernels.dispatch import use_triton
 from hyperclip_fast.kernels.tables import WIDEST, nvidia_kind
 from tests.encoders.vit_cases import hyper_pair, random_rows
 from tests.helpers import assert_close
 
 pytest.importorskip("triton")
 BATCH, TASKS = 4, 3
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALF_STREAM = {"class_token": False, "pos_embed": "none", "global_pool": "avg"}  # nothing widens it to float32
 STREAMS = {
     "token": {},
@@ -132,6 +134,38 @@ def test_autocast_returns_what_timm_returns(option, fast_norm):
             expected = getattr(stock, name)(images)
             for ours in (getattr(vit, name)(images), getattr(vit, name)(images, params)):
                 assert (ours.dtype, ours.shape) == (expected.dtype, expected.shape), name
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("table_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stream", ["token", "half"])
+def test_any_table_serves_any_model(stream, dtype, table_dtype, autocast):
+    """Rows in 16 bits for a float32 stream, and the other way round; the output is timm's."""
+    stock, vit = hyper_pair("token" if stream in STREAMS else stream, **STREAMS[stream], dtype=dtype)
+    with fake_h100(stock, vit, autocast=autocast), torch.no_grad():
+        images, params = fake_inputs(vit, dtype=dtype)
+        rows = NormParams(params.spec, params.table.to(table_dtype), params.task_ids)
+        assert vit(images, rows).dtype == stock(images).dtype
+
+
+def test_a_transform_sees_the_plain_formula_and_so_does_compiled_inference(monkeypatch):
+    x = fake_like_a_gpus()
+    assert use_triton(x)
+    seen = []
+    torch.func.vmap(lambda row: seen.append(use_triton(x)) or row)(torch.zeros(2, 1))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    seen.append(use_triton(x))
+    with torch.no_grad():
+        seen.append(use_triton(x))
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    seen.append(use_triton(x))
+    assert seen == [False, True, False, False], "vmap, compiled training, compiled inference, export"
+
+
+def fake_like_a_gpus():
+    with FakeTensorMode():
+        return torch.empty(1, 2, 8, device="cuda")
 
 
 @pytest.mark.parametrize("kind", ["flash", "efficient", "cudnn"])
