@@ -132,6 +132,9 @@ def run_part(make, plan: Plan, report: Report, when: float, seconds: float, **co
             report.skipped.extend(plan[i:])
             report.write()
             return
+        except Exception as error:  # a failed capture may leave a GPU's state behind: the next entry has its own chance
+            report.skipped.append({**entry, "error": f"{type(error).__name__}: {error}"[:200]})
+            report.write()
 
 
 def _may_do_better(row: Mapping[str, Any]) -> bool:

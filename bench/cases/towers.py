@@ -54,7 +54,10 @@ class NaiveTower(nn.Module):
     def forward(self, images: Tensor, table: Tensor, task_ids: Tensor) -> Tensor:
         for norm, (weight, bias) in zip(self.norms, NormParams(self.spec, table).layers()):
             norm.rows = (weight[task_ids], None if bias is None else bias[task_ids])
-        return self.model(images)
+        out = self.model(images)
+        for norm in self.norms:  # rows that stayed would keep the table's autograd graph, which no CUDA graph may meet
+            norm.rows = norm.own
+        return out
 
 
 class NaiveNorm(nn.Module):
@@ -74,7 +77,8 @@ class NaiveNorm(nn.Module):
         norm.weight = None
         if hasattr(norm, "bias"):
             norm.bias = None
-        self.rows: tuple[Tensor, Tensor | None] = (self.weight.unsqueeze(0), None)
+        self.own: tuple[Tensor, Tensor | None] = (self.weight.detach().unsqueeze(0), None)
+        self.rows = self.own
 
     def forward(self, x: Tensor) -> Tensor:
         rows = (None if row is None else row.repeat_interleave(len(x) // len(row), 0) for row in self.rows)
