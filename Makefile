@@ -2,7 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
-MINUTES ?= 9
+MINUTES ?= 6
+OUT ?= bench/results
+REPORT_NEEDS = torch, triton, timm, einops, safetensors, yaml, tqdm, hypothesis, pytest
+REPORT_TESTS = tests/kernels/test_cuda_paths.py tests/kernels/test_layer_norm.py tests/serving/test_graphs.py
 KERNEL_TESTS = PYTHONPATH=$(TOOLS) OMP_NUM_THREADS=1
 KERNEL_FILES = $(addprefix tests/kernels/test_,$(addsuffix .py,layer_norm linear norm_linear batch_norm))
 # Left out are a test that pretends to a GPU, whose driver PyTorch 2.9 asks for, one of a folder that timm cannot read
@@ -41,11 +44,12 @@ test-kernels: $(VENV)/test.stamp
 mutate: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(RUN) -m tests.mutations
 
-# Tests and the whole benchmark on a machine with a GPU, into bench/results/. A .venv made here sees the packages that
-# PYTHON already has, so that a host's own PyTorch is kept.
-gpu-report: VENV_OPTIONS = --system-site-packages
-gpu-report: $(VENV)/report.stamp
-	$(RUN) -m hyperclip_fast.bench.gpu_report --minutes $(MINUTES) --tests $(KERNEL_FILES)
+# Tests and the benchmark on a machine with a GPU, into OUT. Where PYTHON imports all it needs, nothing is installed, and
+# no network is needed; else .venv sees the packages that PYTHON has, so that a host's own PyTorch is kept.
+gpu-report:
+	$(PYTHON) -c 'import $(REPORT_NEEDS)' || $(MAKE) $(VENV)/report.stamp VENV_OPTIONS=--system-site-packages
+	PYTHONPATH=. $$($(PYTHON) -c 'import $(REPORT_NEEDS)' 2>/dev/null && echo $(PYTHON) || echo $(RUN)) -u \
+		-m hyperclip_fast.bench.gpu_report --minutes $(MINUTES) --out $(OUT) --tests $(REPORT_TESTS)
 
 # The documentation as a site, in site/; a broken link or reference fails.
 docs: $(VENV)/docs.stamp

@@ -1,12 +1,14 @@
 """Tables of all operations: tiles and warps, and for products who computes them and what is kept for backward.
 
-The products' numbers are roofline arithmetic by kind of device, not timed. They count per token in units of D, and in
-16 bits: MD = tokens x width x 2 bytes.
+An H100 has timed them (bench/results); for other kinds of device the products' numbers are roofline arithmetic. It
+counts per token in units of D, and in 16 bits: MD = tokens x width x 2 bytes.
 
 - `linear_gelu` saves 8 MD, the GELU's own pass. It pays while the Triton product keeps t / (t + pass) of cuBLAS's
   speed, t the time of fc1 alone. At 3.0 TB/s and 600 TFLOP/s (H100) that is 38, 49, 66 and 72 % for D = 192, 384, 768,
   1024; at 1.75 TB/s and 250 TFLOP/s (A100) 40, 57, 73 and 78 %. Without TMA and warp specialisation expect about 70 %
-  on sm_90, 85 % on sm_80. In float32 the product is all that counts, and cuBLAS has it.
+  on sm_90, 85 % on sm_80. In float32 the product is all that counts, and cuBLAS has it. The H100 refutes it: with erf
+  in the epilogue the product takes as long as cuBLAS and a GELU pass at D = 192, and loses from there on, so large GPUs
+  leave it to cuBLAS. Small ones have less bandwidth for as much arithmetic: there it stays a prediction.
 - `linear_add` saves 1 MD against the add in `add_layer_norm`: break-even 83 to 93 % for fc2, so it is off by default.
 - `norm_linear` saves 2 MD where the stream has nothing left to add, so after `linear_add`; else 1, for the add is then
   a pass of its own. At D = 192 and 384 QKV breaks even with 2 MD at 67 and 74 % (H100), 67 and 80 % (A100), fc1 at 71
