@@ -71,10 +71,12 @@ class TaskBank:
         Raises:
             KeyError: for an unknown name.
         """
+        self._follow_model()
         try:
-            return self.task(task)
+            place = self._find(task)
         except ValueError as error:
             raise KeyError(str(error)) from error
+        return AdaptedTask(self._classes[place], self._embeddings[place].clone(), self._table[place].clone())
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{task!r}: {len(self.classes(task))} classes" for task in islice(self, 4))
@@ -94,16 +96,6 @@ class TaskBank:
         """Class embeddings (K, E) of a task."""
         self._follow_model()
         return self._embeddings[self._find(task)]
-
-    def task(self, task: str) -> AdaptedTask:
-        """A copy of a task that outlives its removal from the bank.
-
-        Raises:
-            ValueError: for an unknown name.
-        """
-        self._follow_model()
-        place = self._find(task)
-        return AdaptedTask(self._classes[place], self._embeddings[place].clone(), self._table[place].clone())
 
     @property
     def params(self) -> NormParams:

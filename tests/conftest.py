@@ -5,6 +5,7 @@ A GPU if there is one; else Triton's interpreter. With the optional proof tools 
 races and wild memory accesses.
 """
 
+import gc
 import os
 
 import hypothesis
@@ -36,6 +37,13 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_collection_finish(session):
+    """Tracing makes many objects: for every few hundred the collector would go through those of all imports."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def add_command(commands, name: str, summary: str, description: str, ending: str
 
 def add_model_path(parser: argparse.ArgumentParser) -> None:
     """Which model a command runs."""
-    text = "a trained model's folder or hub id; default: demo, the shipped model"
+    text = "a trained model's folder or hub id, or demo, the shipped model; default: demo"
     parser.add_argument("--model", help=text)
 
 
@@ -48,7 +48,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_tasks(parser: argparse.ArgumentParser):
     """Which tasks a command runs; one way to say it is required, and the group that is returned takes others."""
     group = parser.add_mutually_exclusive_group(required=True)
-    group.add_argument("--labels", metavar="A,B,C", help="class names of a single task")
+    group.add_argument("--labels", metavar="A,B,C", help="class names of a single task, separated by commas")
     group.add_argument("--tasks", metavar="FILE", help="YAML or JSON file that maps tasks to lists of class names")
     return group
 

@@ -22,13 +22,13 @@ def add_bench(commands) -> None:
     parser.set_defaults(parser=parser)
     kinds = parser.add_subparsers(dest="what", metavar="WHAT", title="what to measure")
     example = "example:\n  hyperclip bench kernels --operations add_layer_norm --widths 192"
-    kernels = add_command(kinds, "kernels", "each operation that has a kernel", KERNELS, example)
+    kernels = add_command(kinds, "kernels", "time each operation that has a kernel", KERNELS, example)
     _add_choice(kernels, "--operations", choices.OPERATIONS, "operations to time")
     _add_list(kernels, "kernels", "widths", int, "D", "widths of the tokens")
     _add_choice(kernels, "--steps", choices.STEPS, "passes to time")
     _add_common(kernels, "kernels", choices.KERNEL_ENGINES, choices.KERNEL_PROVIDERS)
     example = "example:\n  hyperclip bench model --models vit_tiny_patch16_224 --batches 16"
-    model = add_command(kinds, "model", "whole image towers", MODEL, example)
+    model = add_command(kinds, "model", "time whole image towers", MODEL, example)
     _add_list(model, "model", "models", str, "NAME", "timm models")
     _add_side(model)
     on = "forward and training"
@@ -94,7 +94,7 @@ def _run_command(args: argparse.Namespace) -> int:
 
 def _add_encoders(kinds) -> None:
     example = "example:\n  hyperclip bench encoders --models mobilenetv3_small_100 --batches 1 16"
-    parser = add_command(kinds, "encoders", "encoders beside their stock models", ENCODERS, example)
+    parser = add_command(kinds, "encoders", "compare encoders with their stock models", ENCODERS, example)
     text = f"timm models; default: {' '.join(choices.ENCODERS)}"
     parser.add_argument("--models", nargs="+", default=list(choices.ENCODERS), metavar="NAME", help=text)
     parser.add_argument(
@@ -117,7 +117,7 @@ def _run_encoders(args: argparse.Namespace) -> int:
 
 def _add_serving(kinds) -> None:
     example = "example:\n  hyperclip bench serving --clients 64 --rounds 5"
-    parser = add_command(kinds, "serving", "a server that mixes tasks beside one that does not", SERVING, example)
+    parser = add_command(kinds, "serving", "compare a server that mixes tasks with one that does not", SERVING, example)
     add_model_path(parser)
     parser.add_argument("--tower", metavar="NAME", help="in place of --model, a timm ViT with random weights")
     add_device(parser)

@@ -6,8 +6,9 @@ import json
 from hyperclip_fast.cli.arguments import add_command, add_model
 
 DESCRIPTION = """Measure zero-shot accuracy on --data. Without --data, run the swap test on held-out pictures, which
-compares the row of the right class names with the base row and with another task's row. With --dense, ask each patch of
-composed scenes for its class."""
+compares the row of the right class names with the base row and with another task's row. A row is the norm weights that
+class names give the encoder; the base row is the encoder's own. With --dense, ask each patch of composed scenes for its
+class."""
 EXAMPLES = """examples:
   hyperclip evaluate
   hyperclip evaluate --data photos/ --templates "a photo of a {}."

@@ -11,9 +11,9 @@ SPECIALIZE_EXAMPLE = """example:
 EXPORT = """Write a part of a model as one file for another runtime, and compare the file's outputs with PyTorch's. The
 command needs the extra export, and for ExecuTorch the extra executorch, too."""
 EXPORT_ENDING = """parts:
-  specialized  images to the logits of one task
-  mixed        images, a table of rows and task ids to embeddings; one file serves every task
-  text         tokens of class names to a task's row and class embeddings
+  specialized  takes images, gives the logits of one task
+  mixed        takes images, a table of rows and task ids, gives embeddings; one file serves every task
+  text         takes tokens of class names, gives a task's row and class embeddings
 The file fixes neither the batch size nor the numbers of tasks and classes.
 
 example:

@@ -1,6 +1,6 @@
 """Batches, whose share of them a process takes, and the protocol of what gives them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -61,6 +61,19 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """The same in memory from which a GPU copies without waiting; DataLoader calls this."""
         return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+
+
+def batch_of(pairs: Sequence[tuple[Tensor, str]], counts: tuple[int, ...], broken: int, state: Any = None) -> Batch:
+    """The Batch of images and their texts, task by task, each text a class of its own."""
+    texts = iter(text for _, text in pairs)
+    return Batch(
+        images=torch.stack([image for image, _ in pairs]),
+        labels=torch.cat([torch.arange(count) for count in counts]),
+        counts=counts,
+        classes=tuple(tuple(next(texts) for _ in range(count)) for count in counts),
+        broken=broken,
+        state=state,
+    )
 
 
 class Source(Protocol):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hyperclip_fast.data.batch import Batch, BatchShape, Share, draw_sizes, share_of_tasks
+from hyperclip_fast.data.batch import Batch, BatchShape, Share, batch_of, draw_sizes, share_of_tasks
 from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.data.image_files import class_folders, find_images
 from hyperclip_fast.data.loader import load
@@ -158,15 +158,7 @@ class ImageSetSource(Dataset):
                 taken.add(text)
                 pairs.append((image, text))
                 broken += failures
-        counts = tuple(stop - start for start, stop in parts)
-        texts = iter(text for _, text in pairs)
-        return Batch(
-            images=torch.stack([image for image, _ in pairs]),
-            labels=torch.cat([torch.arange(count) for count in counts]),
-            counts=counts,
-            classes=tuple(tuple(next(texts) for _ in range(count)) for count in counts),
-            broken=broken,
-        )
+        return batch_of(pairs, tuple(stop - start for start, stop in parts), broken)
 
     def _labels(self, step: int, sizes: list[int]) -> list[int]:
         """An image of each class of each task of a step."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from hyperclip_fast.data.batch import Batch, BatchShape, Share
+from hyperclip_fast.data.batch import Batch, BatchShape, Share, batch_of
 from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.data.loader import load
 from hyperclip_fast.utils.extras import require
@@ -118,20 +118,8 @@ class _Stream(IterableDataset):
                     f"path must name shards of images with texts, {broken} in a row of {source.data.path} are none"
                 )
             if len(pairs) == sum(source.counts):
-                yield _batch(pairs, source.counts, broken, (number, position))
+                yield batch_of(pairs, source.counts, broken, (number, position))
                 pairs, broken = [], 0
-
-
-def _batch(pairs: list[tuple[Tensor, str]], counts: tuple[int, ...], broken: int, state: Any) -> Batch:
-    texts = iter(text for _, text in pairs)
-    return Batch(
-        images=torch.stack([image for image, _ in pairs]),
-        labels=torch.cat([torch.arange(count) for count in counts]),
-        counts=counts,
-        classes=tuple(tuple(next(texts) for _ in range(count)) for count in counts),
-        broken=broken,
-        state=state,
-    )
 
 
 def _samples(source: ShardSource, slot: int, position: Position) -> Iterator[tuple[Sample | None, Position]]:

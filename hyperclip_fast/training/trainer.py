@@ -68,7 +68,7 @@ class Trainer:
             logs and saves stays; what it draws from torch's chance changes no run, as every step has its own seed.
 
     Raises:
-        ValueError: if `out` holds a run with another configuration.
+        ValueError: if `out` holds a run with another configuration, or for held_out without a source.
     """
 
     def __init__(
@@ -89,6 +89,8 @@ class Trainer:
         train_mode(self.model, config.freeze)
         settings = {"model": asdict(self.model.config), "train": asdict(config)}
         if source is None:
+            if held_out:
+                raise ValueError("held_out must come with a source: what run.data holds out is known")
             settings["data"] = asdict(run.data)
             source, held_out = create_source(run, self.model.image_size, self.share, self.device)
         self.source, self.held_out = source, held_out

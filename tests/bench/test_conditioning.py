@@ -1,7 +1,9 @@
 """The conditioning experiment: its queue, a run from start to log, what is scored against what, the report's sums."""
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -171,6 +173,30 @@ def test_a_rival_trains_its_baseline_where_there_is_its_log_alone(plan, tmp_path
     assert conditioning.main(["run", *plan, *only]) == 0
     assert read(log)[-1]["scores"] == first and path.read_text() == baseline
     assert first["before"] == read(path)[-1]["scores"]["right"]
+
+
+def test_a_stopped_rival_goes_on_where_it_was(plan, tmp_path, monkeypatch, capsys):
+    """In the third attribute's second step; of the first two nothing is tuned again."""
+    (tmp_path / "plan.yaml").write_text(PLAN.replace("[wide, ", "[baseline, "))
+    only, log, steps = ["--only", "b-norms-0"], tmp_path / "logs" / "b-norms-0.jsonl", []
+    assert conditioning.main(["run", *plan, *only]) == 0
+    whole = read(log)[-1]
+    log.unlink()
+    shutil.rmtree(tmp_path / "work" / "b-norms-0")
+    step = conditioning_experiment.Trainer.train_step
+
+    def told(trainer):
+        steps.append((trainer.out.name, trainer.step))
+        if steps[-1] == (ATTRIBUTES[2], 1) and len(steps) == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(trainer)
+
+    monkeypatch.setattr(conditioning_experiment.Trainer, "train_step", told)
+    assert conditioning.main(["run", *plan, *only]) == 130 and not log.exists()
+    assert "goes on from there" in capsys.readouterr().err
+    assert conditioning.main(["run", *plan, *only]) == 0
+    assert steps == [(attribute, i) for attribute in ATTRIBUTES for i in range(4)]
+    assert read(log)[-1]["scores"] == whole["scores"] and read(log)[-1]["seconds"] > 0
 
 
 TOWERS = {

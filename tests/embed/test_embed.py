@@ -193,14 +193,14 @@ def test_a_killed_process_goes_on_to_the_same_bytes(source, tmp_path):
 
 
 @pytest.mark.slow
-def test_on_ray_the_bytes_are_the_same(source, tmp_path):
+def test_on_ray_the_bytes_are_the_same(source, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as Ray sets it for its workers
-    environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # Ray's own runtime_env would start the workers twice
     try:
         run(source, tmp_path / "here")
-        ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", runtime_env=environment)
+        ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
         index = run(source, tmp_path / "ray", ray_workers=2)
         assert index["parts"] == 5 and files(tmp_path / "ray") == files(tmp_path / "here")
         (tmp_path / "ray" / "part-000003.safetensors").unlink()  # goes on here with what a cluster left

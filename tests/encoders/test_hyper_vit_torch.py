@@ -174,6 +174,7 @@ def test_compile_with_dynamic_batch_and_no_recompilation(backend, option):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 def test_compile_in_16_bits_is_as_exact_as_eager(dtype):
+    """float16, which only serves, without gradients."""
     _, vit = hyper_pair("avg", depth=1)
     images, rows, ids = next(batches(vit.norm_spec))
     results = {}
@@ -181,9 +182,12 @@ def test_compile_in_16_bits_is_as_exact_as_eager(dtype):
         encoder = vit.to(kind)
         table = rows.table.detach().to(kind).requires_grad_()
         run = compiled(encoder, "inductor")[0] if name == "compiled" else encoder
-        out = run(images.to(kind), NormParams(rows.spec, table, ids))
-        out.square().sum().backward()
-        results[name] = (out.detach().double(), table.grad.double())
+        with torch.set_grad_enabled(dtype is torch.bfloat16):
+            out = run(images.to(kind), NormParams(rows.spec, table, ids))
+        results[name] = [out.detach().double()]
+        if out.requires_grad:
+            out.square().sum().backward()
+            results[name].append(table.grad.double())
     for exact, eager, ours in zip(*results.values()):
         assert (ours - exact).norm() <= 1.2 * (eager - exact).norm()
 

@@ -122,7 +122,7 @@ def test_a_file_holds_the_tasks_and_no_file_none(model, tmp_path):
     assert read_bank(path, model) == {}
     bank = TaskBank(model)
     bank.add_many({"pets": ["cat", "dog"], "food": ["pizza"]})
-    tasks = {name: bank.task(name) for name in bank.tasks}
+    tasks = {name: bank[name] for name in bank.tasks}
     write_bank(path, model, tasks)
     again = read_bank(path, model)
     assert list(again) == ["pets", "food"]

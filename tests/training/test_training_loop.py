@@ -17,13 +17,14 @@ from torch import nn
 from hyperclip_fast.cli.main import main
 from hyperclip_fast.configs import shipped_configs
 from hyperclip_fast.data.config import DataConfig
+from hyperclip_fast.data.held_out import held_out_tasks
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.training.config import RunConfig, TrainConfig, load_config
 from hyperclip_fast.training.optimizer import learning_rate, part_of
 from hyperclip_fast.training.trainer import Trainer
 from tests.image_data import write_folder, write_shards
 from tests.towers import patch_text_tower, tiny_config
-from tests.training.test_training import CONFIG, trainer, trainer_of
+from tests.training.test_training import CONFIG, pictures, trainer, trainer_of
 
 CONFIGS = list(shipped_configs().values())
 
@@ -317,3 +318,8 @@ def test_a_folder_tells_its_data_where_that_is_what_is_trained_on(towers, tmp_pa
     known = json.loads((tmp_path / "config.json").read_text())
     assert known.get("data") == (None if data is None else json.loads(json.dumps(asdict(data))))
     assert list(known)[:2] == ["model", "train"]
+
+
+def test_held_out_tasks_come_with_a_source(towers, tmp_path):
+    with pytest.raises(ValueError, match="held_out must come with a source"):
+        Trainer(RunConfig(tiny_config(), CONFIG), tmp_path, held_out=held_out_tasks(pictures()))
