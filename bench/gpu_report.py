@@ -152,8 +152,9 @@ def run_tests(files: Sequence[str], seconds: float, log: Path) -> dict[str, Any]
     there; each test's verdict counts from the moment it is printed, and `log` keeps what pytest said.
     """
     command = [sys.executable, "-m", "pytest", "-vv", "-rN", "--tb=short", "-p", "no:cacheprovider", "-m", TESTS]
-    if importlib.util.find_spec("xdist"):
-        command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--dist", "worksteal"]
+    workers = min(8, (os.cpu_count() or 1) // 2)
+    if workers > 1 and importlib.util.find_spec("xdist"):
+        command += ["-n", str(workers), "--dist", "worksteal"]
     environment = {**os.environ, "HYPERCLIP_HYPOTHESIS": "quick"}
     start = time.monotonic()
     with log.open("wb") as output:
@@ -175,8 +176,7 @@ def run_tests(files: Sequence[str], seconds: float, log: Path) -> dict[str, Any]
         "files": list(files),
         "status": status,
         "seconds": round(time.monotonic() - start),
-        "summary": ", ".join(f"{number} {verdict}" for verdict, number in count.items())
-        or "\n".join([*(line for line in lines if line.startswith("ERROR")), *lines[-1:]]),
+        "summary": ", ".join(f"{number} {verdict}" for verdict, number in count.items()) or "\n".join(lines[-3:]),
         "failures": failures,
     }
 

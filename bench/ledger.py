@@ -274,7 +274,7 @@ def _segment(step: Step, names: dict[int, str], shape: Shape) -> str | None:
         return "attention"
     if step.name in ("stack", "cat", "clone"):
         return "packing dq, dk, dv"
-    if step.name in ("gelu", "gelu_backward", "_gelu_bwd_kernel", "_linear_gelu_bwd_kernel"):
+    if step.name in ("gelu", "gelu_", "gelu_backward", "_gelu_bwd_kernel", "_linear_gelu_bwd_kernel"):
         return "GELU"
     if step.name == "_linear_add_bwd_kernel" or (step.name == "sum" and step.tensors[0].dim() == 2):
         return "bias gradients"

@@ -37,8 +37,9 @@ def graphed(
     Raises:
         ValueError: for a model that is not on a GPU, or sizes or slots that are not positive.
     """
-    kind = GraphedClassifier if isinstance(model, HyperCLIP) else GraphedEncoder
-    return kind(model, sizes, slots)
+    if isinstance(model, HyperCLIP):
+        return GraphedClassifier(model, sizes, slots)
+    return GraphedEncoder(model, sizes, slots)
 
 
 def capture(run: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple[Callable[[], None], Tensor]:

@@ -5,7 +5,7 @@ import torch
 from .launcher import launch
 from .triton_rows import _reduce_kernel
 
-REDUCE_CONFIG = (64, 32, 4)  # BLOCK_B, BLOCK_D, warps
+REDUCE_CONFIG = (64, 32, 8)  # BLOCK_B, BLOCK_D, warps
 
 
 def cdiv(count: int, size: int) -> int:

@@ -38,7 +38,7 @@ def _reduce_kernel(
     b, r = tl.program_id(0), tl.program_id(2).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    task = tl.load(task_ids + b).to(tl.int64)
+    task = tl.load(task_ids + b.to(tl.int64)).to(tl.int64)
     earlier = 0
     for first in range(0, b, BLOCK_B):
         o_b = first + tl.arange(0, BLOCK_B)
