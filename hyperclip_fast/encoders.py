@@ -7,6 +7,7 @@ from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from hyperclip_fast.block_parts import MODULATED_NORMS
 from hyperclip_fast.hyper_encoder import HyperEncoder, to_hyper_encoder
 from hyperclip_fast.hyper_vit import HyperViT, to_hyper_vit
 from hyperclip_fast.norm_params import DEFAULT_MODULATE
@@ -28,6 +29,14 @@ def create_encoder(
         ValueError: as their `from_timm`.
     """
     model = create_timm_model(model, pretrained, kwargs)
-    if type(model) is VisionTransformer and all(type(block) is Block for block in model.blocks):
+    if type(model) is VisionTransformer and all(map(_is_plain, model.blocks)):
         return to_hyper_vit(model, DEFAULT_MODULATE if modulate is None else modulate)
     return to_hyper_encoder(model, modulate)
+
+
+def _is_plain(block: Any) -> bool:
+    """Whether HyperViT takes a block: a pre-norm Block of layer norms with weight and bias."""
+    if type(block) is not Block:
+        return False
+    norms = (block.norm1, block.norm2)
+    return all(type(norm) in MODULATED_NORMS and norm.weight is not None and norm.bias is not None for norm in norms)

@@ -29,7 +29,7 @@ from hyperclip_fast.kernels.dispatch import is_preferred, is_traced, use_triton
 from hyperclip_fast.kernels.layer_norm.functional import run_layer_norm
 from hyperclip_fast.kernels.linear.functional import run_linear_add, run_linear_gelu
 from hyperclip_fast.kernels.norm_linear.functional import fits_one_kernel, run_norm_linear
-from hyperclip_fast.utils.private_api import has_forward_hooks, has_hooks, is_fast_norm
+from hyperclip_fast.utils.private_api import has_forward_hooks, has_hooks, is_fast_norm, shallow_copy
 
 
 def add_norm(
@@ -59,7 +59,29 @@ def add_norm(
         return norm(x), x
     assert isinstance(norm, nn.LayerNorm)
     out_dtype = out_dtype or norm_dtype(norm, x)
+    if rows is not None and has_hooks(norm):
+        x = x if delta is None else (x + delta).to(x.dtype)
+        return _heard_norm(norm, rows, out_dtype, fused)(x), x
     return run_layer_norm(x, delta, rows or _own_rows(norm), norm.eps, out_dtype, fused)
+
+
+class _RowNorm(nn.LayerNorm):
+    """A norm that is listened to, with rows; its hooks are the stock norm's, and they meet it as their module."""
+
+    rows: Rows
+    out_dtype: torch.dtype
+    fused: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run_layer_norm(x, None, self.rows, self.eps, self.out_dtype, self.fused)[0]
+
+
+def _heard_norm(norm: nn.LayerNorm, rows: Rows, out_dtype: torch.dtype, fused: bool) -> _RowNorm:
+    if "forward" in vars(norm):
+        raise ValueError(f"params cannot pass a norm ({type(norm).__name__}) whose forward was replaced")
+    twin = shallow_copy(norm, _RowNorm)
+    vars(twin).update(rows=rows, out_dtype=out_dtype, fused=fused)
+    return twin
 
 
 def _own_rows(norm: nn.LayerNorm) -> Rows:
@@ -77,18 +99,23 @@ def _is_fusable(norm: nn.Module) -> bool:
 def norm_dtype(norm: nn.Module, x: Tensor) -> torch.dtype:
     """What `norm(x)` would return: under autocast GPUs compute a layer norm in float32, timm's fast norm in 16 bits."""
     kind = x.device.type
-    if type(norm) is LayerNormFp32 or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if type(norm) is LayerNormFp32 or x.dtype == torch.float64 or not is_autocast(x):
         return x.dtype
     if is_fast_norm(norm):
         return torch.get_autocast_dtype(kind)
     return x.dtype if kind == "cpu" else torch.float32
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on where x is; asked about the meta device, torch.is_autocast_enabled raises."""
+    kind = x.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def _product_dtype(x: Tensor) -> torch.dtype:
     """What the next Linear will compute in: written by the norm itself, so that autocast has nothing left to cast."""
-    kind = x.device.type
-    casts = torch.is_autocast_enabled(kind) and x.dtype != torch.float64  # autocast leaves float64 as it is
-    return torch.get_autocast_dtype(kind) if casts else x.dtype
+    casts = is_autocast(x) and x.dtype != torch.float64  # autocast leaves float64 as it is
+    return torch.get_autocast_dtype(x.device.type) if casts else x.dtype
 
 
 def may_overwrite() -> bool:
@@ -157,7 +184,7 @@ def _may_join(norm: nn.Module, x: Tensor, rows: Rows | None) -> bool:
     """Whether the norm may be the prologue of the product that reads it: in inference, and nobody listens."""
     if torch.is_grad_enabled() or x.requires_grad:  # reentrant checkpointing: the same way twice
         return False
-    return rows is not None or _is_fusable(norm)
+    return _is_fusable(norm) if rows is None else not has_hooks(norm)
 
 
 def _is_ours(attn: Attention, parts: BlockParts, fused: bool) -> bool:

@@ -11,6 +11,7 @@ import copy
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from operator import attrgetter
 from typing import Any, SupportsIndex
 
 import torch
@@ -97,7 +98,7 @@ class HyperEncoder(nn.Module):
     @property
     def base_params(self) -> NormParams:
         """The encoder's own weights and biases as one row; gradients flow into them."""
-        row = torch.cat([self.get_parameter(key) for key in self._spec.keys])
+        row = torch.cat([attrgetter(key)(self) for key in self._spec.keys])  # functional_call puts plain tensors there
         return NormParams(self._spec, row.unsqueeze(0))
 
     def forward(self, x: Tensor, params: NormParams | None = None, **kwargs: Any) -> Any:
@@ -119,7 +120,7 @@ class HyperEncoder(nn.Module):
             return self
         check_params(params, self._spec, x.shape[0])
         spec, table, task_ids = self._spec, params.table, params.task_ids  # its integers are static: a module's own
-        table = table.to(self.get_parameter(spec.keys[0]).dtype)
+        table = table.to(attrgetter(spec.keys[0])(self).dtype)
         fused = use_triton(x)
         if task_ids is not None and table.shape[0] > 1 and not fused:
             table, task_ids = table.index_select(0, task_ids), None

@@ -7,6 +7,7 @@ travel as arguments through every block (hyper_block.py), never as state of the 
 import copy
 from collections.abc import Iterable
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from timm.models.vision_transformer import default_cfgs as timm_cfgs
 from torch import Tensor, nn
 
 from hyperclip_fast.block_parts import MODULATED_NORMS
-from hyperclip_fast.hyper_block import HyperBlock, add_norm
+from hyperclip_fast.hyper_block import HyperBlock, add_norm, is_autocast
 from hyperclip_fast.kernels.common.rows import Rows
 from hyperclip_fast.kernels.dispatch import use_triton
 from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams, NormSpec, check_params
@@ -83,7 +84,7 @@ class HyperViT(VisionTransformer):
     @property
     def base_params(self) -> NormParams:
         """The encoder's own weights and biases as one row; gradients flow into them."""
-        row = torch.cat([self.get_parameter(key) for key in self.norm_spec.keys])
+        row = torch.cat([attrgetter(key)(self) for key in self.norm_spec.keys])  # functional_call puts tensors there
         return NormParams(self.norm_spec, row.unsqueeze(0))
 
     def _rows(self, x: Tensor, params: NormParams | None) -> dict[str, Rows]:
@@ -95,7 +96,7 @@ class HyperViT(VisionTransformer):
             params = NormParams(self._spec, params.table, params.task_ids)
         if not use_triton(x):
             params = params.gather()
-        elif params.table.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+        elif params.table.dtype != x.dtype or is_autocast(x):
             params = params.to(dtype=torch.float32)  # the kernels take rows of the stream's dtype, or float32
         layers = zip(params.spec.names, params.layers())
         return {name: Rows(weight, bias, params.task_ids) for name, (weight, bias) in layers if bias is not None}

@@ -15,6 +15,9 @@ def create_timm_model(model: str | nn.Module, pretrained: bool, kwargs: dict[str
     """A new model of a name, or a copy of a model."""
     if isinstance(model, str):
         return timm.create_model(known_name(model), pretrained=pretrained, **kwargs)
+    inner = next((name for name in ("_orig_mod", "module") if isinstance(getattr(model, name, None), nn.Module)), None)
+    if inner is not None:
+        raise ValueError(f"model must be a timm model itself, got a {type(model).__name__} around it: pass its {inner}")
     if pretrained or kwargs:
         raise ValueError(f"pretrained and timm arguments go with a model's name, got a {type(model).__name__}")
     return copy.deepcopy(model)

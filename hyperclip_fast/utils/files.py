@@ -158,7 +158,8 @@ def _remove(path: Path) -> None:
 
 def save_safetensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file. The same content is the same bytes, and others may read it as they may other files."""
-    write_file(path, _sorted(serialize(tensors, metadata)))
+    dense = {name: tensor.contiguous() for name, tensor in tensors.items()}  # convolutions may be in channels_last
+    write_file(path, _sorted(serialize(dense, metadata)))
 
 
 def _sorted(content: bytes) -> bytes:

@@ -23,10 +23,12 @@ def traced_gradients(
 
     Args:
         function: the forward, in operations that autograd knows.
-        inputs: what it is a function of.
+        inputs: what it is a function of. The gradient is taken at aliases of them: at the tensors themselves autograd
+            would also walk what made them, such as the one split of all layers' rows, and every layer before.
         grad: the gradient of its output.
         needed: for each input, whether its gradient is wanted; more may follow.
     """
-    wanted = [tensor for tensor, need in zip(inputs, needed) if need]
-    grads = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
+    aliases = [tensor.view_as(tensor) for tensor in inputs]
+    wanted = [alias for alias, need in zip(aliases, needed) if need]
+    grads = iter(torch.autograd.grad(function(*aliases), wanted, grad, create_graph=True))
     return [next(grads) if need else None for need in needed[: len(inputs)]]
