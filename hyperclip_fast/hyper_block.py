@@ -263,6 +263,8 @@ class HyperBlock(Block):
             x (B, N, D) and delta (B, N, D) where a kernel of the next norm adds them; else their sum and None. With
             `tokens`, N is that.
         """
+        if isinstance(x, torch.fx.Proxy):  # torch.fx follows timm's code, and could not follow what asks for dtypes
+            return super().forward(x if delta is None else x + delta, attn_mask=attn_mask, is_causal=is_causal), None
         fused, parts = use_triton(x), parts_of(self)
         rows1 = None if weight1 is None or bias1 is None else Rows(weight1, bias1, task_ids)
         rows2 = None if weight2 is None or bias2 is None else Rows(weight2, bias2, task_ids)

@@ -171,6 +171,8 @@ class HyperViT(VisionTransformer):
         Raises:
             ValueError: if `params` belongs to another encoder or another batch size.
         """
+        if isinstance(x, torch.fx.Proxy):  # torch.fx makes proxies of all arguments, and follows timm's own model
+            return super().forward_head(self._forward_features(x, {}, attn_mask, is_causal))
         rows = self._rows(x, params)
         is_mixed = params is not None and params.num_tasks > 1
         tokens = 1 if is_mixed and attn_mask is None and not is_causal and self._needs_one_token() else None

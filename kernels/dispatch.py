@@ -57,7 +57,7 @@ def use_triton(x: torch.Tensor) -> bool:
     """
     if _backend != "auto":
         return _backend == "triton"
-    if not (x.is_cuda and _has_triton and x.dtype in TRITON_DTYPES):
+    if isinstance(x, torch.fx.Proxy) or not (x.is_cuda and _has_triton and x.dtype in TRITON_DTYPES):
         return False
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled() and not torch.compiler.is_exporting()
@@ -82,8 +82,8 @@ def is_preferred(operation: str, x: torch.Tensor, width: int, dtype: torch.dtype
 
 
 def is_traced() -> bool:
-    """Whether torch.compile, torch.export or a transform of torch.func (grad, vmap, jvp) sees what runs now.
+    """Whether torch.compile, torch.export, torch.jit or a transform of torch.func (grad, vmap, jvp) sees what runs now.
 
     Then the plain formula runs, which all of them can differentiate, batch and fuse.
     """
-    return torch.compiler.is_compiling() or is_functorch_active()
+    return torch.compiler.is_compiling() or is_functorch_active() or torch.jit.is_tracing()

@@ -5,6 +5,7 @@ import textwrap
 from pathlib import Path
 
 from hyperclip_fast.utils.class_names import check_named_tasks, check_task
+from hyperclip_fast.utils.text_files import read_yaml
 
 EXAMPLE = '{"pets": ["cat", "dog"]}'
 
@@ -73,12 +74,7 @@ def read_tasks(path: str | Path) -> dict[str, list[str]]:
     Raises:
         ValueError: if the file is not a mapping of names to tasks, see `check_named_tasks`.
     """
-    import yaml
-
-    try:
-        tasks = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"--tasks must be a YAML or JSON file, {path} is not: {error}") from error
+    tasks = read_yaml(path, "--tasks")
     try:
         check_named_tasks(tasks)
         if not tasks:

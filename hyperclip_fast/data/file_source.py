@@ -5,7 +5,6 @@ come in random order, each once, and a task is the group of K that comes next; w
 batch is a function of (seed, step), whoever loads it: processes may change from one run to its continuation.
 """
 
-import csv
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.data.image_files import class_folders, find_images
 from hyperclip_fast.data.loader import load
 from hyperclip_fast.utils.seeds import generator_of, hash_seed, seeded
+from hyperclip_fast.utils.text_files import table_lines
 
 ATTEMPTS = 100  # images tried for one place of a batch, before a set counts as unreadable
 
@@ -79,12 +79,7 @@ def read_table(
         ValueError: for a file without these columns, or without lines.
     """
     path = Path(path)
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        found = reader.fieldnames or []
-        if not {image_column, text_column} <= set(found):
-            raise ValueError(f"path must be a table with columns {image_column} and {text_column}, {path} has {found}")
-        lines = [((line[image_column] or "").strip(), (line[text_column] or "").strip()) for line in reader]
+    lines = [(line[image_column], line[text_column]) for line in table_lines(path, [image_column, text_column], "path")]
     pairs = [(str(path.parent / image), (names or {}).get(text, text)) for image, text in lines if image and text]
     if not pairs:
         raise ValueError(f"path must be a table with lines that have an image and a text, got {path}")

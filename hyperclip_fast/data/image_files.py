@@ -7,9 +7,10 @@ whatever is wrong is one ValueError that says so.
 
 import functools
 import io
+import re
 import struct
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import timm
@@ -22,11 +23,13 @@ MAX_PIXELS = 64_000_000  # 256 MB as RGBA, while it is decoded
 MAX_BYTES = 128 << 20  # of a file: MAX_PIXELS of a photograph as PNG take about as much
 MAX_RATIO = 16  # of a picture's sides; a longer one loses its ends, far from the centre square
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+LEFTOVERS = ("__MACOSX", ".ipynb_checkpoints")  # folders that programs leave behind, with copies of pictures
 TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of TIFF
 # What Pillow's readers raise on damaged bytes: found by damaging some 340,000 files.
 BROKEN: tuple[type[Exception], ...] = (
     ArithmeticError,
+    AttributeError,
     EOFError,
     LookupError,
     MemoryError,
@@ -37,6 +40,7 @@ BROKEN: tuple[type[Exception], ...] = (
     ValueError,
 )
 BROKEN += (struct.error,)
+ADDRESS = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")
 
 
 def find_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
@@ -50,7 +54,7 @@ def find_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
         if path.is_file():
             files.append(path)
             continue
-        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        inside = sorted(file for file in path.rglob("*") if is_image_name(file.relative_to(path)) and file.is_file())
         if not inside:
             what = "an empty folder" if path.is_dir() else "no such path"
             raise ValueError(f"paths must be image files or folders that hold some, got {path} ({what})")
@@ -58,9 +62,17 @@ def find_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     return files
 
 
+def is_image_name(name: PurePath) -> bool:
+    """Whether a name in a folder or an archive is a picture's, and not of what macOS or Jupyter leaves beside one."""
+    if name.suffix.lower() not in IMAGE_SUFFIXES or name.name.startswith("._"):
+        return False
+    return not any(part in LEFTOVERS for part in name.parts)
+
+
 def class_folders(path: str | Path) -> list[Path]:
-    """The folders in a folder that are classes, sorted; hidden ones are none."""
-    return sorted(folder for folder in Path(path).glob("*") if folder.is_dir() and not folder.name.startswith("."))
+    """The folders in a folder that are classes, sorted; hidden ones are none, nor what programs leave behind."""
+    folders = (folder for folder in Path(path).glob("*") if folder.is_dir())
+    return sorted(folder for folder in folders if not folder.name.startswith(".") and folder.name not in LEFTOVERS)
 
 
 def open_image(source: str | Path | bytes, max_pixels: int | None = None, max_bytes: int | None = None) -> Any:
@@ -93,7 +105,8 @@ def open_image(source: str | Path | bytes, max_pixels: int | None = None, max_by
     except _Refused as error:
         raise ValueError(f"source must be an image {error}") from None
     except BROKEN as error:
-        raise ValueError(f"source must be a whole image file ({', '.join(FORMATS)}), got {name}: {error}") from error
+        reason = ADDRESS.sub("it", str(error))  # Pillow names what we gave it
+        raise ValueError(f"source must be a whole image file ({', '.join(FORMATS)}), got {name}: {reason}") from error
 
 
 def load_image(source: str | Path | bytes, preprocessing: Preprocessing) -> Tensor:

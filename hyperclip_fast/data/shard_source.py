@@ -7,9 +7,15 @@ and sample at which its block starts, and how much of the block is gone. Going o
 decodes nothing.
 """
 
+import io
 import json
+import lzma
+import re
+import tarfile
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +25,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from hyperclip_fast.data.batch import Batch, BatchShape, Share, batch_of
 from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.data.loader import load
+from hyperclip_fast.data.tar_items import open_shard, walk
 from hyperclip_fast.utils.extras import require
 from hyperclip_fast.utils.seeds import generator_of, hash_seed, seeded
 
@@ -164,18 +171,46 @@ def _in_order(source: ShardSource, slot: int, start: Position) -> Iterator[tuple
 
 
 def _shard(url: str) -> Iterator[Sample | None]:
-    """The samples of one tar file; None where it cannot be read further."""
+    """The samples of one tar file; None where it cannot be read further.
+
+    webdataset's reader of streams never ends on some damaged files: what lies on a disk is read by its own offsets.
+    """
+    webdataset = require("webdataset.tariterators", "train")
     errors: list[Exception] = []
 
     def go_on(error: Exception) -> bool:
         errors.append(error)
         return True
 
-    samples = require("webdataset.tariterators", "train").tarfile_samples
-    yield from samples([{"url": url}], handler=go_on)
+    try:
+        if Path(url).is_file():
+            yield from webdataset.group_by_keys(_files(url), handler=go_on)
+        else:
+            yield from webdataset.tarfile_samples([{"url": url}], handler=go_on)
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        errors.append(error)
     if errors:
         warnings.warn(f"skipped the rest of {url}: {errors[0]}", stacklevel=2)
         yield None
+
+
+def _files(path: str) -> Iterator[dict[str, Any]]:
+    """The plain files of a tar file, as webdataset groups them to samples; its own notes, __name__, are left out."""
+    with _open_tar(path) as archive:
+        end = Path(path).stat().st_size if type(archive.fileobj) is io.BufferedReader else None
+        for member in walk(archive, end):
+            if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):
+                if end is not None and member.offset_data + member.size > end:
+                    raise tarfile.ReadError(f"{member.name} is cut short")
+                content: Any = archive.extractfile(member)
+                yield {"fname": member.name, "data": content.read(), "__url__": path}
+
+
+def _open_tar(path: str) -> tarfile.TarFile:
+    try:
+        return open_shard(path)
+    except tarfile.ReadError:
+        return open_shard(path, "r:*")  # compressed
 
 
 def _decode(source: ShardSource, sample: Sample, slot: int, position: Position) -> tuple[Tensor, str] | None:

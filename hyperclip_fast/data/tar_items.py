@@ -5,11 +5,14 @@ run can start again in the middle of a shard without reading what comes before.
 """
 
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Literal, TypeVar
 
-from hyperclip_fast.data.image_files import IMAGE_SUFFIXES, MAX_BYTES, find_images
+from hyperclip_fast.data.image_files import MAX_BYTES, find_images, is_image_name
+
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def find_items(paths: Iterable[str | Path]) -> list[Item]:
 
 
 def _holds_images(folder: Path) -> bool:
-    return any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.rglob("*"))
+    return any(is_image_name(file.relative_to(folder)) for file in folder.rglob("*"))
 
 
 def members(shard: str | Path) -> list[Item]:
@@ -72,16 +75,54 @@ def members(shard: str | Path) -> list[Item]:
     """
     items, end = [], Path(shard).stat().st_size if Path(shard).is_file() else 0
     try:
-        with tarfile.open(shard, "r:") as archive:
-            for member in archive:
-                if PurePosixPath(member.name).suffix.lower() in IMAGE_SUFFIXES:
+        with open_shard(shard) as archive:
+            for member in walk(archive, end):
+                if is_image_name(PurePosixPath(member.name)):
                     _check_member(shard, member, end)
                     items.append(Item(f"{shard}/{member.name}", str(shard), member.offset_data, member.size))
-    except (tarfile.TarError, OSError, EOFError, OverflowError) as error:
+    except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"paths must hold whole uncompressed .tar files, got {shard}: {error}") from error
     if not items:
         raise ValueError(f"paths must hold .tar files with pictures, got {shard} with none")
     return items
+
+
+def walk(archive: tarfile.TarFile, end: int | None) -> Iterator[tarfile.TarInfo]:
+    """The members of an open archive, to an end that is one.
+
+    tarfile takes whatever is no header for the end, and so a damaged or a cut archive for a short one.
+
+    Args:
+        archive: from its start.
+        end: bytes of the file; None: it is compressed, and nothing but the order can be checked.
+
+    Raises:
+        tarfile.ReadError: for a member that does not lie behind the last one, or an end of something else than zeros.
+    """
+    last = -1
+    while (member := _checked(archive.next)) is not None:
+        if member.offset <= last:
+            raise tarfile.ReadError(f"the header at byte {member.offset} is damaged")
+        last = member.offset
+        yield member
+    if end is not None and archive.fileobj is not None:
+        archive.fileobj.seek(min(archive.offset, end))
+        rest = archive.fileobj.read(tarfile.BLOCKSIZE) if archive.offset <= end else b"beyond"
+        if rest.strip(b"\0") or 0 < len(rest) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError(f"it is cut short or damaged at byte {archive.offset}")
+
+
+def open_shard(path: str | Path, mode: Literal["r:", "r:*"] = "r:") -> tarfile.TarFile:
+    """An archive, opened; raises what `walk` does."""
+    return _checked(lambda: tarfile.open(path, mode))
+
+
+def _checked(read: Callable[[], Read]) -> Read:
+    """What tarfile read; sizes that no file has are an error of its own."""
+    try:
+        return read()
+    except (ValueError, OverflowError) as error:
+        raise tarfile.ReadError(str(error)) from error
 
 
 def _check_member(shard: str | Path, member: tarfile.TarInfo, end: int) -> None:

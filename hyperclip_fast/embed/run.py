@@ -5,7 +5,6 @@ one. So a part's bytes do not depend on what ran before: a run that was killed g
 here or on a cluster, and leaves what an undisturbed run leaves.
 """
 
-import csv
 import hashlib
 import json
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ from hyperclip_fast.task_bank import TaskBank, fingerprint
 from hyperclip_fast.tasks import AdaptedTask
 from hyperclip_fast.utils.class_names import check_named_tasks
 from hyperclip_fast.utils.files import UNFINISHED, remove_unfinished, write_file
+from hyperclip_fast.utils.text_files import table_lines
 
 
 def embed(
@@ -113,11 +113,7 @@ def read_manifest(path: str | Path, items: Sequence[Item], tasks: Container[str]
     Raises:
         ValueError: for a file without these columns, a picture that it lacks, or an unknown task.
     """
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if not {"image", "task"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"manifest must have the columns image and task, {path} has {reader.fieldnames}")
-        table = {row["image"]: row["task"] for row in reader}
+    table = {line["image"]: line["task"] for line in table_lines(path, ["image", "task"], "manifest")}
     for item in items:
         if table.get(item.name) not in tasks:
             raise ValueError(f"manifest must give {item.name} one of the tasks, {path} gives {table.get(item.name)!r}")

@@ -13,6 +13,8 @@ from hyperclip_fast.configs import shipped_configs
 from hyperclip_fast.data.batch import BatchShape
 from hyperclip_fast.data.config import DataConfig
 from hyperclip_fast.hyperclip import HyperCLIPConfig, config_from_dict
+from hyperclip_fast.utils.class_names import SHORT
+from hyperclip_fast.utils.text_files import parse_yaml, read_yaml
 from hyperclip_fast.utils.typed_config import check_choice, check_types, from_dict
 
 PARTS = ("image", "text", "hypernetwork", "logit")
@@ -153,19 +155,16 @@ def load_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
     Raises:
         ValueError: for a file that is neither, keys that are no fields, or values of another type.
     """
-    import yaml
-
-    path = _find_config(path)
-    try:
-        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(sections, dict) or not set(sections) <= set(SECTIONS):
-            got = sections if sections else "nothing"
-            raise ValueError(f"config must have the sections model and train, or data, too, got {got}")
-        for change in changes:
-            section, key, value = _parse_change(change)
-            sections[section] = {**(sections.get(section) or {}), key: yaml.safe_load(value)}
-    except yaml.YAMLError as error:
-        raise ValueError(f"config must be YAML or JSON, {path} is not: {error}") from error
+    sections = read_yaml(_find_config(path), "config")
+    if not isinstance(sections, dict) or not set(sections) <= set(SECTIONS):
+        got = SHORT.repr(sections) if sections else "nothing"
+        raise ValueError(f"config must have the sections model and train, or data, too, got {got}")
+    for change in changes:
+        section, key, value = _parse_change(change)
+        try:
+            sections[section] = {**(sections.get(section) or {}), key: parse_yaml(value)}
+        except ValueError as error:
+            raise ValueError(f"{section}.{key} must be a value in YAML, got {value!r}: {error}") from error
     return RunConfig(
         config_from_dict(sections.get("model") or {}),
         from_dict(TrainConfig, sections.get("train") or {}, "train"),

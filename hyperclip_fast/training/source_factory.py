@@ -1,7 +1,6 @@
 """The source that a configuration asks for, and what it holds out."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -16,6 +15,7 @@ from hyperclip_fast.data.scenes import MOST_VALUES, evaluation_tasks, scene_sour
 from hyperclip_fast.data.shard_source import ShardSource
 from hyperclip_fast.data.transforms import create_reader
 from hyperclip_fast.training.config import RunConfig
+from hyperclip_fast.utils.text_files import read_yaml
 
 
 def create_source(
@@ -77,9 +77,7 @@ def _with_scenes(pictures: Pictures, is_named: bool, shape: BatchShape, image_si
 def _class_names(data: DataConfig) -> dict[str, str]:
     if not data.class_names:
         return {}
-    import yaml
-
-    names = yaml.safe_load(Path(data.class_names).read_text(encoding="utf-8"))
+    names = read_yaml(data.class_names, "class_names")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"class_names must be a YAML or JSON file that maps names to names, {data.class_names} is not")
     return {str(key): name for key, name in names.items()}

@@ -187,7 +187,7 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
         ("train: 3", "train must be a mapping"),
         ("model: {conditioned: 1}", "conditioned must be bool"),
         ("[1, 2]", "sections model and train"),
-        ("{", "must be YAML or JSON"),
+        ("{", "must be a YAML or JSON file"),
     ],
 )
 def test_refused_configs(tmp_path, text, message):
