@@ -119,3 +119,34 @@ def test_a_vit_of_other_norms_becomes_a_hyper_encoder():
 def test_a_wrapped_model_is_named(wrap, inner):
     with pytest.raises(ValueError, match=f"got a .* around it: pass its {inner}"):
         HyperEncoder.from_timm(wrap(timm.create_model("resnet10t")))
+
+
+def test_fx_follows_timms_own_model():
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    stock, vit = hyper_pair()
+    found, expected = (create_feature_extractor(model, ["blocks.0.add_1", "norm"])(images()) for model in (vit, stock))
+    assert found.keys() == expected.keys() == {"blocks.0.add_1", "norm"}
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name])
+
+
+class TwoInputs(nn.Module):
+    """torch.jit traces tensors only."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, batch, table):
+        return self.encoder(batch, NormParams(self.encoder.norm_spec, table))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("is_grad", [False, True], ids=["inference", "grad"])
+def test_jit_traces_rows(is_grad):
+    _, vit = hyper_pair()
+    model, table = TwoInputs(vit).eval(), random_rows(vit.norm_spec, BATCH).table
+    with torch.set_grad_enabled(is_grad):
+        traced = torch.jit.trace(model, (images(), table))
+        torch.testing.assert_close(traced(2 * images(), 0.5 * table), model(2 * images(), 0.5 * table))
