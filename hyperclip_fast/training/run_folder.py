@@ -1,10 +1,17 @@
-"""A run's folder: config.json, log.jsonl, events for TensorBoard, checkpoint.pt (for resuming) and model/.
+"""A run's folder: config.json, log.jsonl, events for TensorBoard, checkpoints (for resuming) and model/.
 
-Only the first process writes. Files are written beside and renamed.
+Only the first process writes. Files are written beside and renamed. Of checkpoints the last two are kept: whatever
+damages one, and whenever a process is killed, one is whole.
 """
 
+import contextlib
 import json
+import os
 import pickle
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +20,12 @@ import torch
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.utils.extras import require
 from hyperclip_fast.utils.files import remove_unfinished, write_file, written_file, written_folder
+
+LAST, BEFORE, LOCK = "checkpoint.pt", "checkpoint.before.pt", ".lock"
+# What zipfile and torch.load raise on damaged bytes.
+BROKEN: tuple[type[Exception], ...] = (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, ArithmeticError)
+BROKEN += (AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+PARTS = {"model", "optimizer", "scaler", "ema", "step", "broken", "streams"}  # of a checkpoint
 
 
 class RunFolder:
@@ -43,11 +56,22 @@ class RunFolder:
     def resume(self) -> dict[str, Any] | None:
         """The last checkpoint, where there is one; log lines of later steps are dropped: they will come again.
 
+        Where the last one is damaged it is the one before, with a warning that says so.
+
         Raises:
-            ValueError: if the checkpoint is cut short, or is a pickle of anything but tensors and numbers.
+            ValueError: if there is no whole checkpoint, but a damaged one, or one that is a pickle of anything but
+                tensors and numbers.
         """
-        file = self.path / "checkpoint.pt"
-        state = _load_checkpoint(file) if file.exists() else None
+        files = [file for file in (self.path / LAST, self.path / BEFORE) if file.exists()]
+        state = None
+        for i, file in enumerate(files):
+            try:
+                state = _load_checkpoint(file)
+                break
+            except ValueError as error:
+                if i == len(files) - 1:
+                    raise
+                warnings.warn(f"{error}; the run goes on from {files[i + 1]}", stacklevel=2)
         step = state["step"] if state else 0
         if self.writes:
             self._cut_log(step)
@@ -57,12 +81,44 @@ class RunFolder:
         return state
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint, and keep the one before."""
         if self.writes:
-            with written_file(self.path / "checkpoint.pt") as beside:
+            last = self.path / LAST
+            with written_file(last) as beside:
                 torch.save(state, beside)
+                if last.exists():
+                    os.replace(last, self.path / BEFORE)  # killed here, a run goes on from that one
             if self.events:
                 self.events.flush()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """No other process trains in this folder meanwhile.
+
+        The system frees the lock of a process that was killed. Without POSIX's locks there is none.
+
+        Raises:
+            ValueError: if one does.
+        """
+        try:
+            import fcntl
+        except ImportError:
+            yield
+            return
+        if not self.writes:
+            yield
+            return
+        with open(self.path / LOCK, "a+") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: its workers do not hold it
+            except OSError as error:
+                file.seek(0)
+                who = file.read().strip() or "another process"
+                raise ValueError(f"out must be a folder in which nobody trains, {self.path}: {who} does") from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()}")
+            file.flush()
+            yield
 
     def save_model(self, model: HyperCLIP) -> None:
         """Write the model, in place of one that is there."""
@@ -93,7 +149,14 @@ class RunFolder:
 def _load_checkpoint(path: Path) -> dict[str, Any]:
     """Tensors and numbers only: a pickle of anything else is refused, not run."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        with zipfile.ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:  # torch.load does not look at checksums
+                raise ValueError(f"{part} was damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except BROKEN as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"out must hold a whole checkpoint of a run, got {path}: {reason}") from error
+    if not isinstance(state, dict) or not state.keys() >= PARTS:
+        lacks = sorted(PARTS - state.keys()) if isinstance(state, dict) else "everything"
+        raise ValueError(f"out must hold a whole checkpoint of a run, got {path}, which lacks {lacks}")
+    return state

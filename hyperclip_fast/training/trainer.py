@@ -100,6 +100,7 @@ class Trainer:
         self.optimizer = create_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.step, self.broken, self._images = 0, 0, 0
+        self._bad_step = torch.tensor(-1, device=self.device)  # the first whose loss was not finite; read when needed
         self.stopped: int | None = None
         self._norms: dict[str, Tensor] = {}
         self._stream: Iterator[Batch] | None = None
@@ -152,7 +153,8 @@ class Trainer:
         self._stream_state = streams[self.share.rank] if len(streams) == self.share.world else None
 
     def save(self) -> None:
-        """Write the checkpoint; no process goes on before it is there."""
+        """Write the checkpoint; no process goes on before it is there. Not once the loss has not been finite."""
+        self._check_loss()
         state = {
             **distributed.states(self.model, self.optimizer),
             "scaler": self.scaler.state_dict(),
@@ -163,6 +165,13 @@ class Trainer:
         }
         self.folder.save(state)
         distributed.barrier(self.share.world)
+
+    def _check_loss(self) -> None:
+        """Raise ValueError, in all processes, where the loss of one was not finite."""
+        step = int(self._bad_step)
+        if distributed.any_process(step >= 0, self.share.world, self.device):
+            when = f"step {step}" if step >= 0 else "another process"
+            raise ValueError(f"the loss must be finite, got another at {when}; the last checkpoint is from before that")
 
     def log(self, entry: dict) -> None:
         """Append one JSON line."""
@@ -201,6 +210,8 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
+        is_bad = ~torch.isfinite(loss.detach()) & (self._bad_step < 0)
+        self._bad_step = torch.where(is_bad, self.step, self._bad_step)
         self.broken += batch.broken
         self._images = len(batch.images)
         if self.ema is not None:
@@ -264,10 +275,18 @@ class Trainer:
 
         With FSDP in several processes the first alone returns it, the others None.
         On SIGTERM or SIGINT the step is finished and a checkpoint written; `stopped` then holds the signal.
+
+        Raises:
+            ValueError: if another process trains in this folder, or the loss is not finite. Checkpoints are left as
+                they were before that step.
         """
         if self.step >= self.config.steps and (self.out / "model").is_dir():
             model = self.current_model()  # finished in an earlier run
             return model if model is None else model.eval()
+        with self.folder.locked():
+            return self._train_and_save()
+
+    def _train_and_save(self) -> HyperCLIP | None:
         with _signals_noted() as noted:
             self._train(noted)
         self.save()
@@ -294,6 +313,7 @@ class Trainer:
             images += self._images
             bar.update()
             if self.step % config.log_every == 0:
+                self._check_loss()
                 values = self.measures(metrics, images / (time.perf_counter() - start))
                 self.log(values)
                 bar.set_postfix({name: values[name] for name in metrics})
