@@ -5,7 +5,7 @@ import torch
 from .launcher import launch
 from .triton_rows import _reduce_kernel
 
-REDUCE_CONFIG = (64, 32, 8)  # BLOCK_B, BLOCK_D, warps
+REDUCE_CONFIG = (256, 32, 32, 4)  # BLOCK_I of ids, BLOCK_B, BLOCK_D, warps
 
 
 def cdiv(count: int, size: int) -> int:
@@ -23,7 +23,7 @@ def reduce_partials(partials: torch.Tensor, weight: torch.Tensor, task_ids: torc
     grads = torch.zeros(kinds, T, D, dtype=weight.dtype, device=weight.device)
     if not partials.numel():
         return grads
-    block_b, block_d, warps = REDUCE_CONFIG
+    block_i, block_b, block_d, warps = REDUCE_CONFIG
     launch(
         _reduce_kernel,
         (B, cdiv(D, block_d), kinds),
@@ -34,6 +34,7 @@ def reduce_partials(partials: torch.Tensor, weight: torch.Tensor, task_ids: torc
         T=T,
         slices=slices,
         D=D,
+        BLOCK_I=block_i,
         BLOCK_B=block_b,
         BLOCK_D=block_d,
         num_warps=warps,

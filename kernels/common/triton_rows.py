@@ -31,23 +31,33 @@ def _reduce_kernel(
     T,
     slices,
     D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The program of a task's first sample sums its row, in the batch's order: work grows with B, not with T."""
+    """The program of a task's first sample sums its row, in the batch's order: work grows with B, not with T.
+
+    The others end as soon as they meet an earlier sample of their task: at once where tasks are few.
+    """
     b, r = tl.program_id(0), tl.program_id(2).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
     task = tl.load(task_ids + b.to(tl.int64)).to(tl.int64)
-    earlier = 0
-    for first in range(0, b, BLOCK_B):
-        o_b = first + tl.arange(0, BLOCK_B)
-        earlier += tl.sum((tl.load(task_ids + o_b, mask=o_b < b, other=-1) == task).to(tl.int32))
+    earlier, first = 0, 0
+    while (first < b) & (earlier == 0):
+        o_i = first + tl.arange(0, BLOCK_I)
+        earlier = tl.sum((tl.load(task_ids + o_i, mask=o_i < b, other=-1) == task).to(tl.int32))
+        first += BLOCK_I
     if (earlier == 0) & (task >= 0) & (task < T):
+        last = b
+        for start in range(b, B, BLOCK_I):
+            o_i = start + tl.arange(0, BLOCK_I)
+            m_i = tl.load(task_ids + o_i, mask=o_i < B, other=-1) == task
+            last = tl.maximum(last, tl.max(tl.where(m_i, o_i, b)))
         b_sum = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-        for first in range(b // BLOCK_B * BLOCK_B, B, BLOCK_B):
-            o_b = first + tl.arange(0, BLOCK_B)
-            m_b = tl.load(task_ids + o_b, mask=o_b < B, other=-1) == task
+        for start in range(b // BLOCK_B * BLOCK_B, last + 1, BLOCK_B):
+            o_b = start + tl.arange(0, BLOCK_B)
+            m_b = tl.load(task_ids + o_b, mask=o_b <= last, other=-1) == task
             if tl.sum(m_b.to(tl.int32)) > 0:
                 o_partial = (r * B + o_b.to(tl.int64)) * slices * D
                 for s in range(slices):

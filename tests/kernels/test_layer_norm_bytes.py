@@ -108,9 +108,10 @@ def test_row_gradients_cost_the_same_for_any_number_of_tasks(tasks):
     torch.testing.assert_close(grads, expected)
     assert log.total("store") == 2 * 3 * D
     assert_once(log, "load", partials=partials)
-    programs = 2 * -(-D // REDUCE_CONFIG[1])
-    # each program: its own id, the ids before it, and, for a task's first sample, those of its block and behind it
-    assert log.total("load") - partials.numel() == programs * (6 + sum(range(6)) + 3 * 6)
+    programs = 2 * -(-D // REDUCE_CONFIG[2])
+    last = {0: 2, 1: 5, 3: 3}  # of the task whose first sample it is
+    again = sum(6 - first + last[first] + 1 for first in last)  # ids behind it, then those up to the last
+    assert log.total("load") - partials.numel() == programs * (6 + sum(range(6)) + again)  # its own, and those before
 
 
 def test_backward_writes_a_second_copy_only_for_another_dtype(tensors, triton_backend):

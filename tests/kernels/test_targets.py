@@ -32,7 +32,7 @@ def specs(width: int, dtype: str) -> dict[str, dict]:
 
     stream, inner = ("*fp32", "*bf16") if dtype == "mixed" else ("*" + dtype, "*" + dtype)
     block_d, (block_n, warps), (back_n, back_warps) = launch.layer_norm_tiles(width)
-    block_b, reduce_d, reduce_warps = common.REDUCE_CONFIG
+    block_i, block_b, reduce_d, reduce_warps = common.REDUCE_CONFIG
     shared = {"weight": stream, "task_ids": "*i64", "total": stream, "mean": "*fp32", "rstd": "*fp32"}
     shared |= {"N": "i32", "T": "i32", "weight_stride": "i32", "D": width, "BLOCK_D": block_d}
     forward = {"x": stream, "delta": inner, "bias": stream, "out": inner}
@@ -41,7 +41,7 @@ def specs(width: int, dtype: str) -> dict[str, dict]:
     backward |= {"grad_delta": inner if dtype == "mixed" else None}
     backward |= {"partial_weight": "*fp32", "partial_bias": "*fp32", "slices": "i32", "BLOCK_N": back_n}
     reduce = {"partials": "*fp32", "task_ids": "*i64", "grads": stream, "B": "i32", "T": "i32", "slices": "i32"}
-    reduce |= {"D": width, "BLOCK_B": block_b, "BLOCK_D": reduce_d}
+    reduce |= {"D": width, "BLOCK_I": block_i, "BLOCK_B": block_b, "BLOCK_D": reduce_d}
     found = {
         "forward": (launch._fwd_kernel, {**shared, **forward}, warps, ("x", "delta"), ("total", "out")),
         "backward": (
