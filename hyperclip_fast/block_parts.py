@@ -35,6 +35,7 @@ class Way(NamedTuple):
 class BlockParts(NamedTuple):
     """What `parts_of` found."""
 
+    heard_norms: tuple[bool, bool]  # whether somebody listens to norm1, norm2
     attn: Attention | None  # where its work may be done here
     has_norms: bool  # of q and k: then on Triton's path alone
     has_scale_norm: bool
@@ -89,6 +90,7 @@ def _look(block: Any) -> BlockParts:
     attn = attn if _is_plain_attention(attn) else None
     mlp = mlp if _is_plain_mlp(mlp) else None
     return BlockParts(
+        (has_hooks(block.norm1), has_hooks(block.norm2)),
         attn,
         attn is not None and {type(attn.q_norm), type(attn.k_norm)} != {nn.Identity},
         attn is not None and not _is_plain(attn.norm, nn.Identity),

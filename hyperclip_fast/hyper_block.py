@@ -39,6 +39,7 @@ def add_norm(
     rows: Rows | None = None,
     out_dtype: torch.dtype | None = None,
     fused: bool | None = None,
+    is_heard: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Norm of x + delta with the given rows, or with the module's own weight and bias.
 
@@ -49,6 +50,7 @@ def add_norm(
         rows: weight and bias (T, D), and task_ids (B,) or None; None: the module's own.
         out_dtype: dtype of the normalised output; by default what the module's own forward would return.
         fused: what `use_triton` said of x; None: ask it.
+        is_heard: whether somebody listens to the norm; None: look.
 
     Returns:
         The normalised sum and the sum, both (B, N, D).
@@ -59,7 +61,7 @@ def add_norm(
         return norm(x), x
     assert isinstance(norm, nn.LayerNorm)
     out_dtype = out_dtype or norm_dtype(norm, x)
-    if rows is not None and has_hooks(norm):
+    if rows is not None and (has_hooks(norm) if is_heard is None else is_heard):
         x = x if delta is None else (x + delta).to(x.dtype)
         return _heard_norm(norm, rows, out_dtype, fused)(x), x
     return run_layer_norm(x, delta, rows or _own_rows(norm), norm.eps, out_dtype, fused)
@@ -293,7 +295,7 @@ class HyperBlock(Block):
         parts = parts or parts_of(self)
         attn, norm, dtype = parts.attn, self.norm1, _product_dtype(x)
         if attn is None or parts.attended is None or not _is_ours(attn, parts, fused):
-            h, x = add_norm(norm, x, delta, rows, dtype, fused)
+            h, x = add_norm(norm, x, delta, rows, dtype, fused, parts.heard_norms[0])
             return x, self.drop_path1(self.ls1(self.attn(h, attn_mask=attn_mask, is_causal=is_causal)))
         qkv = attn.qkv
         is_joined = fused and delta is None and fits_one_kernel(x, dtype, gelu=False)  # with nothing left to add
@@ -301,7 +303,7 @@ class HyperBlock(Block):
             rows = rows or _own_rows(norm)
             packed = run_norm_linear(x, rows, norm.eps, qkv.weight, qkv.bias, dtype, gelu=False, fused=True)
         else:
-            h, x = add_norm(norm, x, delta, rows, dtype, fused)
+            h, x = add_norm(norm, x, delta, rows, dtype, fused, parts.heard_norms[0])
             packed = linear(qkv, h, parts.is_plain_qkv)
         q, k, v = packed.unflatten(2, (3, attn.num_heads, attn.head_dim)).unbind(2)
         h = run_attention(attn, q, k, v, attn_mask, is_causal, parts.has_norms, parts.has_scale_norm)
@@ -326,7 +328,7 @@ class HyperBlock(Block):
         """`attend` for the first tokens alone: all tokens give keys and values, only these a query."""
         attn = self.attn
         assert parts.attended is not None  # `can_narrow` has said so
-        h, x = add_norm(self.norm1, x, delta, rows, _product_dtype(x), fused)
+        h, x = add_norm(self.norm1, x, delta, rows, _product_dtype(x), fused, parts.heard_norms[0])
         weights = attn.qkv.weight.tensor_split((attn.attn_dim,))
         biases: tuple[Tensor | None, ...] = (None, None)
         if attn.qkv.bias is not None:
@@ -345,13 +347,13 @@ class HyperBlock(Block):
         mlp, act, drop, norm, dtype = parts.mlp, parts.act, parts.drop, self.norm2, _product_dtype(x)
         is_ours = (fused or not is_traced()) and act is not None and act.approximate == "none"
         if not is_ours or mlp is None or drop is None or parts.fed is None or (drop.p and drop.training):
-            h, x = add_norm(norm, x, delta, rows, dtype, fused)
+            h, x = add_norm(norm, x, delta, rows, dtype, fused, parts.heard_norms[1])
             return x, self.drop_path2(self.ls2(self.mlp(h)))
         is_joined = fused and delta is None and fits_one_kernel(x, dtype, gelu=True)
         if is_joined and _may_join(norm, x, rows):
             rows, fc1 = rows or _own_rows(norm), mlp.fc1
             h = run_norm_linear(x, rows, norm.eps, fc1.weight, fc1.bias, dtype, gelu=True, fused=True)
         else:
-            h, x = add_norm(norm, x, delta, rows, dtype, fused)
+            h, x = add_norm(norm, x, delta, rows, dtype, fused, parts.heard_norms[1])
             h = run_mlp(mlp, h, fused)
         return _add(x, h, parts.fed, fused)
