@@ -27,7 +27,7 @@ from hyperclip_fast.serving.batching import Batcher, Classify, ModelThread, Rank
 from hyperclip_fast.serving.errors import RequestError
 from hyperclip_fast.serving.http_errors import add_error_handlers
 from hyperclip_fast.serving.metrics import Metrics, Observed
-from hyperclip_fast.serving.middleware import KnownHosts, Limited
+from hyperclip_fast.serving.middleware import KnownHosts, Limited, PlainPaths
 from hyperclip_fast.serving.task_registry import TaskLimits, TaskRegistry, read_bank, write_bank
 from hyperclip_fast.tasks import AdaptedTask
 
@@ -225,13 +225,13 @@ async def delete_task(name: str, service: Served) -> None:
     service.registry.remove(name)
 
 
-@router.get("/healthz")
+@router.api_route("/healthz", methods=["GET", "HEAD"])
 async def healthz() -> dict:
     """Whether the process lives."""
     return {"status": "ok"}
 
 
-@router.get("/readyz")
+@router.api_route("/readyz", methods=["GET", "HEAD"])
 async def readyz(service: Served) -> dict:
     """Whether it takes requests: not before the model is there, nor while it shuts down."""
     if not service.ready:
@@ -271,6 +271,7 @@ def create_app(service: Service) -> FastAPI:
         max_bytes=options.max_bytes,
         max_seconds=options.max_seconds,
     )
+    app.add_middleware(PlainPaths)
     app.add_middleware(KnownHosts, hosts=options.hosts)
     app.add_middleware(Observed, metrics=service.metrics)
     return app

@@ -1,4 +1,4 @@
-"""What stands before the routes: names that are answered, how many requests, how large and slow a body may be.
+"""What stands before the routes: names and paths that are answered, how many requests, how large and slow a body.
 
 A request that may carry a body counts before its body is read, so that their number bounds the memory that uploads
 take. The body is counted as it comes: a Content-Length is only believed where it already says too much.
@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hyperclip_fast.serving.http_errors import BodyError, error_response
 from hyperclip_fast.serving.metrics import Metrics
+from hyperclip_fast.utils.class_names import UNPRINTABLE
 
 BODY_METHODS = ("POST", "PUT", "PATCH")
 
@@ -36,6 +37,20 @@ class KnownHosts:
                 message = f"Host must be a name that this server was told to answer to, got {host[:100]!r}"
                 await error_response(400, "unknown_host", message)(scope, receive, send)
                 return
+        await self.app(scope, receive, send)
+
+
+class PlainPaths:
+    """Refuses paths with control characters: a route's pattern would take "pets" and a line's end for "pets"."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and UNPRINTABLE.search(scope["path"]):
+            message = f"the path must be of printable characters, got {scope['path'][:100]!r}"
+            await error_response(404, "not_found", message)(scope, receive, send)
+            return
         await self.app(scope, receive, send)
 
 

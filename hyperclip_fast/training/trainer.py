@@ -210,8 +210,9 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
-        is_bad = ~torch.isfinite(loss.detach()) & (self._bad_step < 0)
-        self._bad_step = torch.where(is_bad, self.step, self._bad_step)
+        if not self.scaler.is_enabled():  # float16's scaler leaves such a step out
+            is_bad = ~torch.isfinite(loss.detach()) & (self._bad_step < 0)
+            self._bad_step = torch.where(is_bad, self.step, self._bad_step)
         self.broken += batch.broken
         self._images = len(batch.images)
         if self.ema is not None:

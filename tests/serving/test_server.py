@@ -211,6 +211,21 @@ def test_there_is_room_for_so_many_tasks(client):
     assert client.put("/v1/tasks/five", json={"classes": ["a"]}).status_code == 201
 
 
+@pytest.mark.parametrize("route", ["/v1/tasks/pets%0A", "/v1/tasks/pe%00ts", "/v1/tasks/pets%C2%85"])
+def test_a_path_is_no_other_with_a_line_end(route, client):
+    before = client.get("/v1/tasks").json()
+    for method, body in (("PUT", {"classes": ["a"]}), ("GET", None), ("DELETE", None)):
+        answer = client.request(method, route, json=body)
+        assert answer.status_code == 404 and answer.json()["error"]["code"] == "not_found"
+    assert client.get("/v1/tasks").json() == before
+
+
+def test_health_answers_head(client):
+    for path in ("/healthz", "/readyz"):
+        answer = client.head(path)
+        assert answer.status_code == 200 and not answer.content
+
+
 def test_the_frameworks_own_errors_are_json_too(client):
     check_error(client.get("/nowhere"), 404, "not_found")
     check_error(client.delete("/v1/classify"), 405, "method_not_allowed")
