@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams, NormSpec
-from hyperclip_fast.tasks import AdaptedTask, adapt_tasks, class_logits, rank
+from hyperclip_fast.tasks import AdaptedTask, adapt_tasks, check_images, class_logits, rank
 from hyperclip_fast.utils.class_names import check_name, check_named_tasks, check_task
 from hyperclip_fast.utils.files import load_safetensors, save_safetensors
 
@@ -182,8 +182,10 @@ class TaskBank:
             topk: classes to report at most.
 
         Raises:
-            ValueError: for an unknown task, another number of tasks than images, or topk < 1.
+            ValueError: for an unknown task, another number of tasks than images, images of another kind or shape, or
+                topk < 1.
         """
+        check_images(self.model, images)
         if isinstance(tasks, str) or len(tasks) != len(images):
             raise ValueError(f"tasks must name a task for each of {len(images)} images, got {tasks!r}")
         if topk < 1:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from hyperclip_fast.task_bank import TaskBank
 from hyperclip_fast.utils.files import load_safetensors, save_safetensors
@@ -228,3 +229,22 @@ def test_classes_twice_are_refused(bank):
         with pytest.raises(ValueError, match="distinct class names, got 'cat' twice"):
             change()
     assert bank.tasks == tuple(TASKS)
+
+
+@pytest.mark.parametrize(
+    "images, got",
+    [
+        (Image.new("RGB", (32, 32)), "PIL.Image.Image"),
+        ([IMAGES[0]], "builtins.list"),
+        (IMAGES[:1].numpy(), "numpy.ndarray"),
+        (IMAGES[0], r"shape \(3, 32, 32\)"),
+        ((255 * IMAGES[:1]).byte(), "torch.uint8"),
+        (IMAGES[:1, :1], r"shape \(1, 1, 32, 32\)"),
+        (IMAGES[:1, :, :16], r"shape \(1, 3, 16, 32\)"),
+    ],
+    ids=["PIL", "list", "array", "one", "bytes", "grey", "size"],
+)
+def test_other_images_are_refused_with_what_was_expected(images, got, bank):
+    wanted = r"images must be a floating point tensor \(B, 3, 32, 32\), as `model.preprocessing` makes it"
+    with pytest.raises(ValueError, match=f"{wanted}, got .*{got}"):
+        bank.classify(images, ["pets"])
