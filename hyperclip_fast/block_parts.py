@@ -1,9 +1,9 @@
 """What a block is made of, and which of its modules' work may be done without calling them.
 
 That is allowed for timm's and PyTorch's own classes where nobody listens: no hook, no forward of its own. Looking takes
-longer than launching a kernel, so the answer stays with the block until one of its parts is exchanged or given a
-`forward`, or a hook is registered anywhere in the process. What changes without either (training mode, a dropout's
-probability, `fused_attn`) is asked on every call. Nothing is kept of what a tracer saw.
+longer than launching a kernel, so the answer stays with the block, if nobody listens, until one of its parts is
+exchanged or given a `forward`, or a hook is registered anywhere in the process. What changes without either (training
+mode, a dropout's probability, `fused_attn`) is asked on every call. Nothing is kept of what a tracer saw.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +13,13 @@ from timm.layers import Attention, DropPath, LayerNorm, LayerNormFp32, LayerScal
 from torch import Tensor, nn
 
 from hyperclip_fast.kernels.dispatch import is_traced
-from hyperclip_fast.utils.private_api import has_hooks, hooks_registered, own_children, own_parameters
+from hyperclip_fast.utils.private_api import (
+    has_any_global_hook,
+    has_hooks,
+    hooks_registered,
+    own_children,
+    own_parameters,
+)
 
 MODULATED_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
 PLAIN_MLP = (nn.Linear, nn.GELU, nn.Dropout, nn.Identity)  # timm's Mlp up to fc2: fc1, act, drop1, norm
@@ -47,23 +53,29 @@ class BlockParts(NamedTuple):
     fed: Way | None
 
 
+NOTHING_PLAIN = BlockParts((False, False), None, False, False, False, None, None, None, None, None)
+
+
 def parts_of(block: Any) -> BlockParts:
     """The parts of a HyperBlock, from the last look where that still holds."""
     if is_traced():
         return _look(block)
     children, kept = _children(block), block.__dict__.get("kept_parts")
     now = (hooks_registered(), children, tuple(map(type, children)))  # parametrizations change a module's class
-    if kept is None or kept[0] != now or _has_own_forward(children):
-        kept = (now, _look(block))
-        block.__dict__["kept_parts"] = kept  # past nn.Module.__setattr__, which looks for modules and tensors
-    return kept[1]
+    if kept is not None and kept[0] == now and not _has_own_forward(children):
+        return kept[1]
+    parts = NOTHING_PLAIN if has_any_global_hook() else _look(block)
+    is_heard = parts is NOTHING_PLAIN or has_hooks(*(child for child in children if child is not None))
+    if not is_heard:  # nobody tells when a hook goes
+        block.__dict__["kept_parts"] = (now, parts)  # past nn.Module.__setattr__, which looks for modules and tensors
+    return parts
 
 
 def linear(product: Any, x: Tensor, is_plain: bool) -> Tensor:
     """A product's output, without calling it where that is allowed."""
-    if not is_plain:
-        return product(x)
     parameters: dict[str, Any] = own_parameters(product)
+    if not is_plain or "weight" not in parameters or "bias" not in parameters:  # FSDP puts plain tensors in their place
+        return product(x)
     return F.linear(x, parameters["weight"], parameters["bias"])
 
 

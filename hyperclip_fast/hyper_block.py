@@ -29,7 +29,7 @@ from hyperclip_fast.kernels.dispatch import is_preferred, is_traced, use_triton
 from hyperclip_fast.kernels.layer_norm.functional import run_layer_norm
 from hyperclip_fast.kernels.linear.functional import run_linear_add, run_linear_gelu
 from hyperclip_fast.kernels.norm_linear.functional import fits_one_kernel, run_norm_linear
-from hyperclip_fast.utils.private_api import has_forward_hooks, has_hooks, is_fast_norm, shallow_copy
+from hyperclip_fast.utils.private_api import has_any_global_hook, has_hooks, is_fast_norm, shallow_copy
 
 
 def add_norm(
@@ -95,7 +95,7 @@ def _is_fusable(norm: nn.Module) -> bool:
     """Whether a norm with its own weights may skip its forward on Triton's path: a plain LayerNorm without hooks."""
     if type(norm) not in MODULATED_NORMS or norm.weight is None or norm.bias is None:
         return False
-    return not has_forward_hooks(norm)
+    return not has_hooks(norm)
 
 
 def norm_dtype(norm: nn.Module, x: Tensor) -> torch.dtype:
@@ -277,7 +277,8 @@ class HyperBlock(Block):
         x, delta = self.feed_forward(x, delta, rows2, fused, parts)
         if delta is None or fused:
             return x, delta
-        if may_overwrite() and not has_hooks(self.norm2) and torch.result_type(x, delta) == x.dtype:
+        is_seen = parts.heard_norms[1] or has_any_global_hook()
+        if may_overwrite() and not is_seen and torch.result_type(x, delta) == x.dtype:
             return x.add_(delta), None  # x is the sum that norm2 read, which nobody else has seen
         return x + delta, None  # nothing to fuse: a second tensor kept alive would only cost the CPU's cache, allocator
 

@@ -40,9 +40,9 @@ class Report:
             ValueError: if it was made on another device, or with other numbers.
         """
         earlier = json.loads(Path(path).read_text(encoding="utf-8"))
-        for name in ("device", "dtype"):
-            if earlier["machine"][name] != self.machine[name]:
-                raise ValueError(f"{path} must be of {self.machine[name]}, got {earlier['machine'][name]}")
+        for name, theirs, ours in _conditions(earlier["machine"], self.machine):
+            if theirs != ours:
+                raise ValueError(f"{path} must be of {name} {ours}, got {theirs}")
         commit = earlier["machine"]["commit"]
         self.rows = [{**row, "commit": row.get("commit", commit)} for row in earlier["rows"]]
 
@@ -67,6 +67,15 @@ class Report:
     def problems(self) -> int:
         """Providers that computed wrongly or raised."""
         return sum(row["status"] in ("wrong", "failed") for row in self.rows)
+
+
+def _conditions(theirs: dict[str, Any], ours: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What two runs must share, for their rows to stand in one report: names, and both values."""
+    packages = (("torch", "triton", "timm"), theirs["versions"], ours["versions"])
+    return [
+        *((name, theirs[name], ours[name]) for name in ("device", "dtype")),
+        *((name, packages[1].get(name), packages[2].get(name)) for name in packages[0]),
+    ]
 
 
 def _identity(row: Row) -> tuple:

@@ -10,6 +10,7 @@ decodes nothing.
 import io
 import json
 import lzma
+import os
 import re
 import tarfile
 import warnings
@@ -182,16 +183,21 @@ def _shard(url: str) -> Iterator[Sample | None]:
         errors.append(error)
         return True
 
-    try:
-        if Path(url).is_file():
-            yield from webdataset.group_by_keys(_files(url), handler=go_on)
-        else:
-            yield from webdataset.tarfile_samples([{"url": url}], handler=go_on)
-    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        errors.append(error)
+    if os.path.isfile(url):
+        yield from webdataset.group_by_keys(_until_damaged(_files(url), errors), handler=go_on)
+    else:
+        yield from webdataset.tarfile_samples([{"url": url}], handler=go_on)
     if errors:
         warnings.warn(f"skipped the rest of {url}: {errors[0]}", stacklevel=2)
         yield None
+
+
+def _until_damaged(files: Iterator[Sample], errors: list[Exception]) -> Iterator[Sample]:
+    """The files up to an error, which is noted: what came before it makes samples."""
+    try:
+        yield from files
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        errors.append(error)
 
 
 def _files(path: str) -> Iterator[dict[str, Any]]:

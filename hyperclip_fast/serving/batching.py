@@ -7,6 +7,7 @@ asked for; and whoever runs the model needs no table of tasks, which makes its c
 
 import asyncio
 import contextlib
+import warnings
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from hyperclip_fast.serving.graphs import GraphedClassifier
 from hyperclip_fast.tasks import AdaptedTask, Ranked, adapt_tasks, classify_tasks
 
 GRAPH_SIZES, GRAPH_SLOTS = (1, 2, 4, 8, 16, 32), 256  # batches that are recorded, and tasks that stay on the GPU
+GRAPH_CLASSES = 1024  # of such a task: their embeddings lie in a table of all slots
 Classify = Callable[[list[Tensor], list[AdaptedTask], list[int]], Awaitable[list[Ranked]]]
 
 
@@ -54,7 +56,8 @@ class ModelThread:
 
     def _classify(self, images: list[Tensor], tasks: list[AdaptedTask], topk: list[int]) -> list[Ranked]:
         batch = torch.stack(images).to(self.model.device)
-        if self._graphs is not None and len(set(tasks)) <= GRAPH_SLOTS:
+        most = max(len(task.classes) for task in tasks)
+        if self._graphs is not None and len(set(tasks)) <= GRAPH_SLOTS and most <= GRAPH_CLASSES:
             return self._graphs.classify(batch, tasks, topk)
         return classify_tasks(self.model, batch, tasks, topk)
 
@@ -64,7 +67,14 @@ class ModelThread:
         tasks = self._thread.submit(adapt_tasks, self.model, [["thing"]]).result()
         for count in GRAPH_SIZES if self._graphs is not None else (1,):
             batch = [torch.zeros(3, size, size)] * count
-            self._thread.submit(self._classify, batch, tasks * count, [1] * count).result()
+            try:
+                self._thread.submit(self._classify, batch, tasks * count, [1] * count).result()
+            except RuntimeError as error:
+                if self._graphs is None:
+                    raise
+                warnings.warn(f"the model cannot be recorded as CUDA graphs, and runs eagerly: {error}", stacklevel=2)
+                self._graphs = None
+                self._thread.submit(self._classify, batch, tasks * count, [1] * count).result()
 
     def close(self) -> None:
         """End the thread once it has done what it was given."""

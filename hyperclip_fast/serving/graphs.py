@@ -7,8 +7,9 @@ to the next size; its other images are what the last batch left there, and their
 synchronises with the device but the caller who reads a result.
 """
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ def capture(run: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple
             run()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=stream):
+    mode = "thread_local"  # other threads may allocate meanwhile
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
         result = run()
     return graph.replay, result
 
@@ -89,6 +91,17 @@ class Slots:
                 loads.append((slot, task))
         return [self._of[task] for task in tasks], loads
 
+    @contextlib.contextmanager
+    def loading(self, tasks: Sequence[Hashable]) -> Iterator[tuple[list[int], list[tuple[int, Any]]]]:
+        """What `assign` says, for as long as the tasks are loaded; what could not be loaded holds no slot."""
+        ids, loads = self.assign(tasks)
+        try:
+            yield ids, loads
+        except BaseException:
+            for _, task in loads:
+                self.forget(task)
+            raise
+
     def forget(self, task: Hashable) -> None:
         """Free a task's slot, if it has one."""
         if task in self._of:
@@ -98,7 +111,9 @@ class Slots:
 class _Graphs:
     """A function of images and slot ids, recorded at a few batch sizes."""
 
-    def __init__(self, run: Callable[[Tensor, Tensor], Tensor], sizes: Sequence[int], like: Tensor, side: int):
+    def __init__(
+        self, run: Callable[[Tensor, Tensor], Tensor], sizes: Sequence[int], like: Tensor, side: tuple[int, int]
+    ):
         self.sizes = sorted(set(sizes))
         if not self.sizes or self.sizes[0] < 1:
             raise ValueError(f"sizes must be batch sizes of at least 1, got {tuple(sizes)}")
@@ -107,8 +122,8 @@ class _Graphs:
         self._recorded: dict[int, tuple[Tensor, Tensor, Callable[[], None], Tensor]] = {}
 
     def __call__(self, images: Tensor, ids: Sequence[int]) -> Tensor:
-        shape = (len(ids), 3, self._side, self._side)
-        if images.shape != shape:
+        shape = (len(ids), 3, *self._side)
+        if images.shape != shape or not ids:
             raise ValueError(f"images must be {shape} for {len(ids)} tasks, got {tuple(images.shape)}")
         largest = self.sizes[-1]
         pieces = [self._piece(images[i : i + largest], ids[i : i + largest]) for i in range(0, len(ids), largest)]
@@ -126,8 +141,9 @@ class _Graphs:
         replay()
         return result[:count].clone()  # the next replay fills the same memory
 
+    @torch.inference_mode(False)  # what is made in inference mode could not be changed outside it
     def _record(self, size: int) -> tuple[Tensor, Tensor, Callable[[], None], Tensor]:
-        images = self._like.new_zeros(size, 3, self._side, self._side)
+        images = self._like.new_zeros(size, 3, *self._side)
         slots = torch.zeros(size, dtype=torch.int64, device=images.device)
 
         def run() -> Tensor:
@@ -152,14 +168,15 @@ class GraphedEncoder:
         like = _check(encoder)
         self.encoder, self._slots = encoder.eval(), Slots(slots)
         spec = encoder.norm_spec
-        self._table = torch.zeros(slots, spec.num_params, device=like.device)
+        with torch.inference_mode(False):
+            self._table = torch.zeros(slots, spec.num_params, device=like.device)
         config: Any = encoder.pretrained_cfg
         size = getattr(getattr(encoder, "patch_embed", None), "img_size", None) or config["input_size"][1:]
 
         def run(images: Tensor, ids: Tensor) -> Tensor:
             return encoder(images, NormParams(spec, self._table, ids))
 
-        self._graphs = _Graphs(run, sizes, like, size[0])
+        self._graphs = _Graphs(run, sizes, like, (size[0], size[1]))
 
     def __call__(self, images: Tensor, tasks: Sequence[Hashable], rows: Mapping[Any, Tensor]) -> Tensor:
         """Images (B, 3, S, S) to the encoder's output, each with its own task's row.
@@ -170,13 +187,16 @@ class GraphedEncoder:
             rows: key to row (P,); asked for tasks that hold no slot. A row that has changed needs `forget` first.
 
         Raises:
-            ValueError: for images of another shape, or more different tasks than slots.
-            KeyError: for a task without a row; no slot has changed then.
+            ValueError: for images or rows of another shape, or more different tasks than slots.
+            KeyError: for a task without a row. In either case no slot has changed.
         """
         missing = {task: rows[task] for task in dict.fromkeys(tasks) if task not in self._slots}
-        ids, loads = self._slots.assign(tasks)
-        for slot, task in loads:
-            self._table[slot].copy_(missing[task], non_blocking=True)
+        for task, row in missing.items():
+            if row.shape != self._table.shape[1:]:
+                raise ValueError(f"rows must be {tuple(self._table.shape[1:])}, got {tuple(row.shape)} for {task!r}")
+        with self._slots.loading(tasks) as (ids, loads):
+            for slot, task in loads:
+                self._table[slot].copy_(missing[task], non_blocking=True)
         return self._graphs(images, ids)
 
     def forget(self, task: Hashable) -> None:
@@ -193,7 +213,8 @@ class GraphedClassifier:
     def __init__(self, model: HyperCLIP, sizes: Sequence[int] = (1, 8, 32), slots: int = 64):
         self._like = _check(model)
         self.model, self._sizes, self._slots = model.eval(), tuple(sizes), Slots(slots)
-        self._table = torch.zeros(slots, model.image.norm_spec.num_params, device=model.device)
+        with torch.inference_mode(False):
+            self._table = torch.zeros(slots, model.image.norm_spec.num_params, device=model.device)
         self._make_room(16)
 
     def logits(self, images: Tensor, tasks: Sequence[AdaptedTask]) -> Tensor:
@@ -205,30 +226,34 @@ class GraphedClassifier:
         most = max((len(task.classes) for task in tasks), default=0)
         if most > self._classes.shape[1]:
             self._make_room(1 << (most - 1).bit_length())
-        ids, loads = self._slots.assign(tasks)
-        for slot, task in loads:
-            count = len(task.classes)
-            self._table[slot].copy_(task.row, non_blocking=True)
-            self._classes[slot, :count].copy_(task.embeddings, non_blocking=True)
-            self._bias[slot, :count] = 0
-            self._bias[slot, count:] = -torch.inf
+        with self._slots.loading(tasks) as (ids, loads):
+            for slot, task in loads:
+                count = len(task.classes)
+                self._table[slot].copy_(task.row, non_blocking=True)
+                self._classes[slot, :count].copy_(task.embeddings, non_blocking=True)
+                self._bias[slot, :count] = 0
+                self._bias[slot, count:] = -torch.inf
         return self._graphs(images, ids)
 
     def classify(self, images: Tensor, tasks: Sequence[AdaptedTask], topk: Sequence[int]) -> list[Ranked]:
         """`classify_tasks` by CUDA graphs."""
+        if not len(tasks):
+            return []
         return rank(self.logits(images, tasks), [task.classes for task in tasks], topk)
 
+    @torch.inference_mode(False)
     def _make_room(self, classes: int) -> None:
         """For tasks of so many classes: new tables, so that all is loaded and recorded anew."""
         model, slots = self.model, self._slots.count
-        self._slots = Slots(slots)
-        self._classes = torch.zeros(slots, classes, model.config.embed_dim, device=model.device)
-        self._bias = torch.zeros(slots, classes, device=model.device)  # 0 for a class, -inf where there is none
-        spec, table, embeddings, bias = model.image.norm_spec, self._table, self._classes, self._bias
+        options: dict[str, Any] = {"device": model.device, "dtype": model.logit_scale.dtype}
+        embeddings = torch.zeros(slots, classes, model.config.embed_dim, **options)
+        bias = torch.zeros(slots, classes, **options)  # 0 for a class, -inf where there is none
+        spec, table = model.image.norm_spec, self._table
 
         def run(images: Tensor, ids: Tensor) -> Tensor:
             features = model.encode_image(images, NormParams(spec, table, ids))
             scores = torch.einsum("be,bke->bk", features, embeddings[ids].to(features.dtype))
             return model.logit_scale.exp() * scores + model.logit_bias + bias[ids]
 
-        self._graphs = _Graphs(run, self._sizes, self._like, model.image_size)
+        self._graphs = _Graphs(run, self._sizes, self._like, (model.image_size, model.image_size))
+        self._slots, self._classes, self._bias = Slots(slots), embeddings, bias  # all at once, or nothing

@@ -4,14 +4,13 @@ Only the first process writes. Files are written beside and renamed. Of checkpoi
 damages one, and whenever a process is killed, one is whole.
 """
 
-import contextlib
+import errno
 import json
 import os
 import pickle
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ PARTS = {"model", "optimizer", "scaler", "ema", "step", "broken", "streams"}  # 
 
 
 class RunFolder:
-    """Where one run keeps what it writes.
+    """Where one run keeps what it writes; while it is open, no other process opens it to write.
 
     Args:
         path: the folder; made where it is missing.
@@ -38,18 +37,21 @@ class RunFolder:
         writes: False for all processes but the first.
 
     Raises:
-        ValueError: if the folder holds a run with other settings.
+        ValueError: if the folder holds a run with other settings, or another process has it open to write.
     """
 
     def __init__(self, path: str | Path, settings: dict[str, Any], tensorboard: bool = False, writes: bool = True):
         self.path, self.writes = Path(path), writes
         self.events: Any = None  # TensorBoard's writer
+        self._lock: Any = None
+        self._is_damaged = False  # the last checkpoint
         settings, file = json.loads(json.dumps(settings)), self.path / "config.json"
         if file.exists() and json.loads(file.read_text()) != settings:
             raise ValueError(f"out must be a new folder, or a run with this configuration: {self.path} has another one")
         self.tensorboard = tensorboard and writes
         if writes:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.path)
             remove_unfinished(self.path)
             write_file(file, json.dumps(settings, indent=2) + "\n")
 
@@ -71,6 +73,7 @@ class RunFolder:
             except ValueError as error:
                 if i == len(files) - 1:
                     raise
+                self._is_damaged = True
                 warnings.warn(f"{error}; the run goes on from {files[i + 1]}", stacklevel=2)
         step = state["step"] if state else 0
         if self.writes:
@@ -86,39 +89,19 @@ class RunFolder:
             last = self.path / LAST
             with written_file(last) as beside:
                 torch.save(state, beside)
-                if last.exists():
+                with open(beside, "rb+") as content:
+                    os.fsync(content.fileno())  # whole on the disk before the others move
+                if last.exists() and not self._is_damaged:
                     os.replace(last, self.path / BEFORE)  # killed here, a run goes on from that one
+            self._is_damaged = False
             if self.events:
                 self.events.flush()
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """No other process trains in this folder meanwhile.
-
-        The system frees the lock of a process that was killed. Without POSIX's locks there is none.
-
-        Raises:
-            ValueError: if one does.
-        """
-        try:
-            import fcntl
-        except ImportError:
-            yield
-            return
-        if not self.writes:
-            yield
-            return
-        with open(self.path / LOCK, "a+") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: its workers do not hold it
-            except OSError as error:
-                file.seek(0)
-                who = file.read().strip() or "another process"
-                raise ValueError(f"out must be a folder in which nobody trains, {self.path}: {who} does") from error
-            file.truncate(0)
-            file.write(f"process {os.getpid()}")
-            file.flush()
-            yield
+    def close(self) -> None:
+        """Let other processes open it."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def save_model(self, model: HyperCLIP) -> None:
         """Write the model, in place of one that is there."""
@@ -144,6 +127,34 @@ class RunFolder:
         if file.exists():
             lines = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
             write_file(file, "".join(line + "\n" for line in lines))
+
+
+def _lock(folder: Path) -> Any:
+    """An open file that no other process can lock; None where the file system, or the platform, has no such locks.
+
+    The system frees the lock of a process that was killed.
+
+    Raises:
+        ValueError: if another process has locked it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    file = open(folder / LOCK, "a+")  # noqa: SIM115  # it stays open as long as the folder
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: the workers that it forks do not hold it
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            warnings.warn(f"{folder} cannot be locked ({error}): nothing keeps another run out of it", stacklevel=2)
+            return file
+        file.seek(0)
+        who = file.read().strip() or "another process"
+        raise ValueError(f"out must be a folder in which nobody trains, {folder}: {who} does") from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()}")
+    file.flush()
+    return file
 
 
 def _load_checkpoint(path: Path) -> dict[str, Any]:

@@ -68,7 +68,8 @@ class Trainer:
             logs and saves stays; what it draws from torch's chance changes no run, as every step has its own seed.
 
     Raises:
-        ValueError: if `out` holds a run with another configuration, or for held_out without a source.
+        ValueError: if `out` holds a run with another configuration, or another process trains in it, or for held_out
+            without a source.
     """
 
     def __init__(
@@ -100,13 +101,27 @@ class Trainer:
         self.optimizer = create_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.step, self.broken, self._images = 0, 0, 0
-        self._bad_step = torch.tensor(-1, device=self.device)  # the first whose loss was not finite; read when needed
+        self._bad_step = torch.tensor(-1, device=self.device)  # the first that was not finite; read when needed
         self.stopped: int | None = None
         self._norms: dict[str, Tensor] = {}
         self._stream: Iterator[Batch] | None = None
         self._stream_state: Any = None
-        self.folder = RunFolder(out, settings, config.tensorboard, writes=self.share.rank == 0)
+        self.folder = self._open_folder(settings)
         self._load(self.folder.resume())
+        steps = distributed.collect(self.step, self.share.world)
+        if len(set(steps)) > 1:
+            raise ValueError(f"all processes must read the same checkpoint, got those of steps {steps}")
+
+    def _open_folder(self, settings: dict[str, Any]) -> RunFolder:
+        """The run's folder; where the first process is refused, all are."""
+        folder, refused = None, None
+        try:
+            folder = RunFolder(self.out, settings, self.config.tensorboard, writes=self.share.rank == 0)
+        except ValueError as error:
+            refused = error
+        if distributed.any_process(refused is not None, self.share.world, self.device) or folder is None:
+            raise refused or ValueError("out was refused by another process, which says why")
+        return folder
 
     @property
     def _trains_text(self) -> bool:
@@ -167,11 +182,12 @@ class Trainer:
         distributed.barrier(self.share.world)
 
     def _check_loss(self) -> None:
-        """Raise ValueError, in all processes, where the loss of one was not finite."""
+        """Raise ValueError, in all processes, where loss or gradients of one were not finite."""
         step = int(self._bad_step)
         if distributed.any_process(step >= 0, self.share.world, self.device):
             when = f"step {step}" if step >= 0 else "another process"
-            raise ValueError(f"the loss must be finite, got another at {when}; the last checkpoint is from before that")
+            what = "loss and gradients must be finite, got others at"
+            raise ValueError(f"{what} {when}; the last checkpoint is from before that")
 
     def log(self, entry: dict) -> None:
         """Append one JSON line."""
@@ -211,7 +227,7 @@ class Trainer:
         self.scaler.update()
         self.step += 1
         if not self.scaler.is_enabled():  # float16's scaler leaves such a step out
-            is_bad = ~torch.isfinite(loss.detach()) & (self._bad_step < 0)
+            is_bad = ~(torch.isfinite(loss.detach()) & torch.isfinite(norm)) & (self._bad_step < 0)
             self._bad_step = torch.where(is_bad, self.step, self._bad_step)
         self.broken += batch.broken
         self._images = len(batch.images)
@@ -278,16 +294,11 @@ class Trainer:
         On SIGTERM or SIGINT the step is finished and a checkpoint written; `stopped` then holds the signal.
 
         Raises:
-            ValueError: if another process trains in this folder, or the loss is not finite. Checkpoints are left as
-                they were before that step.
+            ValueError: if loss or gradients are not finite. Checkpoints are left as they were before that step.
         """
         if self.step >= self.config.steps and (self.out / "model").is_dir():
             model = self.current_model()  # finished in an earlier run
             return model if model is None else model.eval()
-        with self.folder.locked():
-            return self._train_and_save()
-
-    def _train_and_save(self) -> HyperCLIP | None:
         with _signals_noted() as noted:
             self._train(noted)
         self.save()
@@ -295,6 +306,7 @@ class Trainer:
         if self.stopped is None and model is not None and self.share.rank == 0:
             print(f"held out {self.evaluate(model)}" if self.held_out else f"trained {self.step} steps")
             self.folder.save_model(model.eval())
+        self.folder.close()
         distributed.barrier(self.share.world)
         return model
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
+from torch.nn.modules import module as module_hooks
 
 # What all BatchNorms share, SyncBatchNorm included. Replaced by: nothing; a tuple of the public classes would miss
 # subclasses of the base that others write.
@@ -63,9 +64,9 @@ def hooks_registered() -> int:
     return RemovableHandle.next_id
 
 
-def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether somebody listens to a module's forward pass."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def has_any_global_hook() -> bool:
+    """Whether somebody listens to all modules (register_module_forward_hook). Replaced by: nothing that tells."""
+    return module_hooks._has_any_global_hook()
 
 
 def is_fast_norm(norm: nn.Module) -> bool:

@@ -3,7 +3,8 @@
 On every call Triton's own path binds the arguments, computes what it specialises on and looks the kernel up: 12 us,
 where the launch itself takes 1. `launch` keeps what Triton compiled for a kind of call, and from then on calls it
 directly. A kind of call is all that Triton specialises on: device, options, constants, each tensor's dtype and 16-byte
-alignment, and whether an integer is 1, a multiple of 16, or longer than 31 bits.
+alignment, on AMD whether its storage is below 2 GiB, and whether an integer is 1, a multiple of 16, or longer than 31
+bits. A float is always a float.
 
 Triton's own path runs where the kernel is not compiled (its interpreter) and where somebody listens to launches. With
 another driver (a simulator) all begins anew. What this file knows of a compiled kernel (`run` and what it takes) has
@@ -18,6 +19,7 @@ import torch
 from triton import knobs
 from triton.runtime import JITFunction, driver
 
+IS_AMD = torch.version.hip is not None
 _kept: dict[tuple, Any] = {}  # kind of call: the compiled kernel
 _kept_for: Any = None  # the driver that compiled them
 _plans: dict[Any, tuple[Callable, tuple[bool, ...]]] = {}  # kernel's function: what `_plan_of` says
@@ -49,9 +51,11 @@ def launch(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:
         if is_constant or value is None:
             kind.append(value)
         elif type(value) is int:
-            kind.append(-1 if value == 1 else 2 * (value >> 31) + (value & 15 == 0))
-        elif type(value) is not float:
+            kind.append("1" if value == 1 else 2 * (value >> 31) + (value & 15 == 0))
+        elif not isinstance(value, float):
             kind.append((value.dtype,) if value.data_ptr() & 15 else value.dtype)
+            if IS_AMD:
+                kind.append(value.untyped_storage().nbytes() >> 31 == 0)
     compiled = _kept.get(key := tuple(kind))
     if compiled is None:
         _kept[key] = kernel[grid](**arguments)

@@ -395,7 +395,7 @@ def test_a_report_adds_to_an_earlier_one(tmp_path):
     assert [(each["width"], each.get("commit")) for each in later.rows] == [(8, "a1"), (8, "a1"), (16, None)]
     text = report.markdown(later.record())
     assert text.count("| ours eager (host-bound) |") == 1 and text.count("| ours eager |") == 1
-    with pytest.raises(ValueError, match="must be of another, got"):
+    with pytest.raises(ValueError, match="must be of device another, got"):
         report.Report({**MACHINE, "device": "another"}).keep(tmp_path / "earlier.json")
 
 

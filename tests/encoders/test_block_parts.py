@@ -58,11 +58,33 @@ def tanh(block):
     block.mlp.act.approximate = "tanh"
 
 
+def plain_tensor(block):
+    weight = 2 * block.attn.proj.weight.detach()
+    del block.attn.proj.weight
+    block.attn.proj.weight = weight
+
+
+def global_hook(block):
+    def double(module, args, out):
+        return 2 * out if module is block.mlp.act else None
+
+    HANDLES.append(torch.nn.modules.module.register_module_forward_hook(double))
+
+
 def other_weight(block):
     block.attn.qkv.weight = nn.Parameter(2 * block.attn.qkv.weight.detach())
 
 
+HANDLES = []
 CHANGES = [exchange, parametrized, dropout, manual_attention, own_forward, hook, tanh, other_weight]
+CHANGES += [plain_tensor, global_hook]
+
+
+@pytest.fixture(autouse=True)
+def _handles():
+    yield
+    while HANDLES:
+        HANDLES.pop().remove()
 
 
 @pytest.mark.parametrize("is_grad", [False, True], ids=["inference", "grad"])
@@ -78,6 +100,16 @@ def test_a_change_is_seen(change, is_grad):
         expected = stock(images())
         torch.manual_seed(0)
         torch.testing.assert_close(vit(images()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_was_heard_is_looked_at_again():
+    _, vit = hyper_pair()
+    block = vit.blocks[0]
+    handle = block.mlp.fc1.register_forward_hook(lambda *_: None)
+    vit(images())
+    assert parts_of(block).mlp is None
+    handle.remove()
+    assert parts_of(block).mlp is block.mlp
 
 
 def test_copies_look_for_themselves():

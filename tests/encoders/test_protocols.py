@@ -69,6 +69,17 @@ def test_hooks_of_a_norm_run_with_rows_too(name, is_grad):
     assert len(seen) == 1 and not torch.allclose(zeroed, plain)
 
 
+def test_a_norm_without_rows_is_called_where_somebody_listens(triton_backend):
+    """On Triton's path, too, whose kernel would take its weights."""
+    _, vit = hyper_pair()
+    calls, norm = [], vit.blocks[0].norm1
+    forward = norm.forward
+    norm.forward = lambda x: calls.append("forward") or forward(x)
+    vit.blocks[1].norm1.register_full_backward_hook(lambda *_: calls.append("backward"))
+    vit(images()).sum().backward()
+    assert calls == ["forward", "backward"]
+
+
 def test_a_norm_whose_forward_was_replaced_takes_no_rows():
     _, vit = hyper_pair()
     vit.blocks[0].norm1.forward = lambda x: x

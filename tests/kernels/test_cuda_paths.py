@@ -154,13 +154,16 @@ def test_a_transform_sees_the_plain_formula_and_so_does_compiled_inference(monke
     assert use_triton(x)
     seen = []
     torch.func.vmap(lambda row: seen.append(use_triton(x)) or row)(torch.zeros(2, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.jit, "is_tracing", lambda: True)
+        seen.append(use_triton(x))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     seen.append(use_triton(x))
     with torch.no_grad():
         seen.append(use_triton(x))
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     seen.append(use_triton(x))
-    assert seen == [False, True, False, False], "vmap, compiled training, compiled inference, export"
+    assert seen == [False, False, True, False, False], "vmap, jit, compiled training, compiled inference, export"
 
 
 def fake_like_a_gpus():

@@ -1,6 +1,7 @@
 """Mixed batches as CUDA graphs: sizes, padding, slots and eviction without a GPU, by a recording that runs again."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,6 +85,36 @@ def test_an_encoder_takes_rows_by_key_and_asks_for_each_once(recorded):
     runner.forget("d")
     runner(images(1), ["d"], rows)
     assert asked[-1] == "d"
+
+
+def test_a_task_that_could_not_be_loaded_is_loaded_again(model, recorded):
+    vit = model.image
+    runner, table = graphed(vit, sizes=(2,), slots=4), vit.base_params.table.detach() + torch.randn(2, 1)
+    for bad in (table[0, :-1], table[0, :1]):
+        with pytest.raises(ValueError, match="rows must be"):
+            runner(images(2), ["bad", "good"], {"bad": bad, "good": table[1]})
+    rows = dict(zip(("bad", "good"), table))
+    expected = vit(images(2), graphs.NormParams(vit.norm_spec, table))
+    torch.testing.assert_close(runner(images(2), ["bad", "good"], rows), expected, rtol=1e-4, atol=1e-4)
+    classifier = graphed(model, sizes=(2,), slots=4)
+    good, bad = adapt_tasks(model, NAMES[:2])
+    bad = replace(bad, row=bad.row[:-1])
+    with pytest.raises(RuntimeError):
+        classifier.logits(images(2), [bad, good])
+    ranked = classifier.classify(images(2), [good, good], [1, 1])
+    assert ranked[0][0][0] == classify_tasks(model, images(2), [good, good], [1, 1])[0][0][0]
+
+
+def test_inference_mode_and_empty_batches(model, recorded):
+    task = adapt_tasks(model, NAMES[:1])[0]
+    with torch.inference_mode():
+        runner = graphed(model, sizes=(2,), slots=2)
+        first = runner.logits(images(2), [task, task])
+    with torch.no_grad():
+        assert torch.equal(runner.logits(images(2), [task, task]), first)
+        assert runner.classify(images(0), [], []) == []
+    with pytest.raises(ValueError, match="images must be"):
+        runner.logits(images(0), [])
 
 
 def test_what_is_refused_changes_nothing(model, recorded):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hyperclip_fast.hyperclip import HyperCLIP
+from hyperclip_fast.training import trainer as trainer_module
 from hyperclip_fast.training.run_folder import BEFORE, LAST, RunFolder
 from tests.training.test_training import _towers, trainer  # noqa: F401  # a fixture
 
@@ -109,24 +110,70 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(interrupted, whole, monkey
 
 def _hold(path, is_held, may_end):
     folder = RunFolder(path, {})
-    with folder.locked():
-        is_held.set()
-        may_end.wait(60)
+    is_held.set()
+    may_end.wait(60)
+    folder.close()
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    """The second is refused before it touches anything."""
     context = multiprocessing.get_context("fork")
     is_held, may_end = context.Event(), context.Event()
     other = context.Process(target=_hold, args=(tmp_path, is_held, may_end))
     other.start()
     assert is_held.wait(60)
-    folder = RunFolder(tmp_path, {})
-    with pytest.raises(ValueError, match=f"in which nobody trains, .*process {other.pid} does"), folder.locked():
-        pass
+    (tmp_path / ".tmp-being-written").write_text("")
+    with pytest.raises(ValueError, match=f"in which nobody trains, .*process {other.pid} does"):
+        RunFolder(tmp_path, {})
+    assert (tmp_path / ".tmp-being-written").exists()
+    RunFolder(tmp_path, {}, writes=False)
     other.kill()  # a lock ends with its process
     other.join()
-    with folder.locked(), RunFolder(tmp_path, {}, writes=False).locked():
-        pass
+    RunFolder(tmp_path, {}).close()
+    assert not (tmp_path / ".tmp-being-written").exists()
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", none)
+    with pytest.warns(UserWarning, match="cannot be locked"):
+        RunFolder(tmp_path, {})
+
+
+def failing(_):
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_the_whole_checkpoint_stays_until_the_next_is_on_the_disk(interrupted, monkeypatch):
+    """After the last one was damaged, and where the disk fails while the next is brought to it."""
+    (interrupted / LAST).write_bytes(b"PK")
+    with pytest.warns(UserWarning, match="goes on from"):
+        run = trainer(interrupted, save_every=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", failing)
+        with pytest.raises(OSError, match="Input/output"):
+            run.save()
+    assert torch.load(interrupted / BEFORE, weights_only=True)["step"] == 2
+    run.train_step()
+    run.save()
+    assert [torch.load(interrupted / name, weights_only=True)["step"] for name in (LAST, BEFORE)] == [3, 2]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    clip = trainer_module.clip_gradients
+
+    def spoiled(model, largest):
+        if run.step == 3:
+            model.logit_scale.grad.fill_(float("inf"))
+        return clip(model, largest)
+
+    run = trainer(tmp_path, save_every=2)
+    monkeypatch.setattr(trainer_module, "clip_gradients", spoiled)
+    with pytest.raises(ValueError, match="loss and gradients must be finite, got others at step 4"):
+        run.train()
+    assert torch.load(tmp_path / LAST, weights_only=True)["step"] == 2
 
 
 @pytest.mark.parametrize("log_every", [1, 4])
@@ -136,7 +183,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(log_every, tmp_path):
             with torch.no_grad():
                 run.model.logit_scale.fill_(float("nan"))
 
-    with pytest.raises(ValueError, match="the loss must be finite, got another at step 4"):
+    with pytest.raises(ValueError, match="loss and gradients must be finite, got others at step 4"):
         trainer(tmp_path, spoil, save_every=2, log_every=log_every).train()
     state = torch.load(tmp_path / LAST, weights_only=True)
     assert state["step"] == 2 and all(tensor.isfinite().all() for tensor in state["model"].values())
