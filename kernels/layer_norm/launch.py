@@ -10,7 +10,7 @@ from ..common.rows import Rows, row_stride
 from ..tables import layer_norm_tiles
 from .triton_kernels import _bwd_kernel, _fwd_kernel
 
-BACKWARD_PROGRAMS = 512  # fewer samples are cut into slices; of 256 to 4,096 the best with these tiles on an H100 (bench/results)
+BACKWARD_PROGRAMS = 512  # fewer samples are cut into slices; of 256 to 4,096 the best on an H100 (bench/results)
 
 
 class Kept(NamedTuple):
