@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hyperclip_fast.bench.harness.runner import Unavailable
 from hyperclip_fast.export.formats import quiet
+from hyperclip_fast.serving.graphs import capture
 from hyperclip_fast.utils.extras import missing
 from hyperclip_fast.utils.private_api import frozen_weights
 
@@ -95,20 +96,12 @@ def captured(step: Callable[[], object], device: torch.device, pool: list[Any]) 
     if device.type != "cuda":
         raise Unavailable("CUDA graphs need a GPU")
     release_memory(device)  # a capture may not free what the allocator keeps, nor collect what autograd left in circles
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(3):  # libraries choose and allocate on the first calls, which cannot be recorded
-            step()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
     if not pool:
         pool.append(torch.cuda.graph_pool_handle())
-    with torch.cuda.graph(graph, pool=pool[0], stream=side):
-        results = step()
+    replay, results = capture(step, device, pool[0], "global")
 
-    def replay():
-        graph.replay()
+    def run():
+        replay()
         return results
 
-    return replay
+    return run

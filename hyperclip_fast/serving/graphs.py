@@ -10,7 +10,7 @@ synchronises with the device but the caller who reads a result.
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.tasks import AdaptedTask, Ranked, rank
 
 Encoder = HyperViT | HyperEncoder
+Result = TypeVar("Result")
 WARM_UPS = 3  # libraries choose and allocate on the first calls, and kernels are compiled
 
 
@@ -43,8 +44,17 @@ def graphed(
     return GraphedEncoder(model, sizes, slots)
 
 
-def capture(run: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple[Callable[[], None], Tensor]:
-    """What replays a recorded function of static tensors, and the tensor that each replay fills; `pool`: its memory."""
+def capture(
+    run: Callable[[], Result], device: torch.device, pool: Any, error_mode: str = "thread_local"
+) -> tuple[Callable[[], None], Result]:
+    """What replays a recorded function of static tensors, and the result that each replay fills.
+
+    Args:
+        run: what to record.
+        device: where.
+        pool: the memory, as torch.cuda.graph_pool_handle gives it.
+        error_mode: as of torch.cuda.graph; by default other threads may allocate meanwhile.
+    """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -52,8 +62,7 @@ def capture(run: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple
             run()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    mode = "thread_local"  # other threads may allocate meanwhile
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=error_mode):
         result = run()
     return graph.replay, result
 

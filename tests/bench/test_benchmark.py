@@ -334,6 +334,7 @@ def test_bad_arguments_are_messages(arguments, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_device_report_keeps_what_it_measured(monkeypatch, tmp_path, capsys):
     """End to end: a red test takes its operations out; the time ends in the middle of the models."""
     plan = {"widths": [8], "batches": [1], "tasks": [1], "mixes": ["distinct"], "steps": ["forward"]}

@@ -45,6 +45,7 @@ def damage(content: bytearray, chance: random.Random) -> None:
         del content[chance.randrange(len(content)) :]
 
 
+@pytest.mark.slow
 def test_damaged_shards_end(tmp_path):
     """webdataset's own reader went round in one of fifty of these, for ever."""
     path, chance, whole, counts = tmp_path / "a.tar", random.Random(0), shard(), []
