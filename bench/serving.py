@@ -155,7 +155,8 @@ def _session(connections: int) -> Any:
 
 def _random_model(tower: str, folder: Path) -> Path:
     """A model whose time is a trained one's, and whose answers are noise."""
-    from hyperclip_fast.hyperclip import HyperCLIP, HyperCLIPConfig
+    from hyperclip_fast.hyperclip import HyperCLIP
+    from hyperclip_fast.hyperclip_config import HyperCLIPConfig
 
     HyperCLIP(HyperCLIPConfig(image_tower=tower)).save_pretrained(folder)
     return folder

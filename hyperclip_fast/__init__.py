@@ -16,7 +16,8 @@ from hyperclip_fast.version import __version__
 if TYPE_CHECKING:
     from hyperclip_fast.hyper_encoder import HyperEncoder
     from hyperclip_fast.hyper_vit import HyperViT
-    from hyperclip_fast.hyperclip import HyperCLIP, HyperCLIPConfig
+    from hyperclip_fast.hyperclip import HyperCLIP, load_model
+    from hyperclip_fast.hyperclip_config import HyperCLIPConfig
     from hyperclip_fast.hypernetwork import HyperNetwork
     from hyperclip_fast.kernels.dispatch import get_backend, set_backend
     from hyperclip_fast.norm_params import NormParams, NormSpec
@@ -33,6 +34,7 @@ __all__ = [
     "TaskBank",
     "__version__",
     "get_backend",
+    "load_model",
     "set_backend",
 ]
 
@@ -61,7 +63,8 @@ __getattr__, __dir__ = lazy_names(
     {
         "hyper_encoder": ("HyperEncoder",),
         "hyper_vit": ("HyperViT",),
-        "hyperclip": ("HyperCLIP", "HyperCLIPConfig"),
+        "hyperclip": ("HyperCLIP", "load_model"),
+        "hyperclip_config": ("HyperCLIPConfig",),
         "hypernetwork": ("HyperNetwork",),
         "kernels.dispatch": ("get_backend", "set_backend"),
         "norm_params": ("NormParams", "NormSpec"),

@@ -10,11 +10,9 @@ train through the rows, and there is one copy of them.
 import contextlib
 import inspect
 import io
-import json
-import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,117 +26,21 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hyperclip_fast.batch_norm_folding import fuse_batch_norms
-from hyperclip_fast.data.preprocessing import HALF, Preprocessing
+from hyperclip_fast.data.preprocessing import Preprocessing
 from hyperclip_fast.encoders import create_encoder
 from hyperclip_fast.hyper_encoder import HyperEncoder
+from hyperclip_fast.hyperclip_config import HyperCLIPConfig, config_from_dict
 from hyperclip_fast.hypernetwork import HyperNetwork, pad_classes
 from hyperclip_fast.model_card import ModelFacts, model_card
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.text import TextTower, create_text_tower
-from hyperclip_fast.timm_models import model_options
 from hyperclip_fast.utils.class_names import check_class_lists, check_task
 from hyperclip_fast.utils.files import save_safetensors, write_file
-from hyperclip_fast.utils.typed_config import check_types, from_dict
 
 DEMO = "demo"  # the name of the checkpoint that this package ships
 DEMO_MODEL = Path(__file__).with_name("assets") / "demo"
 MODEL_SUFFIXES = (".bin", ".ckpt", ".json", ".pt", ".pth", ".safetensors", ".yaml")  # of files; no hub id ends so
-OPTIONAL = ("mean", "std", "interpolation", "crop_pct")  # left out of config.json, as before there were such fields
 WANTED = f'a folder with config.json and model.safetensors, a hub id "owner/name", or "{DEMO}"'
-
-
-@dataclass
-class HyperCLIPConfig:
-    """What a HyperCLIP is built from; stored flat as config.json.
-
-    Args:
-        image_tower: name of a timm model: HyperViT runs a VisionTransformer, HyperEncoder any other.
-        img_size: image side in pixels; None, here and in the next six: as the named tower has it. A tower that takes
-            images of any size has no option for it; the other options are refused where the tower has none.
-        patch_size: patch side in pixels.
-        width: D.
-        depth: blocks.
-        num_heads: H.
-        global_pool: pooling of the tokens.
-        drop_path_rate: stochastic depth while training.
-        modulate: name patterns of the generated norm layers; None: the encoder's default.
-        freeze_statistics: BatchNorms keep to their running statistics in training.
-        embed_dim: E, the space that images and class names share.
-        text_tower: see `text.create_text_tower`.
-        train_text: train the text tower, too; a frozen one is built at first use and never saved.
-        templates: prompt templates, averaged in embedding space; empty: the bare name.
-        text_dim: width of the text features; None: asked of the text tower.
-        hyper_width: width of the hypernetwork.
-        hyper_depth: its blocks.
-        hyper_heads: its attention heads.
-        hyper_pool: its read-out, "cross" or "mean".
-        hyper_bottleneck: its last hidden width.
-        learned_tokens: control, see HyperNetwork.
-        conditioned: False leaves the hypernetwork out: plain SigLIP, the baseline.
-        mean: of an image's channels, with pixels in [0, 1]; this and the next three are its `Preprocessing`.
-        std: likewise.
-        interpolation: with which pictures are resized, "bilinear" or "bicubic".
-        crop_pct: the centre square's share of a picture's shorter side.
-        init_logit_scale: logarithm of the first temperature; the paper's ln 10.
-        init_logit_bias: the paper's -10, made for large batches.
-    """
-
-    image_tower: str = "vit_tiny_patch16_224"
-    img_size: int | None = None
-    patch_size: int | None = None
-    width: int | None = None
-    depth: int | None = None
-    num_heads: int | None = None
-    global_pool: str | None = None
-    drop_path_rate: float | None = None
-    modulate: tuple[str, ...] | None = None
-    freeze_statistics: bool = False
-    embed_dim: int = 256
-    text_tower: str = "minilm"
-    train_text: bool = False
-    templates: tuple[str, ...] = ()
-    text_dim: int | None = None
-    hyper_width: int = 256
-    hyper_depth: int = 2
-    hyper_heads: int = 4
-    hyper_pool: str = "cross"
-    hyper_bottleneck: int = 64
-    learned_tokens: int = 0
-    conditioned: bool = True
-    mean: tuple[float, ...] = HALF
-    std: tuple[float, ...] = HALF
-    interpolation: str = "bilinear"
-    crop_pct: float = 1.0
-    init_logit_scale: float = math.log(10)
-    init_logit_bias: float = -10.0
-
-    def __post_init__(self):
-        check_types(self)
-        self.preprocessing(1)  # refuses numbers out of range
-
-    def to_json(self) -> str:
-        """What config.json holds: every field, but of those in OPTIONAL only what differs from its default."""
-        values = asdict(self)
-        for field in fields(self):
-            if field.name in OPTIONAL and values[field.name] == field.default:
-                del values[field.name]
-        return json.dumps(values, sort_keys=True, indent=2)
-
-    def preprocessing(self, size: int) -> Preprocessing:
-        """How pictures become the images, of side `size`, that the image tower takes."""
-        return Preprocessing(size, self.mean, self.std, self.interpolation, self.crop_pct)
-
-    def timm_kwargs(self) -> dict[str, Any]:
-        """Arguments of timm.create_model that differ from the named tower's own; its head is the projection to E."""
-        names = {"width": "embed_dim"}
-        keys = ("img_size", "patch_size", "width", "depth", "num_heads", "global_pool", "drop_path_rate")
-        given = {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
-        known = model_options(self.image_tower) if given else frozenset()
-        kwargs = {names.get(key, key): value for key, value in given.items() if names.get(key, key) in known}
-        for key in set(given) - {"img_size"}:
-            if names.get(key, key) not in kwargs:
-                raise ValueError(f"{key} must be None, as {self.image_tower} has no such option, got {given[key]!r}")
-        return {**kwargs, "num_classes": self.embed_dim}
 
 
 class HyperCLIP(
@@ -389,15 +291,6 @@ class HyperCLIP(
             "logit_scale": self.logit_scale.exp(),
             "logit_bias": self.logit_bias,
         }
-
-
-def config_from_dict(values: dict) -> HyperCLIPConfig:
-    """A config from config.json's content.
-
-    Raises:
-        ValueError: for a key that is no field, or a value of another type.
-    """
-    return from_dict(HyperCLIPConfig, values, "config")
 
 
 def load_model(path: str | Path | None = None, device: str | torch.device = "cpu") -> HyperCLIP:

@@ -21,7 +21,7 @@ FLOORS = (
     ("cli",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-MOST_FILES = 17  # of a folder, its __init__.py not counted
+MOST_FILES = 19  # of a folder, its __init__.py not counted
 PARTS = {"hyperclip_fast": "hyperclip_fast", "kernels": "hyperclip_fast.kernels", "bench": "hyperclip_fast.bench"}
 
 

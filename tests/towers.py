@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import hyperclip_fast.hyperclip
-from hyperclip_fast.hyperclip import HyperCLIP, HyperCLIPConfig
+from hyperclip_fast.hyperclip import HyperCLIP
+from hyperclip_fast.hyperclip_config import HyperCLIPConfig
 
 
 class HashTower(nn.Module):

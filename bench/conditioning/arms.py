@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hyperclip_fast.hyperclip import HyperCLIPConfig, config_from_dict
+from hyperclip_fast.hyperclip_config import HyperCLIPConfig, config_from_dict
 from hyperclip_fast.training.config import TrainConfig
 from hyperclip_fast.utils.typed_config import from_dict
 

@@ -112,7 +112,7 @@ class Experiment:
         if hasattr(model.image, "pos_embed"):
             model.image.pos_embed.data.mul_(run.position_scale)
         draw, pictures = (picture_source, self.names.pictures) if run.data == "names" else (scene_source, self.pictures)
-        source = draw(pictures, run.train.batch_shape, model.image_size, Share())
+        source = draw(pictures, run.train.batch_shape, model.preprocessing, Share())
         look = max(1, run.train.steps // LOOKS)
 
         def looks(trainer: Trainer, metrics: dict[str, Tensor]) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hyperclip_fast.bench.harness.machine import device_name
-from hyperclip_fast.hyperclip import HyperCLIP, HyperCLIPConfig
+from hyperclip_fast.hyperclip import HyperCLIP
+from hyperclip_fast.hyperclip_config import HyperCLIPConfig
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.training.losses import siglip_loss
 from hyperclip_fast.utils.timing import interleaved, medians, quartiles, speedup

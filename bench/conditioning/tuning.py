@@ -156,7 +156,7 @@ def tuner(model: HyperCLIP, run: Run, attribute: str, pictures: Pictures, out: s
     tuned = copy.deepcopy(model)
     tuned.image = TunedEncoder(encoder, model.image)
     train = replace(run.train, warmup=0, min_lr=0.0, weight_decay=0.0, freeze=("text", "logit"))
-    source = scene_source(pictures, train.batch_shape, model.image_size, Share(), (attribute,))
+    source = scene_source(pictures, train.batch_shape, model.preprocessing, Share(), (attribute,))
     return Trainer(RunConfig(model.config, train), out, source=source, model=tuned)
 
 

@@ -122,6 +122,10 @@ def load_image(source: str | Path | bytes, preprocessing: Preprocessing) -> Tens
 def image_transform(preprocessing: Preprocessing) -> Callable[[Any], Tensor]:
     """Pillow image -> (3, S, S): timm's transform for evaluation, of which an exported folder tells timm, too."""
     prepare = timm.data.create_transform(**preprocessing.timm_config())
+    if preprocessing.crop_mode == "border":  # timm pads with the mean alone
+        prepare.transforms[1] = timm.data.transforms.CenterCropOrPad(preprocessing.size, fill=preprocessing.border)
+    if preprocessing.crop_mode == "squash":
+        return prepare
     return lambda image: prepare(_without_ends(image))
 
 

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hyperclip_fast.data.augmentation import augment, resize
+from hyperclip_fast.data.augmentation import augment, normalize, resize
 from hyperclip_fast.data.batch import Batch, BatchShape, Share, Source, draw_sizes, share_of_tasks
 from hyperclip_fast.data.pictures import Pictures
+from hyperclip_fast.data.preprocessing import Preprocessing
 from hyperclip_fast.data.task_sampler import TaskBatch, TaskSampler
 from hyperclip_fast.utils.seeds import step_seed
 
@@ -29,7 +30,7 @@ class Sampler(Protocol):
         """Of all classes; `class_ids` of a batch are indices into them."""
 
     def batch(self, step: int) -> TaskBatch:
-        """The whole mixed batch of a step; images are RGBA pictures, or (B, 3, S, S) float32 that are taken as is."""
+        """The whole mixed batch of a step; images are RGBA pictures, or (B, 3, S, S) float32 in [-1, 1]."""
 
 
 class TaskSource:
@@ -39,7 +40,7 @@ class TaskSource:
         sampler: such as `TaskSampler`; `class_ids` of its batches are indices into `names`.
         names: of all classes.
         shape: of the batches.
-        image_size: S.
+        preprocessing: the model's, of which size, mean and std count.
         share: of this process; each augments the global batch and keeps its part.
     """
 
@@ -48,11 +49,11 @@ class TaskSource:
         sampler: Sampler,
         names: Sequence[str],
         shape: BatchShape,
-        image_size: int,
+        preprocessing: Preprocessing,
         share: Share,
     ):
         self.sampler, self.names, self.shape = sampler, tuple(names), shape
-        self.image_size, self.share = image_size, share
+        self.preprocessing, self.share = preprocessing, share
 
     def batches(self, start: int, state: Any = None) -> Iterator[Batch]:
         """The batches from step `start` on."""
@@ -85,7 +86,7 @@ class TaskSource:
             images, can_flip = images[keep], can_flip[keep]
         if not images.is_floating_point():
             images = augment(images, generator, can_flip)
-        return resize(images, self.image_size)
+        return normalize(resize(images, self.preprocessing.size), self.preprocessing)
 
 
 class JoinedSource:
@@ -110,7 +111,7 @@ class JoinedSource:
             )
 
 
-def picture_source(pictures: Pictures, shape: BatchShape, image_size: int, share: Share) -> TaskSource:
+def picture_source(pictures: Pictures, shape: BatchShape, preprocessing: Preprocessing, share: Share) -> TaskSource:
     """Batches of Pictures' training part.
 
     Raises:
@@ -123,4 +124,4 @@ def picture_source(pictures: Pictures, shape: BatchShape, image_size: int, share
         seed=shape.seed,
         mixed_groups=shape.mixed_groups,
     )
-    return TaskSource(sampler, pictures.names, shape, image_size, share)
+    return TaskSource(sampler, pictures.names, shape, preprocessing, share)

@@ -23,6 +23,7 @@ from hyperclip_fast.data.config import SCENES
 from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
 from hyperclip_fast.data.picture_source import TaskSource
 from hyperclip_fast.data.pictures import Pictures
+from hyperclip_fast.data.preprocessing import Preprocessing
 from hyperclip_fast.data.task_sampler import TaskBatch
 from hyperclip_fast.utils.seeds import step_seed
 
@@ -289,15 +290,20 @@ class SceneSampler:
 
 
 def scene_source(
-    pictures: Pictures, shape: BatchShape, image_size: int, share: Share, attributes: Sequence[str] = ATTRIBUTES
+    pictures: Pictures,
+    shape: BatchShape,
+    preprocessing: Preprocessing,
+    share: Share,
+    attributes: Sequence[str] = ATTRIBUTES,
 ) -> TaskSource:
     """Batches of scenes made of Pictures' training part.
 
     Raises:
         ValueError: as `SceneSampler`.
     """
-    sampler = SceneSampler(pictures, shape.tasks_per_batch, shape.class_range[1], shape.seed, image_size, attributes)
-    return TaskSource(sampler, sampler.names, shape, image_size, share)
+    most, side = shape.class_range[1], preprocessing.size
+    sampler = SceneSampler(pictures, shape.tasks_per_batch, most, shape.seed, side, attributes)
+    return TaskSource(sampler, sampler.names, shape, preprocessing, share)
 
 
 def class_names(attribute: str, objects: Sequence[str], wording: int = 0) -> tuple[str, ...]:

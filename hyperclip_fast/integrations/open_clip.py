@@ -139,10 +139,7 @@ def to_open_clip(
     if class_names is not None:
         params = model.rows(prompt_features(model, class_names, templates)[None])
     adapter = OpenCLIPModel(model, params).eval()
-    ours = model.preprocessing
-    if ours.crop_pct != 1:
-        raise ValueError(f"model.config.crop_pct must be 1, as open_clip crops no other share, got {ours.crop_pct}")
-    preprocess = transform.PreprocessCfg(ours.size, mean=ours.mean, std=ours.std, interpolation=ours.interpolation)
+    preprocess = transform.PreprocessCfg(**model.preprocessing.open_clip_config())
     require("open_clip.model", "clip").set_model_preprocess_cfg(adapter, asdict(preprocess))
     return adapter, transform.image_transform_v2(preprocess, is_train=False), PromptTokenizer(model.text_tower)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from hyperclip_fast.configs import shipped_configs
 from hyperclip_fast.data.batch import BatchShape
 from hyperclip_fast.data.config import DataConfig
-from hyperclip_fast.hyperclip import HyperCLIPConfig, config_from_dict
+from hyperclip_fast.hyperclip_config import HyperCLIPConfig, config_from_dict
 from hyperclip_fast.utils.class_names import SHORT
 from hyperclip_fast.utils.text_files import parse_yaml, read_yaml
 from hyperclip_fast.utils.typed_config import check_choice, check_types, from_dict

@@ -10,7 +10,7 @@ from hyperclip_fast.data.file_source import ImageSetSource, read_folder, read_ta
 from hyperclip_fast.data.held_out import EvalTask
 from hyperclip_fast.data.picture_source import JoinedSource, picture_source
 from hyperclip_fast.data.pictures import Pictures, load_pictures
-from hyperclip_fast.data.preprocessing import HALF
+from hyperclip_fast.data.preprocessing import Preprocessing
 from hyperclip_fast.data.scenes import MOST_VALUES, evaluation_tasks, scene_source
 from hyperclip_fast.data.shard_source import ShardSource
 from hyperclip_fast.data.transforms import create_reader
@@ -31,20 +31,17 @@ def create_source(
         pictures: those of kind "pictures", where they are loaded already.
 
     Raises:
-        ValueError: for data that is not there, or does not have what a batch takes, or pictures for a model with
-            another mean or std than theirs.
+        ValueError: for data that is not there, or does not have what a batch takes.
     """
     data, shape, pin = run.data, run.train.batch_shape, device.type == "cuda"
     preprocessing = run.model.preprocessing(image_size)
     if pictures is not None or data.kind == "pictures":
-        if not preprocessing.mean == preprocessing.std == HALF:
-            raise ValueError(f"model.mean and model.std must be {HALF} for pictures, got {preprocessing}")
         named = tuple(name for name in data.sets if name != SCENES)
         pictures = pictures or load_pictures(named or ("openmoji",), run.train.picture_size, progress=share.rank == 0)
         if SCENES not in data.sets:
-            source: Source = picture_source(pictures, shape, image_size, share)
+            source: Source = picture_source(pictures, shape, preprocessing, share)
         else:
-            source = _with_scenes(pictures, bool(named), shape, image_size, share)
+            source = _with_scenes(pictures, bool(named), shape, preprocessing, share)
         return source, evaluation_tasks(pictures, data.sets)
     if not data.path:
         raise ValueError(f"data.path must say where the {data.kind} is, as --set data.path=..., got nothing")
@@ -59,7 +56,9 @@ def create_source(
     return ImageSetSource(images, shape, data, reader, share, pin), []
 
 
-def _with_scenes(pictures: Pictures, is_named: bool, shape: BatchShape, image_size: int, share: Share) -> Source:
+def _with_scenes(
+    pictures: Pictures, is_named: bool, shape: BatchShape, preprocessing: Preprocessing, share: Share
+) -> Source:
     """Attribute tasks on scenes of the pictures' training part; half of a batch's tasks where others are names."""
     tasks, (low, high) = shape.tasks_per_batch, shape.class_range
     count = tasks // 2 if is_named else tasks
@@ -67,11 +66,11 @@ def _with_scenes(pictures: Pictures, is_named: bool, shape: BatchShape, image_si
         wanted = "at least 2" if share.world == 1 else f"a multiple of twice the number of processes, {share.world},"
         raise ValueError(f"tasks_per_batch must be {wanted} for scenes beside other pictures, got {tasks}")
     ours = replace(shape, tasks_per_batch=count, classes_per_task=(min(low, MOST_VALUES), min(high, MOST_VALUES)))
-    scenes = scene_source(pictures, ours, image_size, share)
+    scenes = scene_source(pictures, ours, preprocessing, share)
     if not is_named:
         return scenes
     others = replace(shape, tasks_per_batch=tasks - count)
-    return JoinedSource([picture_source(pictures, others, image_size, share), scenes])
+    return JoinedSource([picture_source(pictures, others, preprocessing, share), scenes])
 
 
 def _class_names(data: DataConfig) -> dict[str, str]:

@@ -58,7 +58,7 @@ def _converted(value: Any, kind: Any) -> Any:
         return tuple(_converted(item, items[0]) for item in value)
     if kind is float and type(value) in (int, str):  # YAML reads 1e-3 as a string
         return float(value)
-    if type(value) is not kind:
+    if type(value) is not (get_origin(kind) or kind):
         raise ValueError
     return value
 

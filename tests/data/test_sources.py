@@ -91,8 +91,19 @@ def test_a_models_own_preprocessing_reaches_its_training(tmp_path):
     batch = take(create_source(run, SIDE, Share(), CPU)[0], 1)[0]
     files = [tmp_path / f"{text.removeprefix('picture ')}.jpg" for text in batch.classes[0]]
     assert torch.equal(batch.images, torch.stack([load_image(file, Preprocessing(SIDE, **other)) for file in files]))
-    with pytest.raises(ValueError, match=r"model\.mean and model\.std must be"):
-        create_source(run, SIDE, Share(), CPU, blocks())
+
+
+@pytest.mark.parametrize("sets", [("openmoji",), ("openmoji", "scenes")])
+def test_a_models_own_mean_and_std_reach_rendered_pictures(sets):
+    train, data = TrainConfig(tasks_per_batch=2, classes_per_task=3), DataConfig(sets=sets)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+    models = (tiny_config(mean=mean, std=std), tiny_config())
+    ours, usual = (
+        take(create_source(RunConfig(model, train, data), SIDE, Share(), CPU, blocks())[0], 1)[0].images
+        for model in models
+    )
+    expected = ((usual + 1) / 2 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    torch.testing.assert_close(ours, expected)
 
 
 def test_labels_make_tasks_of_varying_size(tmp_path):
@@ -129,7 +140,7 @@ def test_processes_share_the_batch_of_one(tmp_path, kind, tasks, classes):
 
     def stream(share):
         if kind == "pictures":
-            return picture_source(pictures(), TrainConfig(**train), SIDE, share)
+            return picture_source(pictures(), TrainConfig(**train), Preprocessing(SIDE), share)
         return source(data, share, **train)
 
     for whole, *parts in zip(*(take(stream(share), 3) for share in (Share(), Share(0, 2), Share(1, 2)))):
@@ -147,7 +158,7 @@ def test_a_sampler_of_ones_own_gives_float_images_as_they_are(tmp_path):
             images = torch.full((4, 3, SIDE, SIDE), step / 10)
             return TaskBatch(images, torch.tensor([0, 0, 1, 1]), torch.tensor([[0, 1], [2, 0]]), torch.ones(4) > 0)
 
-    batch = take(TaskSource(Own(), Own.names, BatchShape(), SIDE, Share()), 1, start=3)[0]
+    batch = take(TaskSource(Own(), Own.names, BatchShape(), Preprocessing(SIDE), Share()), 1, start=3)[0]
     assert torch.equal(batch.images, torch.full((4, 3, SIDE, SIDE), 0.3))
     assert batch.classes == (("a", "b"), ("c", "a")) and batch.labels.tolist() == [0, 1, 0, 1]
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hyperclip_fast.data.preprocessing import Preprocessing
-from hyperclip_fast.hyperclip import DEMO_MODEL, HyperCLIP, config_from_dict, load_model
+from hyperclip_fast.hyperclip import DEMO_MODEL, HyperCLIP, load_model
+from hyperclip_fast.hyperclip_config import config_from_dict
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.training.losses import siglip_loss
 from tests.helpers import assert_close

@@ -9,6 +9,7 @@ import torch
 from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
 from hyperclip_fast.data.picture_source import picture_source
 from hyperclip_fast.data.pictures import Pictures
+from hyperclip_fast.data.preprocessing import Preprocessing
 from hyperclip_fast.evaluation.swapping import ELSEWHERE, ROW_SOURCES, accuracy, predict, row_names, swap_test
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
@@ -44,7 +45,7 @@ def pictures(names_per_group=12, per_name=3):
 def trainer_of(model_config, config, out, **options):
     """A Trainer on the pictures."""
     data = pictures()
-    source = picture_source(data, config.batch_shape, 32, share())
+    source = picture_source(data, config.batch_shape, Preprocessing(32), share())
     return Trainer(RunConfig(model_config, config), out, source=source, held_out=held_out_tasks(data), **options)
 
 
