@@ -26,9 +26,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hyperclip_fast.batch_norm_folding import fuse_batch_norms
+from hyperclip_fast.data.image_files import check_images, load_image
 from hyperclip_fast.data.preprocessing import Preprocessing
 from hyperclip_fast.encoders import create_encoder
 from hyperclip_fast.hyper_encoder import HyperEncoder
+from hyperclip_fast.hyper_vit import HyperViT
 from hyperclip_fast.hyperclip_config import HyperCLIPConfig, config_from_dict
 from hyperclip_fast.hypernetwork import HyperNetwork, pad_classes
 from hyperclip_fast.model_card import ModelFacts, model_card
@@ -199,6 +201,60 @@ class HyperCLIP(
         """Images (B, 3, S, S) to embeddings (B, E) of length 1; each with its own row where `params` is given."""
         return F.normalize(self.image(images, params), dim=-1)
 
+    def preprocess(self, images: Any) -> Tensor:
+        """A picture as the model takes it: (3, S, S) on its device, in its dtype; or a list of them, (B, 3, S, S).
+
+        Args:
+            images: a file's path, its content as bytes, or a Pillow image; or a list of such.
+
+        Raises:
+            ValueError: for what is no whole picture, or an empty list.
+        """
+        if isinstance(images, (list, tuple)):
+            if not images:
+                raise ValueError("images must hold at least one picture, got none")
+            return torch.stack([self.preprocess(image) for image in images])
+        return load_image(images, self.preprocessing).to(self.device, self.logit_scale.dtype)
+
+    def check_images(self, images: object) -> None:
+        """Raise ValueError unless these are images (B, 3, S, S) as `preprocess` makes them."""
+        check_images(images, self.preprocessing, fixed_size=isinstance(self.image, HyperViT))
+
+    def predict(self, images: Any, labels: Sequence[str] | Sequence[Sequence[str]]) -> list[str]:
+        """The best class name of each picture; arguments as `predict_proba`."""
+        tasks, _ = _tasks_of(labels)
+        best = self.predict_proba(images, labels).argmax(-1).tolist()
+        return [names[place] for names, place in zip(tasks if len(tasks) == len(best) else tasks * len(best), best)]
+
+    @torch.no_grad()
+    def predict_proba(self, images: Any, labels: Sequence[str] | Sequence[Sequence[str]]) -> Tensor:
+        """Classify pictures by class names alone, in one forward pass; the model must be in eval mode.
+
+        `TaskBank` keeps what this makes of the names, and is the faster way to ask again.
+
+        Args:
+            images: B of them, as `preprocess` takes or makes them.
+            labels: class names for all, or a list of class names for each picture.
+
+        Returns:
+            (B, K) probabilities, column k that of a picture's label k; 0 beyond the labels of one that has fewer.
+
+        Raises:
+            ValueError: for bad pictures, or labels that `check_task` refuses, or of another number.
+        """
+        tasks, is_one = _tasks_of(labels)
+        if not isinstance(images, Tensor):
+            images = self.preprocess(images if isinstance(images, (list, tuple)) else [images])
+        self.check_images(images)
+        if not is_one and len(tasks) != len(images):
+            raise ValueError(f"labels must be lists for each of {len(images)} images, got {len(tasks)}")
+        unique = {task: place for place, task in enumerate(dict.fromkeys(tasks))}
+        ids = torch.tensor([unique[task] for task in tasks], device=self.device).expand(len(images))
+        out = self(images, list(unique), ids)
+        scores = torch.einsum("be,bke->bk", out["image_features"], out["text_features"][ids])
+        logits = out["logit_scale"] * scores + out["logit_bias"]
+        return logits.masked_fill(~out["mask"][ids], -torch.inf).softmax(-1)
+
     def stack_tasks(self, tasks: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
         """Class names of T tasks to text features (T, K, E_text) and mask (T, K); every text is encoded once.
 
@@ -291,6 +347,15 @@ class HyperCLIP(
             "logit_scale": self.logit_scale.exp(),
             "logit_bias": self.logit_bias,
         }
+
+
+def _tasks_of(labels: Sequence[str] | Sequence[Sequence[str]]) -> tuple[list[tuple[str, ...]], bool]:
+    """Tasks, and whether it is one for all pictures."""
+    is_one = not isinstance(labels, str) and any(isinstance(label, str) for label in labels)
+    tasks: Sequence[Any] = [labels] if is_one or isinstance(labels, str) or not len(labels) else labels
+    for task in tasks:
+        check_task(task)
+    return [tuple(task) for task in tasks], is_one
 
 
 def load_model(path: str | Path | None = None, device: str | torch.device = "cpu") -> HyperCLIP:

@@ -6,9 +6,9 @@ images, each with its own task's row, and scores each image against its own task
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams, NormSpec
-from hyperclip_fast.tasks import AdaptedTask, adapt_tasks, check_images, class_logits, rank
+from hyperclip_fast.tasks import AdaptedTask, adapt_tasks, class_logits, rank
 from hyperclip_fast.utils.class_names import check_name, check_named_tasks, check_task
 from hyperclip_fast.utils.files import load_safetensors, save_safetensors
 
@@ -185,7 +185,7 @@ class TaskBank:
             ValueError: for an unknown task, another number of tasks than images, images of another kind or shape, or
                 topk < 1.
         """
-        check_images(self.model, images)
+        self.model.check_images(images)
         if isinstance(tasks, str) or len(tasks) != len(images):
             raise ValueError(f"tasks must name a task for each of {len(images)} images, got {tasks!r}")
         if topk < 1:
@@ -194,6 +194,53 @@ class TaskBank:
             return []
         ranked = rank(self.logits(images, tasks), [self.classes(task) for task in tasks], [topk] * len(tasks))
         return [Prediction(task, *map(tuple, zip(*best))) for task, best in zip(tasks, ranked)]
+
+    def classify_files(
+        self,
+        images: Iterable[Any],
+        tasks: str | Sequence[str],
+        topk: int = 1,
+        batch_size: int = 64,
+        on_error: Callable[[Any, ValueError], None] | None = None,
+    ) -> Iterator[tuple[Any, Prediction]]:
+        """Classify pictures batch by batch, each against its own task's classes; results come as batches finish.
+
+        Args:
+            images: paths, or bytes or Pillow images; read as they are needed. One may come several times.
+            tasks: name of each picture's task, or of the one task of all.
+            topk: classes to report at most.
+            batch_size: pictures in a forward pass.
+            on_error: called with a picture that cannot be read and the reason, and the picture is left out; None: the
+                error is raised.
+
+        Returns:
+            An iterator of pairs, (what `images` held, its Prediction).
+
+        Raises:
+            ValueError: as `classify`; from the iterator.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        pairs = zip(images, repeat(tasks)) if isinstance(tasks, str) else zip(images, tasks, strict=True)
+        while part := list(islice(pairs, batch_size)):
+            loaded = self._load({id(image): image for image, _ in part}.values(), on_error)
+            part = [(image, task) for image, task in part if id(image) in loaded]
+            if part:
+                batch = torch.stack([loaded[id(image)] for image, _ in part])
+                predictions = self.classify(batch, [task for _, task in part], topk)
+                yield from ((image, prediction) for (image, _), prediction in zip(part, predictions))
+
+    def _load(self, images: Iterable[Any], on_error: Callable[[Any, ValueError], None] | None) -> dict[int, Tensor]:
+        """Pictures (3, S, S) by their id; without those that cannot be read."""
+        loaded = {}
+        for image in images:
+            try:
+                loaded[id(image)] = self.model.preprocess(image)
+            except ValueError as error:
+                if on_error is None:
+                    raise
+                on_error(image, error)
+        return loaded
 
     @torch.no_grad()
     def logits(self, images: Tensor, tasks: Sequence[str]) -> Tensor:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperclip_fast.hyper_vit import HyperViT
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.hypernetwork import pad_classes
 from hyperclip_fast.norm_params import NormParams
@@ -87,23 +86,11 @@ def class_logits(
     Raises:
         ValueError: for images of another kind or shape.
     """
-    check_images(model, images)
+    model.check_images(images)
     features = model.encode_image(images, params)
     classes, mask = pad_classes(embeddings)
     scores = torch.einsum("be,bke->bk", features, classes[places].to(features.dtype))
     return (model.logit_scale.exp() * scores + model.logit_bias).masked_fill(~mask[places], -torch.inf)
-
-
-def check_images(model: HyperCLIP, images: object) -> None:
-    """Raise ValueError unless these are images as the model takes them."""
-    side = model.image_size
-    wanted = f"images must be a floating point tensor (B, 3, {side}, {side}), as `model.preprocessing` makes it"
-    if not isinstance(images, Tensor):
-        raise ValueError(f"{wanted}, got {type(images).__module__}.{type(images).__qualname__}")
-    if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(f"{wanted}, got {images.dtype} of shape {tuple(images.shape)}")
-    if isinstance(model.image, HyperViT) and images.shape[2:] != (side, side):  # others take images of any size
-        raise ValueError(f"{wanted}, got shape {tuple(images.shape)}")
 
 
 def rank(logits: Tensor, classes: Sequence[tuple[str, ...]], topk: Sequence[int]) -> list[Ranked]:

@@ -1,6 +1,7 @@
 """Arguments that several commands take, and what they read."""
 
 import argparse
+import csv
 import textwrap
 from pathlib import Path
 
@@ -51,19 +52,47 @@ def add_tasks(parser: argparse.ArgumentParser):
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--labels", metavar="A,B,C", help="class names of a single task, separated by commas")
     group.add_argument("--tasks", metavar="FILE", help="YAML or JSON file that maps tasks to lists of class names")
+    group.add_argument("--bank", metavar="FILE", help="tasks that `hyperclip bank create` or the server saved")
     return group
 
 
-def read_labels(text: str) -> list[str]:
-    """Class names from "cat,dog".
+def load_bank(args: argparse.Namespace):
+    """The TaskBank that `add_tasks` and `add_model` ask for; a saved one needs no text tower.
 
     Raises:
-        ValueError: if there is none, or one comes twice.
+        ValueError: for tasks that are none, or a bank of another model.
     """
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    tasks = given_tasks(args)  # before the model, whose loading takes seconds
+
+    from hyperclip_fast.hyperclip import load_model
+    from hyperclip_fast.task_bank import TaskBank
+
+    model = load_model(args.model, args.device)
+    if tasks is None:
+        return TaskBank.load(args.bank, model)
+    bank = TaskBank(model)
+    bank.add_many(tasks)
+    return bank
+
+
+def given_tasks(args: argparse.Namespace) -> dict[str, list[str]] | None:
+    """Class names by task, of --labels or --tasks; None where there is a bank."""
+    if args.labels is not None:
+        return {"labels": read_labels(args.labels)}
+    return None if args.tasks is None else read_tasks(args.tasks)
+
+
+def read_labels(text: str) -> list[str]:
+    """Class names from "cat,dog"; a name with a comma stands in double quotes, as in CSV.
+
+    Raises:
+        ValueError: if there is none, or one comes twice, or a quote stays open.
+    """
     try:
+        lines = list(csv.reader([text], skipinitialspace=True, strict=True))
+        names = [name.strip() for line in lines for name in line if name.strip()]
         check_task(names)
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         raise ValueError(f"--labels must be distinct class names separated by commas, got {text!r}: {error}") from error
     return names
 

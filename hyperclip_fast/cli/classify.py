@@ -1,14 +1,19 @@
 """hyperclip classify: image files against tasks, in mixed batches."""
 
 import argparse
-from pathlib import Path
+import csv
+import sys
+from collections.abc import Callable
 
-from hyperclip_fast.cli.arguments import add_command, add_model, add_tasks, read_labels, read_tasks
+from hyperclip_fast.cli.arguments import add_command, add_model, add_tasks, load_bank
 from hyperclip_fast.cli.console import as_json, shortened
 
-DESCRIPTION = "Classify image files. The command scores every image in every task, and mixes tasks within a batch."
-EXAMPLE = """example:
+DESCRIPTION = """Classify image files. The command scores every image in every task, and mixes tasks within a batch.
+Results are printed as batches finish. A file that is no whole picture is named on stderr, and then the exit status is
+1."""
+EXAMPLE = """examples:
   hyperclip classify photos/ --labels "cat,dog,parrot"
+  hyperclip classify photos/ --bank tasks.safetensors --csv
 """
 
 
@@ -22,41 +27,68 @@ def add_classify(commands) -> None:
     )
     text = "pairs of an image and a task in a forward pass; default: %(default)s"
     parser.add_argument("--batch-size", type=int, default=64, metavar="B", help=text)
-    parser.add_argument("--json", action="store_true", help="print a JSON object for each image and task")
+    form = parser.add_mutually_exclusive_group()
+    text = "print a line of JSON for each image and task"
+    form.add_argument("--json", "--jsonl", action="store_true", dest="json", help=text)
+    form.add_argument("--csv", action="store_true", help="print a line of CSV for each image, task and class")
+    parser.add_argument("--strict", action="store_true", help="end at the first file that is no whole picture")
     add_model(parser)
     parser.set_defaults(run=_classify)
 
 
-def _classify(args: argparse.Namespace) -> None:
-    import torch
+def _classify(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from hyperclip_fast.data.image_files import find_images, load_image
-    from hyperclip_fast.hyperclip import load_model
-    from hyperclip_fast.task_bank import TaskBank
+    from hyperclip_fast.data.image_files import find_images
 
-    tasks = {"labels": read_labels(args.labels)} if args.labels is not None else read_tasks(args.tasks)
     if args.batch_size < 1 or args.topk < 1:
         raise ValueError(f"--batch-size and --topk must be at least 1, got {args.batch_size} and {args.topk}")
     files = find_images(args.images)
-    model = load_model(args.model, args.device)
-    bank = TaskBank(model)
-    bank.add_many(tasks)
-    work = [(file, task) for file in files for task in tasks]
-    if not args.json:
-        print(f"{'image':<40}{'task':<20}predictions")
-    for start in tqdm(range(0, len(work), args.batch_size), desc="classify", unit="batch", disable=None):
-        part = work[start : start + args.batch_size]
-        loaded = {file: load_image(file, model.preprocessing) for file in dict.fromkeys(file for file, _ in part)}
-        images = torch.stack([loaded[file] for file, _ in part]).to(args.device)
-        for (file, _), prediction in zip(part, bank.classify(images, [task for _, task in part], args.topk)):
-            _print_prediction(file, prediction, args.json)
+    bank = load_bank(args)
+    images = [file for file in files for _ in bank]
+    broken: dict[str, None] = {}  # in order, each once
+
+    def skip(file, error: ValueError) -> None:
+        if str(file) not in broken:
+            tqdm.write(f"hyperclip classify: {error}", file=sys.stderr)
+        broken[str(file)] = None
+
+    show = _printer(args)
+    on_error = None if args.strict else skip
+    predictions = bank.classify_files(images, [*bank] * len(files), args.topk, args.batch_size, on_error)
+    for file, prediction in tqdm(predictions, "classify", len(images), unit="image", disable=_is_quiet()):
+        show(str(file), prediction)
+    if broken:
+        print(f"hyperclip classify: {len(broken)} of {len(files)} images could not be read", file=sys.stderr)
+    return int(bool(broken))
 
 
-def _print_prediction(file: Path, prediction, in_json: bool) -> None:
-    ranked = dict(zip(prediction.names, (round(p, 4) for p in prediction.probabilities)))
-    if in_json:
-        print(as_json({"image": str(file), "task": prediction.task, "predictions": ranked}))
-    else:
-        text = "  ".join(f"{name} {share:.0%}" for name, share in ranked.items())
-        print(f"{shortened(str(file), 38):<40}{prediction.task:<19} {text}")
+def _is_quiet() -> bool:
+    """Whether a bar would be in the way: where nobody sees it, or where the results go to the same terminal."""
+    return not sys.stderr.isatty() or sys.stdout.isatty()
+
+
+def _printer(args: argparse.Namespace) -> Callable:
+    """How an image's name and its Prediction are printed."""
+    if args.csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(("image", "task", "rank", "name", "probability"))
+        return lambda file, found: writer.writerows(
+            (file, found.task, rank, name, round(share, 4))
+            for rank, (name, share) in enumerate(zip(found.names, found.probabilities), 1)
+        )
+    if args.json:
+        return lambda file, found: print(
+            as_json({"image": file, "task": found.task, "predictions": _ranked(found)}), flush=True
+        )
+    print(f"{'image':<40}{'task':<20}predictions")
+    return _print_line
+
+
+def _ranked(prediction) -> dict[str, float]:
+    return dict(zip(prediction.names, (round(share, 4) for share in prediction.probabilities)))
+
+
+def _print_line(file: str, prediction) -> None:
+    text = "  ".join(f"{name} {share:.0%}" for name, share in _ranked(prediction).items())
+    print(f"{shortened(file, 38):<40}{prediction.task:<19} {text}", flush=True)

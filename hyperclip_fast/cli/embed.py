@@ -2,7 +2,7 @@
 
 import argparse
 
-from hyperclip_fast.cli.arguments import add_command, add_model, add_tasks, read_labels, read_tasks
+from hyperclip_fast.cli.arguments import add_command, add_model, add_tasks, given_tasks, load_bank
 
 DESCRIPTION = """Embed images in bulk, for many tasks in one pass. The same command continues a run that was
 stopped. It needs the extra embed."""
@@ -15,7 +15,7 @@ def add_embed(commands) -> None:
     """Add the subcommand to the command line's parser."""
     parser = add_command(commands, "embed", "embed images in bulk", DESCRIPTION, EXAMPLE)
     parser.add_argument("images", nargs="+", metavar="PATH", help="image files, folders, webdataset shards (.tar)")
-    add_tasks(parser).add_argument("--bank", metavar="FILE", help="file that TaskBank.save or the server wrote")
+    add_tasks(parser)
     text = "table with columns image and task; default: every image in every task"
     parser.add_argument("--manifest", metavar="CSV", help=text)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, or of the run to continue")
@@ -36,14 +36,10 @@ def add_embed(commands) -> None:
 def _embed(args: argparse.Namespace) -> None:
     from hyperclip_fast.embed.embedder import EmbedConfig
     from hyperclip_fast.embed.run import embed
-    from hyperclip_fast.hyperclip import load_model
-    from hyperclip_fast.task_bank import TaskBank
 
     config = EmbedConfig(args.format, args.part_size, args.batch_size, args.device)
-    if args.bank is not None:
-        tasks: TaskBank | dict[str, list[str]] = TaskBank.load(args.bank, load_model(args.model, args.device))
-    else:
-        tasks = {"labels": read_labels(args.labels)} if args.labels is not None else read_tasks(args.tasks)
+    given = given_tasks(args)
+    tasks = load_bank(args) if given is None else given
     options = {"ray_workers": args.ray, "threads": args.threads, "progress": True}
     index = embed(args.images, tasks, args.out, config, args.model, args.manifest, **options)
     print(f"{args.out}: {index['images'] - len(index['broken'])} images, {len(index['tasks'])} tasks", end="")

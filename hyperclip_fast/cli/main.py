@@ -69,6 +69,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     """All commands' arguments; the imports are here so that Ctrl-C during them ends quietly, too."""
+    from hyperclip_fast.cli.bank import add_bank
     from hyperclip_fast.cli.bench import add_bench
     from hyperclip_fast.cli.classify import add_classify
     from hyperclip_fast.cli.clip_benchmark import add_clip_benchmark
@@ -89,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(parser=parser)  # whose help is shown where a command is missing
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for add in (
-        *(add_demo, add_classify, add_embed, add_serve, add_train, add_evaluate),
+        *(add_demo, add_classify, add_bank, add_embed, add_serve, add_train, add_evaluate),
         *(add_specialize, add_export, add_bench, add_clip_benchmark),
     ):
         add(commands)

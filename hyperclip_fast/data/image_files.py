@@ -21,6 +21,7 @@ from hyperclip_fast.utils.extras import require
 
 MAX_PIXELS = 64_000_000  # 256 MB as RGBA, while it is decoded
 MAX_BYTES = 128 << 20  # of a file: MAX_PIXELS of a photograph as PNG take about as much
+FAR_OUT = 8  # times the greatest value that preprocessing gives: such images were never normalised
 MAX_RATIO = 16  # of a picture's sides; a longer one loses its ends, far from the centre square
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -75,13 +76,13 @@ def class_folders(path: str | Path) -> list[Path]:
     return sorted(folder for folder in folders if not folder.name.startswith(".") and folder.name not in LEFTOVERS)
 
 
-def open_image(source: str | Path | bytes, max_pixels: int | None = None, max_bytes: int | None = None) -> Any:
+def open_image(source: Any, max_pixels: int | None = None, max_bytes: int | None = None) -> Any:
     """A picture as an RGB Pillow image: upright by its EXIF orientation, on white where it is transparent.
 
     Of an animation it is the first frame. 16-bit grey is scaled to 8 bits, not clipped.
 
     Args:
-        source: a file, or its content.
+        source: a file's path, its content as bytes, or a Pillow image.
         max_pixels: refuse more; None: MAX_PIXELS.
         max_bytes: refuse a longer file; None: MAX_BYTES.
 
@@ -91,8 +92,13 @@ def open_image(source: str | Path | bytes, max_pixels: int | None = None, max_by
     """
     max_pixels, max_bytes = max_pixels or MAX_PIXELS, max_bytes or MAX_BYTES
     image_module, ops = require("PIL.Image", "clip"), require("PIL.ImageOps", "clip")
+    if not isinstance(source, (str, Path, bytes, image_module.Image)):
+        wanted = "a file's path, its content as bytes, or a Pillow image"
+        raise ValueError(f"source must be {wanted}, got {type(source).__module__}.{type(source).__qualname__}")
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
+        if isinstance(source, image_module.Image):
+            return _on_white(ops.exif_transpose(source), image_module, name)
         content = source if isinstance(source, bytes) else _read(source, max_bytes)
         if len(content) > max_bytes:
             raise _Refused(f"of at most {max_bytes} bytes, got {name}")
@@ -109,13 +115,36 @@ def open_image(source: str | Path | bytes, max_pixels: int | None = None, max_by
         raise ValueError(f"source must be a whole image file ({', '.join(FORMATS)}), got {name}: {reason}") from error
 
 
-def load_image(source: str | Path | bytes, preprocessing: Preprocessing) -> Tensor:
+def load_image(source: Any, preprocessing: Preprocessing) -> Tensor:
     """A picture as (3, S, S) float32, normalised: what `open_image` gives, through `image_transform`.
 
     Raises:
         ValueError: as `open_image`.
     """
     return image_transform(preprocessing)(open_image(source))
+
+
+def check_images(images: object, preprocessing: Preprocessing, fixed_size: bool) -> None:
+    """Raise ValueError unless these are images as a model takes them.
+
+    Args:
+        images: what came.
+        preprocessing: the model's.
+        fixed_size: whether it takes images of that size alone.
+    """
+    side = preprocessing.size
+    wanted = f"images must be a floating point tensor (B, 3, {side}, {side}), as `model.preprocess` makes it"
+    if not isinstance(images, Tensor):
+        raise ValueError(f"{wanted}, got {type(images).__module__}.{type(images).__qualname__}")
+    if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(f"{wanted}, got {images.dtype} of shape {tuple(images.shape)}")
+    if fixed_size and images.shape[2:] != (side, side):
+        raise ValueError(f"{wanted}, got shape {tuple(images.shape)}")
+    if images.device.type == "cpu" and images.numel():  # elsewhere the host would wait for it
+        low, high = preprocessing.low_and_high
+        found = images.abs().amax().item()
+        if found > FAR_OUT * max(-low, high):
+            raise ValueError(f"{wanted}, with values from {low:.2f} to {high:.2f}, got values up to {found:.4g}")
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """The command line as a user meets it: tables, JSON, files written, errors without tracebacks."""
 
+import csv
+import io
 import json
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from hyperclip_fast.cli.main import main
 from hyperclip_fast.data.image_files import load_image
 from hyperclip_fast.data.preprocessing import Preprocessing
 from hyperclip_fast.task_bank import TaskBank
-from tests.towers import patch_text_tower, tiny_model
+from tests.towers import HashTower, patch_text_tower, tiny_model
 
 
 @pytest.fixture
@@ -111,13 +113,47 @@ def test_refused_task_files(tmp_path, content):
         read_tasks(tmp_path / "tasks.json")
 
 
-def test_damaged_images_are_refused_by_name(model, photos, capsys):
+def test_damaged_images_are_named_and_the_others_classified(model, photos, tmp_path, capsys):
+    (tmp_path / "tasks.json").write_text('{"one": ["a", "b"], "two": ["c"]}')
+    arguments = ["classify", str(photos), "--tasks", str(tmp_path / "tasks.json"), "--model", model, "--json"]
+    assert main(arguments) == 0
+    whole = [line for line in capsys.readouterr().out.splitlines() if "red.png" not in line]
     (photos / "red.png").write_bytes((photos / "red.png").read_bytes()[:50])
-    assert main(["classify", str(photos), "--labels", "a,b", "--model", model]) == 2
+    assert main([*arguments, "--batch-size", "3"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == whole and len(whole) == 4
+    assert shown.err.count("red.png") == 1 and "1 of 3 images could not be read" in shown.err
+    assert main([*arguments, "--strict"]) == 2
     assert "red.png" in capsys.readouterr().err
 
 
-COMMANDS = "demo classify embed train evaluate specialize export serve bench clip-benchmark"
+def test_classify_in_csv(model, photos, capsys):
+    arguments = ["classify", str(photos), "--labels", '"bow, tie",hat', "--model", model]
+    assert main([*arguments, "--csv"]) == 0
+    lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert main([*arguments, "--jsonl"]) == 0
+    expected = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["image"], line["name"], float(line["probability"])) for line in lines] == [
+        (line["image"], name, share) for line in expected for name, share in line["predictions"].items()
+    ]
+    assert {line["name"] for line in lines} == {"bow, tie", "hat"}
+    assert [line["rank"] for line in lines] == ["1", "2"] * 3
+
+
+def test_a_saved_bank_classifies_as_its_tasks_without_a_text_tower(model, photos, tmp_path, monkeypatch, capsys):
+    tasks, bank = tmp_path / "tasks.json", tmp_path / "tasks.safetensors"
+    tasks.write_text('{"one": ["a", "b"], "two": ["c", "d"]}')
+    arguments = ["classify", str(photos), "--model", model, "--json"]
+    assert main([*arguments, "--tasks", str(tasks)]) == 0
+    expected = capsys.readouterr().out
+    assert main(["bank", "create", "--tasks", str(tasks), "--out", str(bank), "--model", model]) == 0
+    assert "2 tasks, 4 class names" in capsys.readouterr().out
+    monkeypatch.setattr(HashTower, "encode", None)
+    assert main([*arguments, "--bank", str(bank)]) == 0
+    assert capsys.readouterr().out == expected
+
+
+COMMANDS = "demo classify bank embed train evaluate specialize export serve bench clip-benchmark"
 
 
 @pytest.mark.parametrize("command", COMMANDS.split())

@@ -7,12 +7,15 @@ import socket
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from hyperclip_fast.data.image_files import load_image
 from hyperclip_fast.data.preprocessing import Preprocessing
 from hyperclip_fast.hyperclip import DEMO_MODEL, HyperCLIP, load_model
 from hyperclip_fast.hyperclip_config import config_from_dict
 from hyperclip_fast.norm_params import NormParams
+from hyperclip_fast.task_bank import TaskBank
 from hyperclip_fast.training.losses import siglip_loss
 from tests.helpers import assert_close
 from tests.towers import HashTower, patch_text_tower, tiny_config, tiny_model
@@ -32,6 +35,52 @@ def test_a_new_model_gives_the_base_row_to_every_task():
     params = model.adapt(TASKS)
     assert torch.equal(params.table, model.image.base_params.table.expand(3, -1))
     assert torch.equal(model.encode_image(IMAGES, params[[0, 1, 2, 0, 1, 2]]), model.encode_image(IMAGES, params[IDS]))
+
+
+def test_predict_equals_the_bank(tmp_path):
+    model, bank = tiny_model(), TaskBank(tiny_model())
+    bank.add_many({str(i): task for i, task in enumerate(TASKS)})
+    expected = bank.classify(IMAGES, [str(int(i)) for i in IDS], topk=4)
+    labels = [TASKS[i] for i in IDS]
+    shares = model.predict_proba(IMAGES, labels)
+    assert model.predict(IMAGES, labels) == [prediction.names[0] for prediction in expected]
+    for task, ours, prediction in zip(labels, shares, expected):
+        ours = dict(zip(task, ours.tolist()))
+        assert ours == pytest.approx(dict(zip(prediction.names, prediction.probabilities)), abs=1e-5)
+    assert shares.shape == (6, 4) and (shares[2, 2:] == 0).all()
+    one = model.predict_proba(IMAGES, TASKS[1])
+    torch.testing.assert_close(one[[2, 3]], shares[[2, 3], :2], rtol=0, atol=1e-5)
+    assert model.predict(IMAGES[:0], TASKS[1]) == []
+
+
+def test_predict_takes_pictures(tmp_path):
+    model = tiny_model()
+    Image.effect_noise((40, 50), 90).convert("RGB").save(tmp_path / "a.png")
+    batch = load_image(tmp_path / "a.png", model.preprocessing)[None]
+    for one in (tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes()):
+        assert torch.equal(model.preprocess(one)[None], batch)
+        assert torch.equal(model.predict_proba(one, TASKS[0]), model.predict_proba(batch, TASKS[0]))
+    with Image.open(tmp_path / "a.png") as image:
+        assert torch.equal(model.preprocess([image, image]), batch.expand(2, -1, -1, -1))
+    assert model.predict([tmp_path / "a.png"] * 2, [TASKS[0], TASKS[1]])[0] in TASKS[0]
+
+
+@pytest.mark.parametrize(
+    "images, labels, message",
+    [
+        (IMAGES, "cat", "non-empty list of class names"),
+        (IMAGES, [], "non-empty list of class names"),
+        (IMAGES, ["cat", ["dog"]], "non-empty list of class names|text that is not blank"),
+        (IMAGES, [["cat"], ["dog"]], "labels must be lists for each of 6 images, got 2"),
+        (IMAGES, ["cat", "cat"], "distinct"),
+        (IMAGES[0], ["cat"], r"images must be .* got .*\(3, 32, 32\)"),
+        (IMAGES[0].numpy(), ["cat"], "source must be a file's path.* got numpy.ndarray"),
+        ([], ["cat"], "images must hold at least one picture"),
+    ],
+)
+def test_predict_refuses(images, labels, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model().predict(images, labels)
 
 
 def test_a_mixed_batch_equals_the_specialised_stock_models():

@@ -231,6 +231,41 @@ def test_classes_twice_are_refused(bank):
     assert bank.tasks == tuple(TASKS)
 
 
+def pictures(folder, count=5):
+    """Files of single colours."""
+    files = [folder / f"{i}.png" for i in range(count)]
+    for i, file in enumerate(files):
+        Image.new("RGB", (40, 30 + i), (40 * i, 255 - 40 * i, 90)).save(file)
+    return files
+
+
+def test_files_are_classified_as_they_come(bank, tmp_path):
+    files = pictures(tmp_path)
+    tasks = ["pets", "food", "many", "one", "pets"]
+    expected = bank.classify(bank.model.preprocess(files), tasks, topk=2)
+    sources = [files[0], str(files[1]), files[2].read_bytes(), Image.open(files[3]), files[4]]
+    for size in (1, 2, 64):
+        found = list(bank.classify_files(iter(sources), tasks, topk=2, batch_size=size))
+        assert [image for image, _ in found] == sources
+        for (_, ours), theirs in zip(found, expected):
+            assert (ours.task, ours.names) == (theirs.task, theirs.names)
+            assert ours.probabilities == pytest.approx(theirs.probabilities, abs=1e-5)
+    assert [found.task for _, found in bank.classify_files(files[:2], "food")] == ["food", "food"]
+
+
+def test_files_that_are_broken_are_left_out_or_end_it(bank, tmp_path):
+    files = pictures(tmp_path, 3)
+    files[1].write_bytes(b"none")
+    broken = []
+    found = list(bank.classify_files(files, "pets", batch_size=1, on_error=lambda *error: broken.append(error)))
+    assert [image for image, _ in found] == [files[0], files[2]]
+    assert [image for image, _ in broken] == [files[1]] and "whole image file" in str(broken[0][1])
+    with pytest.raises(ValueError, match=r"1\.png"):
+        list(bank.classify_files(files, "pets"))
+    with pytest.raises(ValueError):
+        list(bank.classify_files(files, ["pets"]))
+
+
 @pytest.mark.parametrize(
     "images, got",
     [
@@ -241,10 +276,11 @@ def test_classes_twice_are_refused(bank):
         ((255 * IMAGES[:1]).byte(), "torch.uint8"),
         (IMAGES[:1, :1], r"shape \(1, 1, 32, 32\)"),
         (IMAGES[:1, :, :16], r"shape \(1, 3, 16, 32\)"),
+        (IMAGES[:1].clamp(0, 1) * 255, "values up to 255"),
     ],
-    ids=["PIL", "list", "array", "one", "bytes", "grey", "size"],
+    ids=["PIL", "list", "array", "one", "bytes", "grey", "size", "range"],
 )
 def test_other_images_are_refused_with_what_was_expected(images, got, bank):
-    wanted = r"images must be a floating point tensor \(B, 3, 32, 32\), as `model.preprocessing` makes it"
-    with pytest.raises(ValueError, match=f"{wanted}, got .*{got}"):
+    wanted = r"images must be a floating point tensor \(B, 3, 32, 32\), as `model.preprocess` makes it"
+    with pytest.raises(ValueError, match=f"{wanted}.* got .*{got}"):
         bank.classify(images, ["pets"])
