@@ -36,6 +36,7 @@ from hyperclip_fast.hypernetwork import HyperNetwork, pad_classes
 from hyperclip_fast.model_card import ModelFacts, model_card
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.text import TextTower, create_text_tower
+from hyperclip_fast.text_head import create_text_head
 from hyperclip_fast.utils.class_names import check_class_lists, check_task
 from hyperclip_fast.utils.files import save_safetensors, write_file
 
@@ -72,7 +73,9 @@ class HyperCLIP(
         self.text = self._create_text_tower() if config.train_text else None
         if config.text_dim is None:
             config.text_dim = self.text_tower.dim
-        self.text_projection = nn.Linear(config.text_dim, config.embed_dim, bias=False)
+        self.text_projection = create_text_head(
+            config.text_head, config.text_dim, config.embed_dim, config.text_anchors, config.text_gamma
+        )
         self.hypernetwork = self._create_hypernetwork(config.text_dim) if config.conditioned else None
         self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
         self.logit_bias = nn.Parameter(torch.tensor(config.init_logit_bias))
@@ -185,7 +188,7 @@ class HyperCLIP(
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Texts to features (K, E_text) in the model's dtype, before projection: what the hypernetwork reads."""
-        return self.text_tower.encode(texts).to(self.text_projection.weight.dtype)
+        return self.text_tower.encode(texts).to(self.logit_scale.dtype)
 
     def project_text(self, text_features: Tensor) -> Tensor:
         """Text features (..., E_text) to class embeddings (..., E) of length 1."""

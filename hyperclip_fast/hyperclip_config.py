@@ -10,7 +10,10 @@ from hyperclip_fast.timm_models import model_options
 from hyperclip_fast.utils.typed_config import check_choice, check_types, from_dict
 
 # Left out of config.json where they are as they were before there were such fields.
-OPTIONAL = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "fill_color", "image_kwargs", "image_head")
+OPTIONAL = (
+    *("mean", "std", "interpolation", "crop_pct", "crop_mode", "fill_color"),
+    *("image_kwargs", "image_head", "text_head", "text_anchors", "text_gamma"),
+)
 
 
 @dataclass
@@ -37,6 +40,9 @@ class HyperCLIPConfig:
         train_text: train the text tower, too; a frozen one is built at first use and never saved.
         templates: prompt templates, averaged in embedding space; empty: the bare name.
         text_dim: width of the text features; None: asked of the text tower.
+        text_head: what makes class embeddings of text features, "linear", "kernel" or "identity": see `text_head`.
+        text_anchors: anchors of the kernel.
+        text_gamma: of the kernel.
         hyper_width: width of the hypernetwork.
         hyper_depth: its blocks.
         hyper_heads: its attention heads.
@@ -71,6 +77,9 @@ class HyperCLIPConfig:
     train_text: bool = False
     templates: tuple[str, ...] = ()
     text_dim: int | None = None
+    text_head: str = "linear"
+    text_anchors: int = 0
+    text_gamma: float = 6.0
     hyper_width: int = 256
     hyper_depth: int = 2
     hyper_heads: int = 4

@@ -374,4 +374,8 @@ def _config(model: HyperCLIP) -> str:
     config = model.config
     names = ("img_size", "num_heads", "global_pool", "hyper_heads", "hyper_pool")
     values = {name: getattr(config, name) for name in names}
+    if config.text_head == "kernel":
+        values["text_gamma"] = config.text_gamma
+    if config.image_kwargs:
+        values["image_kwargs"] = config.image_kwargs
     return json.dumps({"image_tower": config.image_tower.removeprefix("hyper_"), **values})

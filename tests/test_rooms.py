@@ -21,7 +21,8 @@ FLOORS = (
     ("cli",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-MOST_FILES = 19  # of a folder, its __init__.py not counted
+MOST_FILES = 17  # of a folder, its __init__.py not counted
+MOST_AT_ROOT = 19  # the models, flat
 PARTS = {"hyperclip_fast": "hyperclip_fast", "kernels": "hyperclip_fast.kernels", "bench": "hyperclip_fast.bench"}
 
 
@@ -103,4 +104,5 @@ def test_no_folder_is_a_corridor(part):
     for folder in [ROOT / part, *(ROOT / part).rglob("*")]:
         if folder.is_dir():
             files = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
-            assert len(files) <= MOST_FILES, f"{folder.relative_to(ROOT)} has {len(files)} files: {sorted(files)}"
+            most = MOST_AT_ROOT if folder == ROOT / "hyperclip_fast" else MOST_FILES
+            assert len(files) <= most, f"{folder.relative_to(ROOT)} has {len(files)} files: {sorted(files)}"

@@ -53,10 +53,10 @@ class PromptEncoder(nn.Module):
 
     Args:
         tower: the text tower.
-        projection: to E.
+        projection: the text head.
     """
 
-    def __init__(self, tower: TextTower, projection: nn.Linear):
+    def __init__(self, tower: TextTower, projection: nn.Module):
         super().__init__()
         self.tower, self.projection = tower, projection
 
@@ -68,7 +68,7 @@ class PromptEncoder(nn.Module):
             length = max(1, int(mask.any(0).sum()))
             ids = text.where(mask, self.tower.pad_id)
             features = self.tower(ids[:, :length], mask[:, :length].long())
-        return self.projection(features.to(self.projection.weight.dtype))
+        return self.projection(features.to(next(self.projection.parameters(), features).dtype))
 
 
 class OpenCLIPModel(nn.Module):
@@ -152,7 +152,7 @@ def prompt_features(model: HyperCLIP, class_names: Sequence[str], templates: Tem
     prompts = [_prompts(name, templates) for name in class_names]
     embeddings = model.text_tower.encode_prompts([prompt for each in prompts for prompt in each])
     averaged = [average_prompts(part) for part in embeddings.split([len(each) for each in prompts])]
-    return torch.stack(averaged).to(model.text_projection.weight.dtype)
+    return torch.stack(averaged).to(model.logit_scale.dtype)
 
 
 def _prompts(name: str, templates: Templates) -> list[str]:

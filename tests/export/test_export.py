@@ -96,9 +96,12 @@ def test_mixed_serves_every_task_of_a_bank(bank, tmp_path, format):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format, templates", [("onnx", ()), ("torch", ("a {}", "the {} here"))])
-def test_text_makes_a_task(tmp_path, format, templates):
-    model = tiny_model(text_tower=TEXT, templates=templates, depth=1)
+@pytest.mark.parametrize(
+    "format, templates, head",
+    [("onnx", (), {"text_head": "kernel", "text_anchors": 7}), ("torch", ("a {}", "the {} here"), {})],
+)
+def test_text_makes_a_task(tmp_path, format, templates, head):
+    model = tiny_model(text_tower=TEXT, templates=templates, depth=1, **head)
     run, metadata = written(text_graph(model), tmp_path, format)
     assert metadata["text_tower"] == TEXT and json.loads(metadata["templates"]) == list(templates)
     tower = model.text_tower
