@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -35,6 +35,8 @@ from hyperclip_fast.hyperclip_config import HyperCLIPConfig, config_from_dict
 from hyperclip_fast.hypernetwork import HyperNetwork, pad_classes
 from hyperclip_fast.model_card import ModelFacts, model_card
 from hyperclip_fast.norm_params import NormParams
+from hyperclip_fast.pretrained.open_clip import open_clip_parts
+from hyperclip_fast.pretrained.parts import Parts
 from hyperclip_fast.text import TextTower, create_text_tower
 from hyperclip_fast.text_head import create_text_head
 from hyperclip_fast.utils.class_names import check_class_lists, check_task
@@ -60,9 +62,10 @@ class HyperCLIP(
 
     Args:
         config: see HyperCLIPConfig; a mapping of its fields will do. The model keeps a copy.
+        text_tower: an own one, in place of the named one.
     """
 
-    def __init__(self, config: HyperCLIPConfig | dict[str, Any]):
+    def __init__(self, config: HyperCLIPConfig | dict[str, Any], text_tower: TextTower | None = None):
         super().__init__()
         config = config_from_dict(config) if isinstance(config, dict) else replace(config)
         self.config = config
@@ -70,7 +73,12 @@ class HyperCLIP(
         if config.freeze_statistics and isinstance(self.image, HyperEncoder):
             self.image.freeze_statistics()
         self._frozen_text: list[TextTower] = []  # a list, so that it is no submodule: neither saved nor trained
-        self.text = self._create_text_tower() if config.train_text else None
+        if text_tower is not None:
+            text_tower.set_templates(config.templates)
+            text_tower.freeze(not config.train_text)
+        self.text = (text_tower or self._create_text_tower()) if config.train_text else None
+        if text_tower is not None and not config.train_text:
+            self._frozen_text.append(text_tower)
         if config.text_dim is None:
             config.text_dim = self.text_tower.dim
         self.text_projection = create_text_head(
@@ -79,6 +87,48 @@ class HyperCLIP(
         self.hypernetwork = self._create_hypernetwork(config.text_dim) if config.conditioned else None
         self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
         self.logit_bias = nn.Parameter(torch.tensor(config.init_logit_bias))
+
+    @classmethod
+    def from_open_clip(
+        cls,
+        model: str | nn.Module,
+        pretrained: str | None = None,
+        *,
+        name: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> "HyperCLIP":
+        """An open_clip model under a new hypernetwork, in eval mode.
+
+        The new hypernetwork writes the base row, so embeddings and logits are open_clip's until it is trained.
+
+        Args:
+            model: one of `open_clip.list_models()`, or hf-hub:<hub id>, or local-dir:<folder>; or such a model.
+            pretrained: tag, or a checkpoint file; None: random weights.
+            name: which of `open_clip.list_models()` a model is; None: found by its text tower.
+            config: fields of HyperCLIPConfig that shall differ, such as hyper_width, modulate or train_text.
+
+        Raises:
+            ValueError: for an unknown model or tag, an image tower that timm does not have, or a config that does not
+                go with the weights.
+        """
+        return cls.from_parts(open_clip_parts(model, pretrained, name), config)
+
+    @classmethod
+    def from_parts(cls, parts: Parts, config: Mapping[str, Any] | None = None) -> "HyperCLIP":
+        """The parts of pretrained models, see `hyperclip_fast.pretrained`, under a new hypernetwork, in eval mode."""
+        start = {"freeze_statistics": True, **parts.image.fields, **parts.fields}
+        for key, value in (("init_logit_scale", parts.logit_scale), ("init_logit_bias", parts.logit_bias)):
+            if value is not None:
+                start[key] = value
+        made = cls(config_from_dict({**start, **(config or {})}), parts.text)
+        try:
+            made.image.load_state_dict(parts.image.state)
+            if parts.text_head:
+                made.text_projection.load_state_dict(parts.text_head)
+        except RuntimeError as error:
+            got = dict(config or {})
+            raise ValueError(f"config must go with the pretrained weights, got {got}: {error}") from error
+        return made.eval()
 
     def _create_text_tower(self) -> TextTower:
         config = self.config

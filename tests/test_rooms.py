@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     ("utils", "version", "configs", "kernels"),
     ("data",),
+    ("text",),
+    ("pretrained",),
     ("models",),
     ("evaluation",),
     ("training",),

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperclip_fast import text as text_module
 from hyperclip_fast.text import TextTransformerConfig, create_text_tower, minilm_folder
 
 TEXTS = ["cat", "a red apple", "the digit nine", "flag of cote d'ivoire", "person in a very long and wordy steamy room"]
@@ -65,7 +64,7 @@ def test_minilm_knows_meaning(minilm):
 def test_minilm_refuses_other_weights(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"others")
-    monkeypatch.setattr(text_module, "package_folder", lambda package, extra: tmp_path)
+    monkeypatch.setattr("hyperclip_fast.text.hf_tower.package_folder", lambda package, extra: tmp_path)
     with pytest.raises(ValueError, match="SHA-256"):
         create_text_tower("minilm")
 
@@ -133,7 +132,7 @@ def test_padding_changes_nothing(tower):
 def test_many_texts_are_encoded_in_pieces(small, monkeypatch):
     texts = [f"thing {i}" for i in range(7)]
     whole = small.encode(texts)
-    monkeypatch.setattr(text_module, "BATCH", 3)
+    monkeypatch.setattr("hyperclip_fast.text.tower.BATCH", 3)
     torch.testing.assert_close(small.encode(texts), whole, atol=1e-6, rtol=0)
 
 
