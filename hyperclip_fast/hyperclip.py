@@ -20,7 +20,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelCard, PyTorchModelHubMixin, get_hf_file_metadata, hf_hub_url
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, http_backoff
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -37,12 +37,15 @@ from hyperclip_fast.model_card import ModelFacts, model_card
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.pretrained.open_clip import open_clip_parts
 from hyperclip_fast.pretrained.parts import Parts
-from hyperclip_fast.text import TextTower, create_text_tower
+from hyperclip_fast.pretrained.timm import timm_parts
+from hyperclip_fast.pretrained.transformers import transformers_parts
+from hyperclip_fast.text import TextTower, create_text_tower, load_text_tower, weights_sha256
 from hyperclip_fast.text_head import create_text_head
 from hyperclip_fast.utils.class_names import check_class_lists, check_task
-from hyperclip_fast.utils.files import save_safetensors, write_file
+from hyperclip_fast.utils.files import save_safetensors, write_file, written_folder
 
 DEMO = "demo"  # the name of the checkpoint that this package ships
+TEXT_FOLDER = "text"  # in a model's folder
 DEMO_MODEL = Path(__file__).with_name("assets") / "demo"
 MODEL_SUFFIXES = (".bin", ".ckpt", ".json", ".pt", ".pth", ".safetensors", ".yaml")  # of files; no hub id ends so
 WANTED = f'a folder with config.json and model.safetensors, a hub id "owner/name", or "{DEMO}"'
@@ -62,23 +65,28 @@ class HyperCLIP(
 
     Args:
         config: see HyperCLIPConfig; a mapping of its fields will do. The model keeps a copy.
-        text_tower: an own one, in place of the named one.
+        own_text: a text tower in place of the one that the config names.
     """
 
-    def __init__(self, config: HyperCLIPConfig | dict[str, Any], text_tower: TextTower | None = None):
+    def __init__(self, config: HyperCLIPConfig | dict[str, Any], own_text: TextTower | None = None):
         super().__init__()
         config = config_from_dict(config) if isinstance(config, dict) else replace(config)
         self.config = config
         self.image = create_encoder(config.image_tower, False, config.modulate, **config.timm_kwargs())
         if config.freeze_statistics and isinstance(self.image, HyperEncoder):
             self.image.freeze_statistics()
+        self._include_text: bool | None = None
         self._frozen_text: list[TextTower] = []  # a list, so that it is no submodule: neither saved nor trained
-        if text_tower is not None:
-            text_tower.set_templates(config.templates)
-            text_tower.freeze(not config.train_text)
-        self.text = (text_tower or self._create_text_tower()) if config.train_text else None
-        if text_tower is not None and not config.train_text:
-            self._frozen_text.append(text_tower)
+        self._text_folder: Path | None = None  # where a frozen one was saved
+        self._own_text = own_text is not None  # and its name does not lead to it
+        if own_text is not None:
+            own_text.set_templates(config.templates)
+            own_text.freeze(not config.train_text)
+        self.text = (own_text or self._create_text_tower()) if config.train_text else None
+        if own_text is not None and not config.train_text:
+            self._frozen_text.append(own_text)
+        if self.text is None and config.text_sha256 is None and (own_text is not None or config.text_dim is None):
+            config.text_sha256 = weights_sha256(self.text_tower)  # of a new model; older ones on disk have none
         if config.text_dim is None:
             config.text_dim = self.text_tower.dim
         self.text_projection = create_text_head(
@@ -114,6 +122,42 @@ class HyperCLIP(
         return cls.from_parts(open_clip_parts(model, pretrained, name), config)
 
     @classmethod
+    def from_timm(
+        cls,
+        image: str,
+        text: str = "minilm",
+        *,
+        weights: str | bool = True,
+        config: Mapping[str, Any] | None = None,
+    ) -> "HyperCLIP":
+        """A timm model with its weights, beside any text tower, in eval mode; the projections of both are new.
+
+        Args:
+            image: timm's name, such as efficientnet_b0.ra_in1k.
+            text: a text tower's name, see `text.create_text_tower`.
+            weights: True: what timm has under the name; a file or "pip:<package>": those; False: random ones.
+            config: fields of HyperCLIPConfig that shall differ, such as embed_dim.
+
+        Raises:
+            ValueError: for an unknown name, or weights or a config that do not fit.
+        """
+        sizes = {"embed_dim": config["embed_dim"]} if config and "embed_dim" in config else {}
+        return cls.from_parts(timm_parts(image, text, weights, **sizes), config)
+
+    @classmethod
+    def from_transformers(cls, source: str | Path, *, config: Mapping[str, Any] | None = None) -> "HyperCLIP":
+        """A CLIP or SigLIP of transformers under a new hypernetwork, in eval mode; see `from_open_clip`.
+
+        Args:
+            source: hub id, or a folder with the model, its tokenizer and its image processor.
+            config: fields of HyperCLIPConfig that shall differ.
+
+        Raises:
+            ValueError: for another model, or a config that does not go with the weights.
+        """
+        return cls.from_parts(transformers_parts(source), config)
+
+    @classmethod
     def from_parts(cls, parts: Parts, config: Mapping[str, Any] | None = None) -> "HyperCLIP":
         """The parts of pretrained models, see `hyperclip_fast.pretrained`, under a new hypernetwork, in eval mode."""
         start = {"freeze_statistics": True, **parts.image.fields, **parts.fields}
@@ -121,6 +165,7 @@ class HyperCLIP(
             if value is not None:
                 start[key] = value
         made = cls(config_from_dict({**start, **(config or {})}), parts.text)
+        made._own_text = not parts.text_is_named
         try:
             made.image.load_state_dict(parts.image.state)
             if parts.text_head:
@@ -132,7 +177,15 @@ class HyperCLIP(
 
     def _create_text_tower(self) -> TextTower:
         config = self.config
-        tower = create_text_tower(config.text_tower, trainable=config.train_text, templates=config.templates)
+        options: dict[str, Any] = {"trainable": config.train_text, "templates": config.templates}
+        if self._text_folder is not None:
+            tower = load_text_tower(config.text_tower, self._text_folder, **options)
+        else:
+            tower = create_text_tower(config.text_tower, **options)
+        if config.text_sha256 not in (None, got := weights_sha256(tower)) and not config.train_text:
+            wanted = f"the weights that the model was made with, of SHA-256 {config.text_sha256}"
+            kept = "save_pretrained(..., include_text=True) keeps them with the model"
+            raise ValueError(f"text_tower must have {wanted}, got {got} from {config.text_tower}; {kept}")
         if config.text_dim not in (None, tower.dim):
             raise ValueError(f"text_dim must be {tower.dim}, as {config.text_tower} has it, got {config.text_dim}")
         return tower
@@ -150,9 +203,25 @@ class HyperCLIP(
             learned_tokens=config.learned_tokens,
         )
 
+    def save_pretrained(self, save_directory: str | Path, *, include_text: bool | None = None, **options: Any) -> Any:
+        """Write config.json, model.safetensors and README.md into a folder.
+
+        Args:
+            save_directory: the folder.
+            include_text: also keep the frozen text tower and its tokenizer, in text/, so that the folder works offline;
+                None: where the tower's name does not lead to its weights.
+            **options: as huggingface_hub's mixin takes them: repo_id, push_to_hub, model_card_kwargs, ...
+        """
+        self._include_text = include_text
+        return super().save_pretrained(save_directory, **options)
+
     def _save_pretrained(self, save_directory: Path) -> None:
+        is_kept = self._own_text if self._include_text is None else self._include_text
+        if is_kept:
+            with written_folder(save_directory / TEXT_FOLDER, replace=True) as folder:
+                self.text_tower.save(folder)
         save_safetensors(self.state_dict(), save_directory / "model.safetensors", {"format": "pt"})
-        write_file(save_directory / "config.json", self.config.to_json())
+        write_file(save_directory / "config.json", replace(self.config, text_included=is_kept).to_json())
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "HyperCLIP":
@@ -180,7 +249,13 @@ class HyperCLIP(
     def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options: Any) -> "HyperCLIP":
         if "config" not in options:
             raise ValueError(f"model must be a folder with config.json, or a hub id, got {model_id}")
-        return super()._from_pretrained(model_id=model_id, strict=strict, **options)
+        config = config_from_dict(options["config"])
+        folder = _text_folder(model_id, options) if config.text_included else None
+        if folder is not None and config.train_text:
+            options["own_text"] = load_text_tower(config.text_tower, folder)
+        model = super()._from_pretrained(model_id=model_id, strict=strict, **options)
+        model._text_folder, model._own_text = folder, folder is not None
+        return model
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
@@ -441,6 +516,15 @@ def _find_model(place: str | Path) -> str | Path:
     if not str(place) or not (Path(place).is_dir() or is_hub_id):
         raise ValueError(f"model must be {WANTED}, got {str(place) or 'nothing'}, which is no folder")
     return place
+
+
+def _text_folder(model_id: str, options: dict[str, Any]) -> Path:
+    """Where a model's own text tower lies, from the hub if need be."""
+    if Path(model_id).is_dir():
+        return Path(model_id) / TEXT_FOLDER
+    names = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+    taken = {name: options[name] for name in names if options.get(name) is not None}
+    return Path(snapshot_download(model_id, allow_patterns=f"{TEXT_FOLDER}/*", **taken)) / TEXT_FOLDER
 
 
 def _hub_answers(repo: str, options: dict[str, Any]) -> bool:

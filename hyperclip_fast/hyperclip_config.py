@@ -12,7 +12,7 @@ from hyperclip_fast.utils.typed_config import check_choice, check_types, from_di
 # Left out of config.json where they are as they were before there were such fields.
 OPTIONAL = (
     *("mean", "std", "interpolation", "crop_pct", "crop_mode", "fill_color"),
-    *("image_kwargs", "image_head", "text_head", "text_anchors", "text_gamma"),
+    *("image_kwargs", "image_head", "text_sha256", "text_included", "text_head", "text_anchors", "text_gamma"),
 )
 
 
@@ -37,10 +37,12 @@ class HyperCLIPConfig:
         freeze_statistics: BatchNorms keep to their running statistics in training.
         embed_dim: E, the space that images and class names share.
         text_tower: see `text.create_text_tower`.
-        train_text: train the text tower, too; a frozen one is built at first use and never saved.
+        train_text: train the text tower, too; a frozen one is built at first use.
         templates: prompt templates, averaged in embedding space; empty: the bare name.
         text_dim: width of the text features; None: asked of the text tower.
         text_head: what makes class embeddings of text features, "linear", "kernel" or "identity": see `text_head`.
+        text_sha256: of the frozen text tower's weights, see `text.weights_sha256`; None: whatever the name leads to.
+        text_included: the frozen text tower lies in the model's folder, in text/.
         text_anchors: anchors of the kernel.
         text_gamma: of the kernel.
         hyper_width: width of the hypernetwork.
@@ -77,6 +79,8 @@ class HyperCLIPConfig:
     train_text: bool = False
     templates: tuple[str, ...] = ()
     text_dim: int | None = None
+    text_sha256: str | None = None
+    text_included: bool = False
     text_head: str = "linear"
     text_anchors: int = 0
     text_gamma: float = 6.0

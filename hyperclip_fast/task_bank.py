@@ -362,7 +362,8 @@ def _tasks(text: str, path: str | Path) -> dict[str, tuple[str, ...]]:
 
 def fingerprint(model: HyperCLIP) -> str:
     """A hash of what makes rows and embeddings, weights and text tower: a bank fits no other model."""
-    digest = hashlib.sha256(repr((model.config.text_tower, model.config.templates)).encode())
+    text = model.config.text_sha256 or model.config.text_tower
+    digest = hashlib.sha256(repr((text, model.config.templates)).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -1,6 +1,7 @@
 """An open_clip model taken apart: image tower, text tower, temperature, bias and preprocessing."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ def open_clip_parts(model: str | nn.Module, pretrained: str | None = None, name:
         **preprocessing.config_fields(),
     }
     bias = getattr(clip, "logit_bias", None)
-    return Parts(image, tower, fields, {}, float(clip.logit_scale), 0.0 if bias is None else float(bias))
+    is_named = isinstance(model, str) and (":" in model or (bool(pretrained) and not Path(str(pretrained)).is_file()))
+    return Parts(image, fields, tower, is_named, {}, clip.logit_scale.item(), 0.0 if bias is None else bias.item())
 
 
 def _preprocess_config(visual: Any) -> dict[str, Any]:

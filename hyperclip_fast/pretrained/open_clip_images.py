@@ -56,10 +56,10 @@ def _timm(visual: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     name, classifier = (trunk.pretrained_cfg[key] for key in ("architecture", "classifier"))
     if "pool" in head:
         raise _refused(f"{name} under open_clip's own {type(head['pool']).__name__}")
-    state, kwargs = dict(trunk.state_dict()), {}
+    state, kwargs = dict(trunk.state_dict()), dict[str, Any]()
     fields: dict[str, Any] = {"image_tower": name, "embed_dim": trunk.num_classes or trunk.num_features}
     if "mlp" in head:
-        if type(trunk.head).__name__ != "NormMlpClassifierHead":
+        if type(getattr(trunk, "head", None)).__name__ != "NormMlpClassifierHead":
             raise _refused(f"{name} under an MLP, which its own head cannot hold")
         kwargs["head_hidden_size"] = head["mlp"].fc1.out_features
         state |= _linear("head.pre_logits.fc", head["mlp"].fc1) | _linear(classifier, head["mlp"].fc2)
@@ -74,6 +74,8 @@ def _timm(visual: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     pool = getattr(trunk, "global_pool", None)
     if isinstance(pool, str) and pool != usual.global_pool:
         fields["global_pool"] = pool
+        if hasattr(trunk, "fc_norm"):  # which timm would add for another pooling
+            kwargs["fc_norm"] = not isinstance(trunk.fc_norm, nn.Identity)
     return {**fields, "image_kwargs": kwargs}, state
 
 

@@ -30,8 +30,9 @@ class Parts:
 
     Args:
         image: the image tower.
-        text: the text tower, frozen.
         fields: of HyperCLIPConfig: text_tower, text_head, preprocessing, and what else differs from the defaults.
+        text: the text tower, frozen; None: what the name in `fields` leads to.
+        text_is_named: whether that name leads to the tower's weights, so that a saved model can do without them.
         text_head: weights of the text head.
         logit_scale: the logarithm; None: a new one.
         logit_bias: None: a new one.
@@ -39,8 +40,9 @@ class Parts:
     """
 
     image: ImageTower
-    text: TextTower
     fields: dict[str, Any]
+    text: TextTower | None = None
+    text_is_named: bool = True
     text_head: dict[str, Tensor] = field(default_factory=dict)
     logit_scale: float | None = None
     logit_bias: float | None = None

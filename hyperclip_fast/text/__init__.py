@@ -11,7 +11,7 @@ from hyperclip_fast.text.create import create_text_tower, load_text_tower
 from hyperclip_fast.text.hf_tower import HFTextTower, minilm_folder
 from hyperclip_fast.text.open_clip_tower import OpenCLIPTextTower
 from hyperclip_fast.text.scratch_tower import ScratchTextTower, TextTransformerConfig
-from hyperclip_fast.text.tower import TextTower, average_prompts
+from hyperclip_fast.text.tower import TextTower, average_prompts, weights_sha256
 
 __all__ = [
     "HFTextTower",
@@ -23,4 +23,5 @@ __all__ = [
     "create_text_tower",
     "load_text_tower",
     "minilm_folder",
+    "weights_sha256",
 ]

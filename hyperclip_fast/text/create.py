@@ -74,7 +74,7 @@ def load_text_tower(
     kind = name.partition(":")[0]
     try:
         if kind in ("minilm", "hf"):
-            tower: TextTower = HFTextTower(folder, trainable, templates, local_only=True)
+            tower: TextTower = HFTextTower.load(folder, trainable, templates)
         elif kind == "open_clip":
             tower = OpenCLIPTextTower.load(folder, trainable, templates)
         else:

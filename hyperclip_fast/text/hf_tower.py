@@ -1,7 +1,8 @@
 """Text towers of transformers: any encoder, and the text halves of CLIP and SigLIP; all-MiniLM-L6-v2 from pip."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyperclip_fast.text.tower import TextTower
+from hyperclip_fast.text.tower import WEIGHTS, TextTower
 from hyperclip_fast.utils.extras import package_folder, require
+from hyperclip_fast.utils.files import load_safetensors, save_safetensors
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MAX_TOKENS = 256  # of a text at most, as all-MiniLM-L6-v2 has it; class names are far shorter
@@ -26,23 +28,24 @@ class HFTextTower(TextTower):
         trainable: see TextTower.
         templates: see TextTower.
         local_only: never ask the hub.
+        model: what `load_hf_model` gave, which is taken apart; None: it is loaded here.
 
     Raises:
         ValueError: if there is no such model.
     """
 
-    def __init__(self, source: str | Path, trainable: bool = False, templates: Sequence[str] = (), local_only=False):
+    def __init__(
+        self,
+        source: str | Path,
+        trainable: bool = False,
+        templates: Sequence[str] = (),
+        local_only: bool = False,
+        model: Any = None,
+    ):
         transformers = require("transformers", "clip")
-        try:
+        model = model or load_hf_model(source, local_only)
+        with _refusing(source):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local_only)
-            model = transformers.AutoModel.from_pretrained(
-                source,
-                local_files_only=local_only,
-                use_safetensors=True,  # never a pickle
-            ).float()
-        except OSError as error:
-            wanted = "a transformers model with weights in safetensors"
-            raise ValueError(f"name must be hf:<hub id or folder> of {wanted}, got {source}") from error
         self.has_text_half = hasattr(model, "get_text_features")
         if not self.has_text_half and not hasattr(model.config, "hidden_size"):
             raise ValueError(
@@ -74,8 +77,19 @@ class HFTextTower(TextTower):
         return {name: tokens[name].to(self.device) for name in names}
 
     def save(self, folder: str | Path) -> None:
-        self.model.save_pretrained(folder)
+        self.model.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        save_safetensors(self.model.state_dict(), Path(folder) / WEIGHTS, {"format": "pt"})
+
+    @classmethod
+    def load(cls, folder: str | Path, trainable: bool = False, templates: Sequence[str] = ()) -> "HFTextTower":
+        """The tower that `save` wrote."""
+        transformers = require("transformers", "clip")
+        with _refusing(folder):
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        tower = cls(folder, trainable, templates, local_only=True, model=transformers.AutoModel.from_config(config))
+        tower.model.load_state_dict(load_safetensors(Path(folder) / WEIGHTS)[0])
+        return tower
 
     def set_grad_checkpointing(self) -> None:
         """Run the blocks again in backward instead of keeping what is in them."""
@@ -85,12 +99,35 @@ class HFTextTower(TextTower):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         if self.has_text_half:
-            return _pooled(self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask))
+            return pooled(self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask))
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         weight = attention_mask[..., None].to(hidden.dtype)
         return F.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
+
+
+def load_hf_model(source: str | Path, local_only: bool = False) -> Any:
+    """A transformers model in float32.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    with _refusing(source):
+        return (
+            require("transformers", "clip")
+            .AutoModel.from_pretrained(source, local_files_only=local_only, use_safetensors=True)  # never a pickle
+            .float()
+        )
+
+
+@contextmanager
+def _refusing(source: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        wanted = "a transformers model with weights in safetensors"
+        raise ValueError(f"name must be hf:<hub id or folder> of {wanted}, got {source}") from error
 
 
 def text_dim(model: Any) -> int:
@@ -102,7 +139,7 @@ def text_dim(model: Any) -> int:
     return getattr(config, "projection_dim", None) or getattr(text, "projection_size", None) or text.hidden_size
 
 
-def _pooled(output: Any) -> Tensor:
+def pooled(output: Any) -> Tensor:
     """Features of transformers' `get_text_features` or `get_image_features`: a tensor up to transformers 4."""
     return output if isinstance(output, Tensor) else output.pooler_output
 

@@ -102,14 +102,6 @@ class TextTower(nn.Module, ABC):
             return embeddings[:, 0]
         return average_prompts(embeddings)
 
-    def weights_sha256(self) -> str:
-        """A hash of the weights in float32, whatever the order and the names that a library gives them."""
-        digests = []
-        for parameter in self.parameters():
-            content = parameter.detach().to("cpu", torch.float32).contiguous().view(torch.uint8).numpy()
-            digests.append(hashlib.sha256(content).digest())
-        return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
-
     def save(self, folder: str | Path) -> None:
         """Write weights, and what else `load_text_tower` needs, into an empty folder."""
         save_safetensors(self.state_dict(), Path(folder) / WEIGHTS, {"format": "pt"})
@@ -121,6 +113,15 @@ class TextTower(nn.Module, ABC):
     @abstractmethod
     def forward(self, input_ids: Tensor) -> Tensor:
         """Embed tokens (k, L): (k, dim)."""
+
+
+def weights_sha256(tower: nn.Module) -> str:
+    """A hash of a tower's weights in float32, whatever the order and the names that a library gives them."""
+    digests = []
+    for parameter in tower.parameters():
+        content = parameter.detach().to("cpu", torch.float32).contiguous().reshape(-1).view(torch.uint8).numpy()
+        digests.append(hashlib.sha256(content).digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def average_prompts(embeddings: Tensor) -> Tensor:
