@@ -81,9 +81,10 @@ class Preprocessing:
         )
 
     @property
-    def border(self) -> tuple[int, ...]:
+    def border(self) -> tuple[int, int, int]:
         """(3,) the border's colour, 0 to 255."""
-        return tuple(round(255 * mean) for mean in self.mean) if self.fill_color is None else (self.fill_color,) * 3
+        red, green, blue = self.mean if self.fill_color is None else (self.fill_color / 255,) * 3
+        return round(255 * red), round(255 * green), round(255 * blue)
 
     @property
     def low_and_high(self) -> tuple[float, float]:

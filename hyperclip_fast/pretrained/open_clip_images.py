@@ -94,7 +94,7 @@ def _vit(visual: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if block.ln_1.eps != 1e-5 or visual.grid_size[0] != visual.grid_size[1]:
         raise _refused(f"a VisionTransformer with eps {block.ln_1.eps} and a grid of {visual.grid_size}")
     width, hidden = block.mlp.c_fc.weight.shape[1], block.mlp.c_fc.weight.shape[0]
-    activation, kwargs = block.mlp.gelu, {}
+    activation, kwargs = block.mlp.gelu, dict[str, Any]()
     is_quick = type(activation).__name__ == "QuickGELU"
     if getattr(activation, "approximate", "none") == "tanh":
         kwargs["act_layer"] = "gelu_tanh"
@@ -125,7 +125,7 @@ def _vit_state(visual: Any, fields: dict[str, Any], kwargs: dict[str, Any]) -> d
     """Weights by timm's names: timm converts OpenAI's, and knows neither layer scale nor a tower without ln_pre."""
     sizes = {key: fields[key] for key in ("img_size", "patch_size", "depth", "num_heads")}
     with torch.device("meta"):
-        model = timm.create_model(fields["image_tower"], embed_dim=fields["width"], **sizes, **kwargs)
+        model: Any = timm.create_model(fields["image_tower"], embed_dim=fields["width"], **sizes, **kwargs)
     named = {f"visual.{name}": value for name, value in visual.state_dict().items()}
     state = vision_transformer.checkpoint_filter_fn(named, model)
     state = {name.replace(".ls_", ".ls"): value for name, value in state.items()}
@@ -144,7 +144,7 @@ def _resnet(visual: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     name = RESNETS[shape]
     fields = {"image_tower": name, "embed_dim": visual.output_dim, "image_kwargs": {}}
     with torch.device("meta"):
-        model = timm.create_model(name, num_classes=visual.output_dim)
+        model: Any = timm.create_model(name, num_classes=visual.output_dim)
     if model.pretrained_cfg["input_size"][-1] != visual.image_size:
         raise _refused(f"{name} for images of {visual.image_size} pixels")
     named = {f"visual.{name}": value for name, value in visual.state_dict().items()}

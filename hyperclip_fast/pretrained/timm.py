@@ -24,6 +24,7 @@ def timm_parts(image: str, text: str = "minilm", weights: str | bool = True, emb
     Raises:
         ValueError: for an unknown name, or weights that do not fit.
     """
+    model: Any
     if isinstance(weights, str):
         model = timm.create_model(image)
         model.load_state_dict(read_weights(weights, model.state_dict()))

@@ -120,7 +120,7 @@ def weights_sha256(tower: nn.Module) -> str:
     digests = []
     for parameter in tower.parameters():
         content = parameter.detach().to("cpu", torch.float32).contiguous().reshape(-1).view(torch.uint8).numpy()
-        digests.append(hashlib.sha256(content).digest())
+        digests.append(hashlib.sha256(content.tobytes()).digest())
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
