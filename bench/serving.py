@@ -129,7 +129,7 @@ async def _measure(args: argparse.Namespace, folder: Path, report: Report) -> No
         log = stack.enter_context(open(folder / "log.txt", "w"))
         processes = {}
         for mode, more in MODES.items():
-            arguments = [*common, *more, "--bank", str(folder / f"{mode}.safetensors")]
+            arguments = [*common, *more, "--create", "--bank", str(folder / f"{mode}.safetensors")]
             processes[mode] = stack.enter_context(server_process(arguments, COMMAND, log))
         addresses = {mode: address_of(process) for mode, process in processes.items()}
         async with _session(args.clients + 1) as session:

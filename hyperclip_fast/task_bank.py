@@ -257,20 +257,10 @@ class TaskBank:
 
     def save(self, path: str | Path) -> None:
         """Write every task into one safetensors file (beside, then renamed)."""
-        if not len(self):
-            raise ValueError("the bank must hold a task to be saved, it is empty")
-        order = [self._index[task] for task in self.tasks]
-        metadata = {
-            "tasks": json.dumps({task: self._classes[i] for task, i in zip(self.tasks, order)}),
-            "norm_spec": self.model.image.norm_spec.to_json(),
-            "model": fingerprint(self.model),
-            "config": _config(self.model),
-        }
-        tensors = {
-            "table": self._table[order].cpu(),
-            "class_embeddings": torch.cat([self._embeddings[i] for i in order]).cpu(),
-        }
-        save_safetensors(tensors, path, metadata)
+        self._follow_model()
+        parts = zip(self._names, self._classes, self._embeddings, self._table)
+        tasks = {name: AdaptedTask(classes, embeddings, row) for name, classes, embeddings, row in parts}
+        save_tasks(path, self.model, {name: tasks[name] for name in self})
 
     @classmethod
     @torch.inference_mode(False)
@@ -304,9 +294,10 @@ class TaskBank:
     @classmethod
     @torch.inference_mode(False)
     def of(cls, model: HyperCLIP, tasks: Mapping[str, AdaptedTask]) -> "TaskBank":
-        """A bank of ready tasks, at least one, that the same model made."""
+        """A bank of ready tasks that the same model made."""
         parts = {name: (task.classes, task.embeddings.to(model.device)) for name, task in tasks.items()}
-        return cls._filled(model, parts, torch.stack([task.row for task in tasks.values()]).to(model.device))
+        rows = [task.row.to(model.device) for task in tasks.values()]
+        return cls._filled(model, parts, _stack(rows, model.image.norm_spec.num_params).to(model.device))
 
     @classmethod
     def _filled(
@@ -347,12 +338,40 @@ class TaskBank:
         self._classes[place], self._embeddings[place] = classes, embeddings
 
 
+def save_tasks(
+    path: str | Path, model: HyperCLIP, tasks: Mapping[str, AdaptedTask], made_by: str | None = None
+) -> None:
+    """Write tasks as `TaskBank.load` reads them (beside, then renamed); on a GPU they need no further room.
+
+    Args:
+        path: the file.
+        model: what made them.
+        tasks: by name, in their order.
+        made_by: the model's `fingerprint`, where it is known: it reads every weight.
+    """
+    metadata = {
+        "tasks": json.dumps({name: task.classes for name, task in tasks.items()}),
+        "norm_spec": model.image.norm_spec.to_json(),
+        "model": made_by or fingerprint(model),
+        "config": _config(model),
+    }
+    embeddings = [task.embeddings.cpu() for task in tasks.values()]
+    tensors = {
+        "table": _stack([task.row.cpu() for task in tasks.values()], model.image.norm_spec.num_params),
+        "class_embeddings": torch.cat(embeddings) if embeddings else torch.empty(0, model.config.embed_dim),
+    }
+    save_safetensors(tensors, path, metadata)
+
+
+def _stack(rows: Sequence[Tensor], width: int) -> Tensor:
+    """Rows as a table (T, width), whose T may be 0."""
+    return torch.stack(list(rows)) if rows else torch.empty(0, width)
+
+
 def _tasks(text: str, path: str | Path) -> dict[str, tuple[str, ...]]:
     """Class names by task, from a bank's metadata."""
     try:
         tasks = {task: tuple(classes) for task, classes in json.loads(text).items()}
-        if not tasks:
-            raise ValueError("there are none")
         for classes in tasks.values():
             check_task(classes)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:

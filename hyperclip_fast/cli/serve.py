@@ -20,8 +20,9 @@ EXAMPLE = """example:
 def add_serve(commands) -> None:
     """Add the subcommand to the command line's parser."""
     parser = add_command(commands, "serve", "serve tasks over HTTP", DESCRIPTION, EXAMPLE)
-    text = "file of the tasks: read at the start, if there is one, and saved after each change"
+    text = "file of the tasks: read at the start, and saved before the server confirms a change"
     parser.add_argument("--bank", required=True, metavar="FILE", help=text)
+    parser.add_argument("--create", action="store_true", help="start with no tasks where FILE does not exist")
     add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: %(default)s")
     text = "another host name that clients use, such as a proxy's; repeatable; * allows any"
@@ -62,30 +63,33 @@ def _serve(args: argparse.Namespace) -> int:
     from hyperclip_fast.serving.batching import ModelThread
 
     runner = ModelThread(load_model(args.model, args.device), args.threads)
-    service = bank_service(Path(args.bank), runner, options)
+    service = bank_service(Path(args.bank), runner, options, create=args.create)
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     with socket.create_server((args.host, args.port), family=family) as listening:
         address = f"http://{_in_url(args.host)}:{listening.getsockname()[1]}"
-        print(f"Serving {len(service.registry)} tasks at {address}", flush=True)
         config = uvicorn.Config(
             create_app(service),
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=round(args.drain_seconds),
         )
-        _until_stopped(uvicorn.Server(config), listening)
+        _until_stopped(uvicorn.Server(config), listening, f"Serving {len(service.registry)} tasks at {address}")
     runner.close()
-    return 1 if service.registry.unsaved else 0
+    return 0
 
 
-def _until_stopped(server, listening: socket.socket) -> None:
-    """Run until SIGTERM or SIGINT. The server raises the signal again once it has shut down: that must not kill us."""
+def _until_stopped(server, listening: socket.socket, greeting: str) -> None:
+    """Run until SIGTERM or SIGINT, which are heard before the greeting is printed.
+
+    The server raises the signal again once it has shut down: that must not kill us.
+    """
 
     def stop(*_: object) -> None:
         server.should_exit = True
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        print(greeting, flush=True)
         server.run(sockets=[listening])
     finally:
         for number, handler in before.items():

@@ -7,8 +7,7 @@ Everything but decoding and the model runs on the event loop.
 
 import asyncio
 import contextlib
-import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +22,13 @@ from torch import Tensor
 
 from hyperclip_fast.data.image_files import MAX_PIXELS, image_transform, open_image
 from hyperclip_fast.data.preprocessing import Preprocessing
+from hyperclip_fast.serving.bank_file import BankFile
 from hyperclip_fast.serving.batching import Batcher, Classify, ModelThread, Ranked
 from hyperclip_fast.serving.errors import RequestError
 from hyperclip_fast.serving.http_errors import add_error_handlers
 from hyperclip_fast.serving.metrics import Metrics, Observed
 from hyperclip_fast.serving.middleware import KnownHosts, Limited, PlainPaths
-from hyperclip_fast.serving.task_registry import TaskLimits, TaskRegistry, read_bank, write_bank
+from hyperclip_fast.serving.task_registry import TaskLimits, TaskRegistry
 from hyperclip_fast.tasks import AdaptedTask
 
 PAGE = Path(__file__).with_name("static") / "index.html"
@@ -56,7 +56,6 @@ class ServeOptions:
         max_pixels: of an image.
         max_images: of a request.
         limits: of the tasks.
-        save_delay: seconds that a changed task waits to be saved with others.
         hosts: names that requests may call the server by, see KnownHosts.
     """
 
@@ -71,7 +70,6 @@ class ServeOptions:
     max_pixels: int = MAX_PIXELS // 2
     max_images: int = 16
     limits: TaskLimits = field(default_factory=TaskLimits)
-    save_delay: float = 0.5
     hosts: tuple[str, ...] = ("*",)
 
 
@@ -82,7 +80,7 @@ class Service:
         preprocessing: the model's.
         make: makes a task of class names, see TaskRegistry.
         classify: runs a batch, see Batcher.
-        save: writes the named tasks, see TaskRegistry.
+        bank: keeps the named tasks; None: nothing does.
         options: see ServeOptions.
     """
 
@@ -91,12 +89,15 @@ class Service:
         preprocessing: Preprocessing,
         make: Callable[..., Awaitable[AdaptedTask]],
         classify: Classify,
-        save: Callable[[Mapping[str, AdaptedTask]], None] | None = None,
+        bank: BankFile | None = None,
         options: ServeOptions | None = None,
     ):
         self.options = options or ServeOptions()
         self.metrics, self.ready = Metrics(), False
-        self.registry = TaskRegistry(make, self.options.limits, save, self.options.save_delay)
+        self._bank = bank
+        self.registry = TaskRegistry(make, self.options.limits, bank.write if bank else None)
+        if bank is not None:
+            self.registry.fill(bank.read())
         self.batcher = Batcher(
             classify,
             self.options.max_batch,
@@ -110,10 +111,11 @@ class Service:
         self.metrics.tasks.set_function(lambda: len(self.registry))
         self.metrics.waiting.set_function(lambda: self.batcher.waiting)
         self.metrics.failed_saves.set_function(lambda: self.registry.failed_saves)
+        self.metrics.saves_fail.set_function(lambda: self.registry.saves_fail)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Run batches; at the end, answer what was accepted and save the tasks."""
+        """Run batches; at the end, answer what was accepted and let another server have the bank."""
         self.batcher.start()
         self.ready = True
         try:
@@ -123,6 +125,8 @@ class Service:
             await self.batcher.close()
             self._decoders.shutdown()
             await self.registry.close()
+            if self._bank is not None:
+                self._bank.close()
 
     async def decode(self, content: bytes) -> Tensor:
         """An image (3, S, S) from a file's content, in a thread.
@@ -140,23 +144,26 @@ class Service:
 
 
 def bank_service(
-    path: Path, runner: ModelThread, options: ServeOptions | None = None, classify: Classify | None = None
+    path: Path,
+    runner: ModelThread,
+    options: ServeOptions | None = None,
+    classify: Classify | None = None,
+    create: bool = False,
 ) -> Service:
-    """A service of the tasks in a file, warm.
+    """A service of the tasks in a file, warm; it has the file to itself.
 
     Args:
-        path: the file; it need not exist yet.
+        path: the file.
         runner: makes the tasks.
         options: see ServeOptions.
         classify: runs the batches; None: the runner.
+        create: make an empty file where there is none.
 
     Raises:
-        ValueError: if the file is no bank of the runner's model.
+        ValueError: if the file does not exist, is no bank of the runner's model, or another server has it.
     """
-    model = runner.model
-    save = functools.partial(write_bank, path, model)
-    service = Service(model.preprocessing, runner.make, classify or runner.classify, save, options)
-    service.registry.fill(read_bank(path, model))
+    bank = BankFile(path, runner.model, create)
+    service = Service(runner.model.preprocessing, runner.make, classify or runner.classify, bank, options)
     runner.warm_up()
     return service
 
@@ -222,7 +229,7 @@ async def put_task(name: str, body: TaskBody, service: Served, response: Respons
 @router.delete("/v1/tasks/{name:path}", status_code=204)
 async def delete_task(name: str, service: Served) -> None:
     """Remove a task; requests that were accepted before are still answered."""
-    service.registry.remove(name)
+    await service.registry.remove(name)
 
 
 @router.api_route("/healthz", methods=["GET", "HEAD"])
@@ -236,7 +243,8 @@ async def readyz(service: Served) -> dict:
     """Whether it takes requests: not before the model is there, nor while it shuts down."""
     if not service.ready:
         raise RequestError(503, "not_ready", "the server starts or shuts down", {"Retry-After": "1"})
-    return {"status": "ready", "tasks": len(service.registry)}
+    saves = "failing" if service.registry.saves_fail else "ok"
+    return {"status": "ready", "tasks": len(service.registry), "saves": saves}
 
 
 @router.get("/metrics", include_in_schema=False)

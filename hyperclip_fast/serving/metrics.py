@@ -22,6 +22,7 @@ class Metrics:
         self.pending = Gauge("pending_requests", "Requests that hold a place", **made)
         self.waiting = Gauge("waiting_images", "Images that wait for a forward pass", **made)
         self.tasks = Gauge("tasks", "Named tasks", **made)
+        self.saves_fail = Gauge("saves_fail", "Whether the last save of the tasks failed", **made)
         self.failed_saves = Gauge("failed_saves", "Times that the tasks could not be saved", **made)
 
     def batch(self, images: int, tasks: int) -> None:

@@ -27,6 +27,7 @@ class RayOptions(BaseModel):
 
     Args:
         bank: file of the tasks, as an absolute path where the ingress can read and write it.
+        create: make the file where there is none.
         model: a trained model's folder on every node, or a hub id; None: the demo model.
         device: of the model replicas.
         replicas: of the model.
@@ -39,6 +40,7 @@ class RayOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     bank: Path
+    create: bool = False
     model: str | None = None
     device: str = "cpu"
     replicas: int = Field(1, ge=1)
@@ -94,7 +96,7 @@ class Ingress:
             max_concurrent_requests=options.max_concurrent_requests,
         )
         runner = ModelThread(load_model(options.model))
-        self.service = bank_service(options.bank, runner, serve_options, classify)
+        self.service = bank_service(options.bank, runner, serve_options, classify, options.create)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self.service)

@@ -116,6 +116,17 @@ def test_save_and_load(bank, tmp_path):
     assert len(loaded) == 4
 
 
+def test_an_empty_bank_is_saved_and_read(bank, tmp_path):
+    path = tmp_path / "tasks.safetensors"
+    TaskBank(bank.model).save(path)
+    loaded = TaskBank.load(path, bank.model)
+    assert len(loaded) == len(TaskBank.of(bank.model, {})) == 0
+    fresh = TaskBank(bank.model)
+    for each in (loaded, fresh):
+        each.add("pets", TASKS["pets"])
+    assert loaded.classify(IMAGES[:2], ["pets"] * 2, 3) == fresh.classify(IMAGES[:2], ["pets"] * 2, 3)
+
+
 def test_a_bank_fits_its_model_whatever_else_the_config_says(bank, tmp_path):
     bank.save(tmp_path / "tasks.safetensors")
     bank.model.config.drop_path_rate = 0.3  # makes no row

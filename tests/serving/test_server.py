@@ -21,9 +21,7 @@ from tests.towers import patch_text_tower, tiny_model
 
 TASKS = {"pets": ["cat", "dog", "parrot"], "food": ["pizza", "sushi"]}
 LIMITS = TaskLimits(tasks=4, ad_hoc=2, classes=8, length=20)
-OPTIONS = ServeOptions(
-    max_concurrent_requests=6, max_bytes=100_000, max_pixels=10_000, max_images=3, limits=LIMITS, save_delay=0.01
-)
+OPTIONS = ServeOptions(max_concurrent_requests=6, max_bytes=100_000, max_pixels=10_000, max_images=3, limits=LIMITS)
 
 
 def png(colour="red", size=(40, 30)):
@@ -49,7 +47,7 @@ def path(tmp_path):
 @pytest.fixture
 def service(model, path):
     thread = ModelThread(model, threads=1)
-    yield bank_service(path, thread, OPTIONS)
+    yield bank_service(path, thread, OPTIONS, create=True)
     thread.close()
 
 
@@ -291,7 +289,7 @@ def test_a_task_may_go_while_requests_wait_for_it(client, service, model, held):
 
 
 def test_health_and_metrics(client, service):
-    assert client.get("/readyz").json() == {"status": "ready", "tasks": 2}
+    assert client.get("/readyz").json() == {"status": "ready", "tasks": 2, "saves": "ok"}
     ask(client, task="pets")
     ask(client, task="birds")
     text = client.get("/metrics").text
@@ -319,8 +317,8 @@ def test_the_page_is_served_and_loads_nothing_from_elsewhere(client):
     assert "http" not in response.text.replace("http-equiv", "")
 
 
-def test_tasks_outlive_the_server(client, service, model, path):
+def test_a_change_is_in_the_file_once_it_is_confirmed(client, model, path):
     client.put("/v1/tasks/new", json={"classes": ["x", "y"]})
+    assert TaskBank.load(path, model).tasks == ("pets", "food", "new")
     client.delete("/v1/tasks/food")
-    client.portal.call(service.registry.close)
     assert TaskBank.load(path, model).tasks == ("pets", "new")
