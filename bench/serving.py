@@ -112,7 +112,7 @@ def address_of(process: subprocess.Popen) -> str:
     Raises:
         ChildProcessError: if it does not start.
     """
-    found = re.search(r"http://\S+", process.stdout.readline())
+    found = re.search(r"https?://\S+", process.stdout.readline())
     if not found:
         raise ChildProcessError(f"the server must say where it listens, it ended with status {process.wait(10)}")
     return found.group()

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -18,17 +18,21 @@ from fastapi.responses import FileResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict
 from starlette.datastructures import FormData, UploadFile
+from starlette.middleware.cors import CORSMiddleware
 from torch import Tensor
 
-from hyperclip_fast.data.image_files import MAX_PIXELS, image_transform, open_image
+from hyperclip_fast.data.image_files import image_transform, open_image
 from hyperclip_fast.data.preprocessing import Preprocessing
 from hyperclip_fast.serving.bank_file import BankFile
 from hyperclip_fast.serving.batching import Batcher, Classify, ModelThread, Ranked
 from hyperclip_fast.serving.errors import RequestError
+from hyperclip_fast.serving.gate.bodies import Admitted
+from hyperclip_fast.serving.gate.hosts import KnownHosts, OwnPages, PlainPaths
+from hyperclip_fast.serving.gate.keys import Keys
 from hyperclip_fast.serving.http_errors import add_error_handlers
 from hyperclip_fast.serving.metrics import Metrics, Observed
-from hyperclip_fast.serving.middleware import KnownHosts, Limited, PlainPaths
-from hyperclip_fast.serving.task_registry import TaskLimits, TaskRegistry
+from hyperclip_fast.serving.options import ServeOptions
+from hyperclip_fast.serving.task_registry import TaskRegistry
 from hyperclip_fast.tasks import AdaptedTask
 
 PAGE = Path(__file__).with_name("static") / "index.html"
@@ -38,39 +42,6 @@ PAGE_POLICY = (
 )
 RAW_TYPES = ("application/octet-stream", "image/")
 FIELDS = ("task", "label", "topk")
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """How a server batches, and what it refuses.
-
-    Args:
-        max_batch: images in a forward pass, at most.
-        max_wait: seconds that an image waits for company.
-        mix: False keeps a batch to one task: a baseline for measurements.
-        max_concurrent_batches: batches under way at the same time.
-        decoders: threads that decode images.
-        max_concurrent_requests: requests under way at a time; one more is answered 503.
-        max_bytes: of a request's body.
-        max_seconds: until a body has arrived.
-        max_pixels: of an image.
-        max_images: of a request.
-        limits: of the tasks.
-        hosts: names that requests may call the server by, see KnownHosts.
-    """
-
-    max_batch: int = 32
-    max_wait: float = 0.002
-    mix: bool = True
-    max_concurrent_batches: int = 1
-    decoders: int = 2
-    max_concurrent_requests: int = 256
-    max_bytes: int = 8 << 20
-    max_seconds: float = 30.0
-    max_pixels: int = MAX_PIXELS // 2
-    max_images: int = 16
-    limits: TaskLimits = field(default_factory=TaskLimits)
-    hosts: tuple[str, ...] = ("*",)
 
 
 class Service:
@@ -272,16 +243,15 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(router)
     add_error_handlers(app)
     options = service.options
-    app.add_middleware(
-        Limited,
-        metrics=service.metrics,
-        max_concurrent_requests=options.max_concurrent_requests,
-        max_bytes=options.max_bytes,
-        max_seconds=options.max_seconds,
-    )
+    app.add_middleware(Admitted, metrics=service.metrics, limits=options.bodies)
+    app.add_middleware(Keys, keys=options.keys, rate=options.rate)
+    app.add_middleware(OwnPages, origins=options.origins)
+    if options.origins:
+        headers, methods = ("Authorization", "Content-Type"), ("GET", "POST", "PUT", "DELETE")
+        app.add_middleware(CORSMiddleware, allow_origins=options.origins, allow_headers=headers, allow_methods=methods)
     app.add_middleware(PlainPaths)
     app.add_middleware(KnownHosts, hosts=options.hosts)
-    app.add_middleware(Observed, metrics=service.metrics)
+    app.add_middleware(Observed, metrics=service.metrics, logs=options.access_log)
     return app
 
 

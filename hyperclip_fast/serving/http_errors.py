@@ -13,7 +13,7 @@ from hyperclip_fast.serving.errors import RequestError
 
 
 class BodyError(HTTPException):
-    """What is wrong with a request's body while it arrives: the framework lets no other exception through there."""
+    """What is wrong with a request's body while it is read: the framework lets no other exception through there."""
 
     def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None):
         super().__init__(status, message, headers=dict(headers or {}))

@@ -17,8 +17,11 @@ from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
 from hyperclip_fast.hyperclip import load_model
-from hyperclip_fast.serving.app import ServeOptions, bank_service, create_app
+from hyperclip_fast.serving.app import bank_service, create_app
 from hyperclip_fast.serving.batching import ModelThread, Ranked
+from hyperclip_fast.serving.gate.bodies import BodyLimits
+from hyperclip_fast.serving.gate.keys import read_keys
+from hyperclip_fast.serving.options import ServeOptions
 from hyperclip_fast.tasks import AdaptedTask
 
 
@@ -36,6 +39,7 @@ class RayOptions(BaseModel):
         max_batch: images in a forward pass, at most.
         max_wait_ms: that an image waits for company.
         max_concurrent_requests: requests under way at a time; one more is answered 503.
+        api_key_file: keys of those who may ask, see gate/keys.py; where the ingress can read it.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -49,6 +53,7 @@ class RayOptions(BaseModel):
     max_batch: int = Field(32, ge=1)
     max_wait_ms: float = Field(2.0, ge=0)
     max_concurrent_requests: int = Field(256, ge=1)
+    api_key_file: Path | None = None
 
     @field_validator("bank")
     @classmethod
@@ -93,7 +98,8 @@ class Ingress:
             max_batch=options.max_batch,
             max_wait=options.max_wait_ms / 1000,
             max_concurrent_batches=options.replicas,
-            max_concurrent_requests=options.max_concurrent_requests,
+            bodies=BodyLimits(options.max_concurrent_requests),
+            keys=read_keys(options.api_key_file) if options.api_key_file else (),
         )
         runner = ModelThread(load_model(options.model))
         self.service = bank_service(options.bank, runner, serve_options, classify, options.create)

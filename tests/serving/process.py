@@ -15,8 +15,10 @@ import uvicorn
 
 from hyperclip_fast.bench.serving import address_of, server_process
 from hyperclip_fast.hyperclip import HyperCLIP
-from hyperclip_fast.serving.app import ServeOptions, bank_service, create_app
+from hyperclip_fast.serving.app import bank_service, create_app
 from hyperclip_fast.serving.batching import ModelThread
+from hyperclip_fast.serving.gate.connections import Connections
+from hyperclip_fast.serving.options import ServeOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = """
@@ -110,7 +112,9 @@ def serving(model: str, bank: Path, *options: str, slow: float = 0.0):
 
 
 @contextlib.contextmanager
-def serving_here(model: HyperCLIP, bank: Path, options: ServeOptions, slow: float = 0.0):
+def serving_here(
+    model: HyperCLIP, bank: Path, options: ServeOptions, slow: float = 0.0, connections: Connections | None = None
+):
     """The address of a server that runs in a thread.
 
     Args:
@@ -118,6 +122,7 @@ def serving_here(model: HyperCLIP, bank: Path, options: ServeOptions, slow: floa
         bank: the file of tasks.
         options: see ServeOptions.
         slow: seconds that each batch takes longer.
+        connections: see Connections.
     """
     runner = ModelThread(model, threads=1)
 
@@ -127,7 +132,9 @@ def serving_here(model: HyperCLIP, bank: Path, options: ServeOptions, slow: floa
 
     app = create_app(bank_service(bank, runner, options, classify, create=True))
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
+        connections = connections or Connections()
+        config = uvicorn.Config(app, **connections.uvicorn_options(), log_level="error", access_log=False)
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:

@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from hyperclip_fast.cli.main import main
-from hyperclip_fast.serving.app import ServeOptions
 from hyperclip_fast.serving.bank_file import BankFile
+from hyperclip_fast.serving.options import ServeOptions
 from hyperclip_fast.task_bank import TaskBank
 from hyperclip_fast.utils.files import written_file
 from tests.serving.process import Nursery, serving_here

@@ -10,7 +10,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from hyperclip_fast.serving.app import ServeOptions
+from hyperclip_fast.serving.gate.bodies import BodyLimits
+from hyperclip_fast.serving.options import ServeOptions
 from tests.serving.process import serving_here
 from tests.towers import patch_text_tower, tiny_model
 
@@ -29,7 +30,8 @@ def address(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         patch_text_tower(monkeypatch)
         model = tiny_model()
-        with serving_here(model, folder / "tasks.safetensors", ServeOptions(max_bytes=200_000)) as address:
+        options = ServeOptions(bodies=BodyLimits(max_bytes=200_000))
+        with serving_here(model, folder / "tasks.safetensors", options) as address:
             yield address
 
 

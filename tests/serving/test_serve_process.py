@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from hyperclip_fast.cli.main import main
-from hyperclip_fast.serving.app import ServeOptions
+from hyperclip_fast.serving.gate.bodies import BodyLimits
+from hyperclip_fast.serving.options import ServeOptions
 from hyperclip_fast.task_bank import TaskBank
 from tests.serving.process import serving, serving_here
 from tests.towers import patch_text_tower, tiny_model
@@ -146,7 +147,7 @@ def send_forever(address, most, pause=0.0):
 
 
 def test_bodies_that_do_not_end(model, tmp_path):
-    options = ServeOptions(max_bytes=500_000, max_seconds=0.5)
+    options = ServeOptions(bodies=BodyLimits(max_bytes=500_000, max_seconds=0.5))
     with serving_here(model, tmp_path / "tasks.safetensors", options) as address:
         answer, sent = send_forever(address, 64 << 20)
         assert answer.startswith("HTTP/1.1 413") and '"code":"too_large"' in answer and sent < 16 << 20

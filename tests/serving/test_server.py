@@ -13,15 +13,18 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from hyperclip_fast.data.image_files import load_image
-from hyperclip_fast.serving.app import ServeOptions, bank_service, create_app
+from hyperclip_fast.serving.app import bank_service, create_app
 from hyperclip_fast.serving.batching import ModelThread
+from hyperclip_fast.serving.gate.bodies import BodyLimits
+from hyperclip_fast.serving.options import ServeOptions
 from hyperclip_fast.serving.task_registry import TaskLimits
 from hyperclip_fast.task_bank import TaskBank
 from tests.towers import patch_text_tower, tiny_model
 
 TASKS = {"pets": ["cat", "dog", "parrot"], "food": ["pizza", "sushi"]}
 LIMITS = TaskLimits(tasks=4, ad_hoc=2, classes=8, length=20)
-OPTIONS = ServeOptions(max_concurrent_requests=6, max_bytes=100_000, max_pixels=10_000, max_images=3, limits=LIMITS)
+BODIES = BodyLimits(max_concurrent_requests=6, max_concurrent_changes=2, max_bytes=100_000)
+OPTIONS = ServeOptions(bodies=BODIES, max_pixels=10_000, max_images=3, limits=LIMITS)
 
 
 def png(colour="red", size=(40, 30)):
