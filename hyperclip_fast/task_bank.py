@@ -30,11 +30,14 @@ class Prediction:
         task: the task it was scored in.
         names: class names, best first.
         probabilities: their softmax probabilities within the task.
+        scores: the sigmoid of each one's logit: how well it fits by itself, where the model was trained with the
+            sigmoid loss. If all are low, the image may be none of these.
     """
 
     task: str
     names: tuple[str, ...]
     probabilities: tuple[float, ...]
+    scores: tuple[float, ...]
 
 
 class TaskBank:

@@ -80,9 +80,10 @@ def _serve(args: argparse.Namespace) -> int:
     _log()
 
     from hyperclip_fast.hyperclip import load_model
-    from hyperclip_fast.serving.app import bank_service, create_app
+    from hyperclip_fast.serving.app import create_app
     from hyperclip_fast.serving.batching import ModelThread
     from hyperclip_fast.serving.gate.connections import Connections, is_loopback
+    from hyperclip_fast.serving.service import bank_service
 
     runner = ModelThread(load_model(args.model, args.device), args.threads)
     service = bank_service(Path(args.bank), runner, options, create=args.create)

@@ -17,12 +17,13 @@ from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
 from hyperclip_fast.hyperclip import load_model
-from hyperclip_fast.serving.app import bank_service, create_app
-from hyperclip_fast.serving.batching import ModelThread, Ranked
+from hyperclip_fast.serving.app import create_app
+from hyperclip_fast.serving.batching import ModelThread
 from hyperclip_fast.serving.gate.bodies import BodyLimits
 from hyperclip_fast.serving.gate.keys import read_keys
 from hyperclip_fast.serving.options import ServeOptions
-from hyperclip_fast.tasks import AdaptedTask
+from hyperclip_fast.serving.service import bank_service
+from hyperclip_fast.tasks import AdaptedTask, Ranked
 
 
 class RayOptions(BaseModel):
@@ -79,6 +80,29 @@ class ModelReplica:
         """Classes of a batch."""
         return await self.thread.classify(images, tasks, topk)
 
+    async def embed(self, images: list[Tensor], tasks: list[AdaptedTask], topk: list[int]) -> list[list[float]]:
+        """Embeddings of a batch."""
+        return await self.thread.embed(images, tasks, topk)
+
+
+class Replicas:
+    """Passes batches on to the replicas, as Batches.
+
+    Args:
+        handle: Ray's, of the replicas.
+    """
+
+    def __init__(self, handle: DeploymentHandle):
+        self.handle = handle
+
+    async def classify(self, images: list[Tensor], tasks: list[AdaptedTask], topk: list[int]) -> list[Ranked]:
+        """Classes of a batch."""
+        return await self.handle.classify.remote(images, tasks, topk)
+
+    async def embed(self, images: list[Tensor], tasks: list[AdaptedTask], topk: list[int]) -> list[list[float]]:
+        """Embeddings of a batch."""
+        return await self.handle.embed.remote(images, tasks, topk)
+
 
 @serve.deployment(num_replicas=1)
 @serve.ingress()
@@ -91,9 +115,6 @@ class Ingress:
     """
 
     def __init__(self, replicas: DeploymentHandle, options: RayOptions):
-        async def classify(images: list[Tensor], tasks: list[AdaptedTask], topk: list[int]) -> list[Ranked]:
-            return await replicas.classify.remote(images, tasks, topk)
-
         serve_options = ServeOptions(
             max_batch=options.max_batch,
             max_wait=options.max_wait_ms / 1000,
@@ -102,7 +123,7 @@ class Ingress:
             keys=read_keys(options.api_key_file) if options.api_key_file else (),
         )
         runner = ModelThread(load_model(options.model))
-        self.service = bank_service(options.bank, runner, serve_options, classify, options.create)
+        self.service = bank_service(options.bank, runner, serve_options, Replicas(replicas), options.create)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self.service)

@@ -46,6 +46,8 @@ def test_a_mixed_batch_equals_each_image_in_its_own_task(names):
             shares = torch.tensor([prediction.probabilities[prediction.names.index(name)] for name in TASKS[task]])
             torch.testing.assert_close(shares, probabilities, atol=1e-5, rtol=1e-4)
             assert list(prediction.probabilities) == sorted(prediction.probabilities, reverse=True)
+            ratios = torch.tensor(prediction.scores).logit() - torch.tensor(prediction.probabilities).log()
+            torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios), atol=1e-3, rtol=1e-3)  # one logit, twice
 
 
 def test_one_forward_pass_for_any_mix(bank, monkeypatch):

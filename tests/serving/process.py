@@ -15,10 +15,11 @@ import uvicorn
 
 from hyperclip_fast.bench.serving import address_of, server_process
 from hyperclip_fast.hyperclip import HyperCLIP
-from hyperclip_fast.serving.app import bank_service, create_app
+from hyperclip_fast.serving.app import create_app
 from hyperclip_fast.serving.batching import ModelThread
 from hyperclip_fast.serving.gate.connections import Connections
 from hyperclip_fast.serving.options import ServeOptions
+from hyperclip_fast.serving.service import bank_service
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = """
@@ -126,14 +127,18 @@ def serving_here(
     """
     runner = ModelThread(model, threads=1)
 
-    async def classify(*batch):
-        await asyncio.sleep(slow)
-        return await runner.classify(*batch)
+    class Slow:
+        async def classify(self, *batch):
+            await asyncio.sleep(slow)
+            return await runner.classify(*batch)
 
-    app = create_app(bank_service(bank, runner, options, classify, create=True))
+        embed = runner.embed
+
+    app = create_app(bank_service(bank, runner, options, Slow(), create=True))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         connections = connections or Connections()
-        config = uvicorn.Config(app, **connections.uvicorn_options(), log_level="error", access_log=False)
+        options = connections.uvicorn_options()
+        config = uvicorn.Config(app, **options, log_config=None, access_log=False)  # messages reach caplog
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

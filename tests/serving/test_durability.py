@@ -112,7 +112,7 @@ def test_no_accepted_request_is_lost_to_sigterm(nursery, model, tmp_path):
             assert (await client.put("/v1/tasks/pets", json={"classes": ["cat", "dog"]})).status_code in (200, 201)
             asked = [asyncio.create_task(ask(client, "pets")) for _ in range(60)]
             await asyncio.sleep(draw.uniform(0, 0.05))
-            while await metric(client, "pending_requests") + await metric(client, "batch_images_sum") < 60:
+            while await metric(client, "batch_images_sum") + await metric(client, "waiting_images") < 60:
                 await asyncio.sleep(0.001)
             change = asyncio.create_task(client.put("/v1/tasks/last", json={"classes": ["x", str(len(asked))]}))
             await asyncio.sleep(draw.uniform(0, 0.02))

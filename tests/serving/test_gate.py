@@ -15,14 +15,15 @@ import pytest
 from starlette.testclient import TestClient
 
 from hyperclip_fast.cli.main import main
-from hyperclip_fast.serving.app import bank_service, create_app
+from hyperclip_fast.serving.app import create_app
 from hyperclip_fast.serving.batching import ModelThread
 from hyperclip_fast.serving.gate.bodies import BodyLimits
 from hyperclip_fast.serving.gate.keys import new_key, read_keys
 from hyperclip_fast.serving.options import ServeOptions
+from hyperclip_fast.serving.service import bank_service
+from tests.serving.asking import check_error
 from tests.serving.process import serving, serving_here
 from tests.serving.test_serve_process import ask, metric, png
-from tests.serving.test_server import check_error
 from tests.towers import patch_text_tower, tiny_model
 
 CAT = {"classes": ["cat", "dog"]}

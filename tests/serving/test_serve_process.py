@@ -57,7 +57,7 @@ def test_a_signal_under_load_loses_no_accepted_request(model, tmp_path):
         async with httpx.AsyncClient(base_url=process.address, timeout=30, limits=limits) as client:
             await put_tasks(client)
             asked = [asyncio.create_task(ask(client, task)) for task in ["pets", "food"] * 20]
-            while await metric(client, "waiting_images") + await metric(client, "batch_images_sum") < 40:
+            while await metric(client, "batch_images_sum") + await metric(client, "waiting_images") < 40:
                 await asyncio.sleep(0.01)  # from here on each has its task
             assert (await client.delete("/v1/tasks/food")).status_code == 204  # requests for it are waiting
             assert (await client.put("/v1/tasks/last", json={"classes": ["x"]})).status_code == 201
