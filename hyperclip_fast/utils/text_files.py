@@ -44,7 +44,7 @@ def parse_yaml(text: str) -> Any:
         except json.JSONDecodeError:
             pass
     try:
-        return yaml.load(text, _loader(yaml))  # a SafeLoader
+        return yaml.load(text, _loader(yaml))  # noqa: S506  # a SafeLoader
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
