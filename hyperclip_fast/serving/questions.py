@@ -96,8 +96,11 @@ async def _images_and_fields(
 ) -> tuple[list[bytes], list[tuple[str, Any]]]:
     if content_type == "multipart/form-data":
         room = options.limits.classes + options.max_images + len(NAMES)
-        async with request.form(max_files=options.max_images, max_fields=room) as form:
-            return await _uploads(form), [(key, value) for key, value in form.multi_items() if key != "image"]
+        try:
+            async with request.form(max_files=options.max_images, max_fields=room) as form:
+                return await _uploads(form), [(key, value) for key, value in form.multi_items() if key != "image"]
+        except ValueError as error:  # of the parser: older Starlettes let it through
+            raise RequestError(400, "bad_request", f"the form must be whole: {error}") from error
     if content_type.startswith(RAW_TYPES):
         return [await request.body()], []
     wanted = "multipart/form-data, application/json, an image's type or application/octet-stream"

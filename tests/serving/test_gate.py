@@ -282,7 +282,8 @@ def test_bodies_that_arrive_hold_no_place_and_are_bounded_together(model, tmp_pa
                 writer.write(head + b"50000\r\n\r\n" + bytes(1000))
             await asyncio.sleep(0.2)
             assert (await ask(client, "pets")).status_code == 200
-            assert await metric(client, "pending_requests") == 0
+            while await metric(client, "pending_requests") > 0:
+                await asyncio.sleep(0.005)
             for _, writer in slow[:2]:
                 writer.write(bytes(45_000))  # with all the others more than the bodies may hold
             await asyncio.sleep(0.2)
