@@ -55,7 +55,7 @@ def add_serve(commands) -> None:
     _add(parser, "--min-rate", float, 1024.0, "bytes a second at which it must arrive")
     _add(parser, "--max-connections", int, 1000, "connections at a time")
     _add(parser, "--max-connections-of-address", int, 256, "connections of one address, other machines'")
-    _add(parser, "--idle-seconds", float, 15.0, "seconds for which a connection may be idle or send one header")
+    _add(parser, "--idle-seconds", float, 15.0, "seconds for which a connection may be idle, send a header or not read")
     _add(parser, "--max-megapixels", float, 32.0, "megapixels of an image")
     _add(parser, "--max-images", int, 16, "images in a request")
     _add(parser, "--max-tasks", int, 1000, "tasks with a name")

@@ -112,6 +112,27 @@ def test_the_rest_of_a_refused_body_is_not_awaited_for_ever(address):
         assert time.monotonic() - begin < 5 * IDLE
 
 
+def test_a_client_that_does_not_read_is_closed(address):
+    """Its answer is larger than what lies in buffers on the way."""
+    for i in range(40):
+        httpx.put(f"{address}/v1/tasks/{i}", json={"classes": [f"{j:0200}" for j in range(400)]}).raise_for_status()
+    size = len(httpx.get(f"{address}/v1/tasks").content)
+    read = 0
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = address.removeprefix("http://").split(":")
+        connection.connect((host, int(port)))
+        connection.sendall(b"GET /v1/tasks HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(3 * IDLE)
+        with contextlib.suppress(ConnectionResetError):
+            while part := connection.recv(65536):
+                read += len(part)
+    for i in range(40):
+        httpx.delete(f"{address}/v1/tasks/{i}").raise_for_status()
+    assert read < size
+    assert len(httpx.get(f"{address}/v1/tasks").content) < size
+
+
 def test_so_many_connections_and_no_more(address):
     with contextlib.ExitStack() as stack:
         held = [stack.enter_context(connect(address)) for _ in range(30)]

@@ -1,4 +1,4 @@
-"""Connections: how many, how many from one address, and how long one may be idle or send headers that never end.
+"""Connections: how many, how many from one address, and how long one may be idle, send a header or not read.
 
 uvicorn has no such limits, so this is its protocol with a clock and a count. Where it answers by itself, to what is no
 HTTP, it answers in the server's JSON.
@@ -25,7 +25,7 @@ class Connections:
     Args:
         most: open at a time.
         most_of_address: of one address; those of this machine are not counted.
-        idle_seconds: for which a connection may be idle, or send the headers of one request.
+        idle_seconds: for which a connection may be idle, send the headers of one request, or leave an answer unread.
     """
 
     most: int = 1000
@@ -71,6 +71,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._limits = limits
         self._address: str | None = None  # of a connection that is counted
         self._clock: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
         self._is_in_header = False
         self._is_message_whole = True
         self._is_broken = False  # what came behind the request that is being answered was no HTTP
@@ -94,6 +95,8 @@ class LimitedProtocol(HttpToolsProtocol):
             self._limits.leave(self._address)
             self._address = None
             self._stop_clock()
+            if self._unread is not None:
+                self._unread.cancel()
             super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -131,6 +134,18 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.close()
         elif not self._is_message_whole and self._is_idle():
             self._start_clock()
+
+    def pause_writing(self) -> None:
+        """The client does not read its answer: it has as long as for a header."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self._limits.idle_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client has read."""
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP, unless an earlier request is being answered: that answer is the last, then."""
