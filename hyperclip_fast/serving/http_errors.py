@@ -1,6 +1,5 @@
 """Errors of the server, all as one JSON object: {"error": {"code", "message", "status"}}; the web framework's, too."""
 
-from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -11,10 +10,9 @@ from starlette.exceptions import HTTPException
 from hyperclip_fast.serving.errors import RequestError
 
 
-def error_response(status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def error_response(error: RequestError) -> JSONResponse:
     """An error as JSON."""
-    content = {"error": {"code": code, "message": message, "status": status}}
-    return JSONResponse(content, status, headers=dict(headers or {}))
+    return JSONResponse({"error": error.content}, error.status, headers=error.headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -25,7 +23,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 async def _request_error(request: Request, error: Any) -> JSONResponse:
-    return error_response(error.status, error.code, error.message, error.headers)
+    return error_response(error)
 
 
 async def _http_error(request: Request, error: Any) -> JSONResponse:
@@ -33,8 +31,8 @@ async def _http_error(request: Request, error: Any) -> JSONResponse:
     message = error.detail
     if error.status_code in (404, 405):
         message = f"{request.method} {request.url.path}: {error.detail}"
-    return error_response(error.status_code, code, message, error.headers)
+    return error_response(RequestError(error.status_code, code, message, error.headers))
 
 
 async def _internal(request: Request, error: Exception) -> JSONResponse:
-    return error_response(500, "internal", "the server failed at this request; its log says why")
+    return error_response(RequestError(500, "internal", "the server failed at this request; its log says why"))

@@ -72,7 +72,7 @@ class Admitted:
                 with places.taken():
                     await self._while_connected(scope, body, receive, send)
         except RequestError as error:
-            await error_response(error.status, error.code, error.message, error.headers)(scope, receive, send)
+            await error_response(error)(scope, receive, send)
         finally:
             body.forget()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from hyperclip_fast.serving.errors import RequestError
 from hyperclip_fast.serving.http_errors import error_response
 
 MAX_HEADER = 64 << 10  # bytes
@@ -182,6 +183,6 @@ class LimitedProtocol(HttpToolsProtocol):
 
 def _answer(status: int, code: str, message: str) -> bytes:
     """A whole answer, for where there is no app to give it."""
-    response = error_response(status, code, message, {"Connection": "close"})
+    response = error_response(RequestError(status, code, message, {"Connection": "close"}))
     head = b"".join(name + b": " + value + b"\r\n" for name, value in response.raw_headers)
     return b"HTTP/1.1 %d \r\n%s\r\n%s" % (status, head, response.body)

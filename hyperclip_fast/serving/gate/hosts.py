@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hyperclip_fast.serving.errors import RequestError
 from hyperclip_fast.serving.http_errors import error_response
 from hyperclip_fast.utils.class_names import UNPRINTABLE
 
@@ -26,7 +27,7 @@ class KnownHosts:
             host = Headers(scope=scope).get("host", "")
             if re.sub(r":\d*$", "", host).lower() not in self.hosts:
                 message = f"Host must be a name that this server was told to answer to, got {host[:100]!r}"
-                await error_response(400, "unknown_host", message)(scope, receive, send)
+                await error_response(RequestError(400, "unknown_host", message))(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
@@ -40,7 +41,7 @@ class PlainPaths:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and UNPRINTABLE.search(scope["path"]):
             message = f"the path must be of printable characters, got {scope['path'][:100]!r}"
-            await error_response(404, "not_found", message)(scope, receive, send)
+            await error_response(RequestError(404, "not_found", message))(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
@@ -63,7 +64,7 @@ class OwnPages:
         if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD") and not self._is_own(scope):
             origin = Headers(scope=scope).get("origin", "another one")
             message = f"the request must come from a page of this server, or from no page, got origin {origin[:100]!r}"
-            await error_response(403, "other_origin", message)(scope, receive, send)
+            await error_response(RequestError(403, "other_origin", message))(scope, receive, send)
             return
         await self.app(scope, receive, send)
 

@@ -92,7 +92,7 @@ class Keys:
             try:
                 self._check(scope)
             except RequestError as error:
-                await error_response(error.status, error.code, error.message, error.headers)(scope, receive, send)
+                await error_response(error)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
