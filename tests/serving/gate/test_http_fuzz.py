@@ -19,8 +19,8 @@ from hyperclip_fast.serving.gate.connections import Connections
 from hyperclip_fast.serving.options import ServeOptions
 from hyperclip_fast.serving.task_registry import TaskLimits
 from tests.serving.asking import png
+from tests.serving.gate.test_connections import connect, read_all
 from tests.serving.process import serving_here
-from tests.serving.test_connections import connect, read_all
 from tests.towers import patch_text_tower, tiny_model
 
 SECONDS, SEED = float(os.environ.get("HYPERCLIP_FUZZ_SECONDS", "8")), 0

@@ -112,6 +112,7 @@ def test_the_rest_of_a_refused_body_is_not_awaited_for_ever(address):
         assert time.monotonic() - begin < 5 * IDLE
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_is_closed(address):
     """Its answer is larger than what lies in buffers on the way."""
     for i in range(40):
