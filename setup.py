@@ -35,11 +35,12 @@ SERVE = [
     "prometheus_client>=0.20",
     "python-multipart>=0.0.18",
 ]
+CLIENT = ["httpx>=0.27"]  # of the server
 RAY = [*SERVE, *EMBED, "ray[serve,data]>=2.60"]  # the server and the bulk on a cluster
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]  # make docs
 OLDEST = [*CLIP, "pytest>=8", "pytest-xdist", "hypothesis>=6.80"]  # what make test-oldest needs, beside old releases
-TEST = [*EVIDENCE, *BENCH, *EXECUTORCH, *CLIP_BENCHMARK, *RAY, "kernels>=0.15", "httpx>=0.27", "selenium>=4.20"]
-TEST += ["pytest>=8", "pytest-xdist", "hypothesis>=6.80", "ruff>=0.6", "mypy>=1.18"]
+TEST = [*EVIDENCE, *BENCH, *EXECUTORCH, *CLIP_BENCHMARK, *RAY, *CLIENT, "kernels>=0.15", "selenium>=4.20"]
+TEST += ["pytest>=8", "pytest-xdist", "hypothesis>=6.80", "jsonschema>=4.17", "ruff>=0.6", "mypy>=1.18"]
 
 VERSION = re.search(r'"([\d.]+)"', (Path(__file__).parent / "hyperclip_fast/version.py").read_text(encoding="utf-8"))[1]
 PARTS = find_namespace_packages(include=["kernels*", "bench*"], exclude=["bench.results*", "*__pycache__*"])
@@ -81,6 +82,7 @@ setup(
         "evidence": EVIDENCE,
         "embed": EMBED,
         "serve": SERVE,
+        "client": CLIENT,
         "ray": RAY,
         "report": REPORT,
         "docs": DOCS,

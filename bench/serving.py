@@ -112,7 +112,7 @@ def address_of(process: subprocess.Popen) -> str:
     Raises:
         ChildProcessError: if it does not start.
     """
-    found = re.search(r"http://\S+", process.stdout.readline())
+    found = re.search(r"https?://\S+", process.stdout.readline())
     if not found:
         raise ChildProcessError(f"the server must say where it listens, it ended with status {process.wait(10)}")
     return found.group()
@@ -129,7 +129,7 @@ async def _measure(args: argparse.Namespace, folder: Path, report: Report) -> No
         log = stack.enter_context(open(folder / "log.txt", "w"))
         processes = {}
         for mode, more in MODES.items():
-            arguments = [*common, *more, "--bank", str(folder / f"{mode}.safetensors")]
+            arguments = [*common, *more, "--create", "--bank", str(folder / f"{mode}.safetensors")]
             processes[mode] = stack.enter_context(server_process(arguments, COMMAND, log))
         addresses = {mode: address_of(process) for mode, process in processes.items()}
         async with _session(args.clients + 1) as session:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hyperclip_fast.hypernetwork import HyperNetwork
     from hyperclip_fast.kernels.dispatch import get_backend, set_backend
     from hyperclip_fast.norm_params import NormParams, NormSpec
-    from hyperclip_fast.task_bank import TaskBank
+    from hyperclip_fast.task_bank import TaskBank, ThreadSafeTaskBank
 
 __all__ = [
     "HyperCLIP",
@@ -32,6 +32,7 @@ __all__ = [
     "NormParams",
     "NormSpec",
     "TaskBank",
+    "ThreadSafeTaskBank",
     "__version__",
     "get_backend",
     "load_model",
@@ -69,7 +70,7 @@ __getattr__, __dir__ = lazy_names(
         "kernels.dispatch": ("get_backend", "set_backend"),
         "norm_params": ("NormParams", "NormSpec"),
         "serving.graphs": ("graphed",),
-        "task_bank": ("TaskBank",),
+        "task_bank": ("TaskBank", "ThreadSafeTaskBank"),
     },
 )
 # Importing hyper_vit registers hyper_* models with timm. Stubs in timm's registry would need its private tables.

@@ -6,6 +6,7 @@ images, each with its own task's row, and scores each image against its own task
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, repeat
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams, NormSpec
-from hyperclip_fast.tasks import AdaptedTask, adapt_tasks, class_logits, rank
+from hyperclip_fast.tasks import AdaptedTask, Ranked, adapt_tasks, class_logits, classify_tasks, rank
 from hyperclip_fast.utils.class_names import check_name, check_named_tasks, check_task
 from hyperclip_fast.utils.files import load_safetensors, save_safetensors
 
@@ -30,15 +31,18 @@ class Prediction:
         task: the task it was scored in.
         names: class names, best first.
         probabilities: their softmax probabilities within the task.
+        scores: the sigmoid of each one's logit: how well it fits by itself, where the model was trained with the
+            sigmoid loss. If all are low, the image may be none of these.
     """
 
     task: str
     names: tuple[str, ...]
     probabilities: tuple[float, ...]
+    scores: tuple[float, ...]
 
 
 class TaskBank:
-    """Named tasks of one HyperCLIP.
+    """Named tasks of one HyperCLIP, for one thread; ThreadSafeTaskBank is for several.
 
     Args:
         model: the model that made, or will make, the rows; put in eval mode. It must not change afterwards.
@@ -185,15 +189,11 @@ class TaskBank:
             ValueError: for an unknown task, another number of tasks than images, images of another kind or shape, or
                 topk < 1.
         """
-        self.model.check_images(images)
-        if isinstance(tasks, str) or len(tasks) != len(images):
-            raise ValueError(f"tasks must name a task for each of {len(images)} images, got {tasks!r}")
-        if topk < 1:
-            raise ValueError(f"topk must be at least 1, got {topk}")
+        _check_question(self.model, images, tasks, topk)
         if not len(images):
             return []
         ranked = rank(self.logits(images, tasks), [self.classes(task) for task in tasks], [topk] * len(tasks))
-        return [Prediction(task, *map(tuple, zip(*best))) for task, best in zip(tasks, ranked)]
+        return _predictions(tasks, ranked)
 
     def classify_files(
         self,
@@ -257,20 +257,10 @@ class TaskBank:
 
     def save(self, path: str | Path) -> None:
         """Write every task into one safetensors file (beside, then renamed)."""
-        if not len(self):
-            raise ValueError("the bank must hold a task to be saved, it is empty")
-        order = [self._index[task] for task in self.tasks]
-        metadata = {
-            "tasks": json.dumps({task: self._classes[i] for task, i in zip(self.tasks, order)}),
-            "norm_spec": self.model.image.norm_spec.to_json(),
-            "model": fingerprint(self.model),
-            "config": _config(self.model),
-        }
-        tensors = {
-            "table": self._table[order].cpu(),
-            "class_embeddings": torch.cat([self._embeddings[i] for i in order]).cpu(),
-        }
-        save_safetensors(tensors, path, metadata)
+        self._follow_model()
+        parts = zip(self._names, self._classes, self._embeddings, self._table)
+        tasks = {name: AdaptedTask(classes, embeddings, row) for name, classes, embeddings, row in parts}
+        save_tasks(path, self.model, {name: tasks[name] for name in self})
 
     @classmethod
     @torch.inference_mode(False)
@@ -304,9 +294,10 @@ class TaskBank:
     @classmethod
     @torch.inference_mode(False)
     def of(cls, model: HyperCLIP, tasks: Mapping[str, AdaptedTask]) -> "TaskBank":
-        """A bank of ready tasks, at least one, that the same model made."""
+        """A bank of ready tasks that the same model made."""
         parts = {name: (task.classes, task.embeddings.to(model.device)) for name, task in tasks.items()}
-        return cls._filled(model, parts, torch.stack([task.row for task in tasks.values()]).to(model.device))
+        rows = [task.row.to(model.device) for task in tasks.values()]
+        return cls._filled(model, parts, _stack(rows, model.image.norm_spec.num_params).to(model.device))
 
     @classmethod
     def _filled(
@@ -320,10 +311,7 @@ class TaskBank:
         return bank
 
     def _find(self, task: str) -> int:
-        if task not in self._index:
-            known = ", ".join(list(self._index)[:8]) or "none"
-            raise ValueError(f"task must be one of the bank's {len(self)} tasks ({known}...), got {task!r}")
-        return self._index[task]
+        return _get(self._index, task)
 
     @torch.inference_mode(False)
     def _follow_model(self) -> None:
@@ -347,12 +335,167 @@ class TaskBank:
         self._classes[place], self._embeddings[place] = classes, embeddings
 
 
+class ThreadSafeTaskBank:
+    """Named tasks of one HyperCLIP that threads share: any of them may classify while others change tasks.
+
+    What is known lies in a dictionary that never changes: a change makes another one and puts it in place in one step,
+    and `classify` takes it once. So each call is answered by the tasks as they were at one moment, before or after any
+    change (all tasks of an `add_many` together). Changes wait for each other, and nothing waits for `classify`. Rows
+    are gathered for each call, where a TaskBank holds them in a table. It can be sent to another process (pickle,
+    spawn); a process may be forked where no thread is changing tasks.
+
+    Args:
+        model: the model that makes the rows; put in eval mode. It must not change afterwards.
+        chunk: tasks adapted in one pass by `add_many`.
+    """
+
+    def __init__(self, model: HyperCLIP, chunk: int = 64):
+        self.model, self.chunk = model.eval(), chunk
+        self._known: dict[str, AdaptedTask] = {}
+        self._changing = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __contains__(self, task: str) -> bool:
+        return task in self._known
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the tasks, in the order they were added, as they are now."""
+        return iter(self._known)
+
+    def __getitem__(self, task: str) -> AdaptedTask:
+        """A task, as a value that outlives its removal.
+
+        Raises:
+            KeyError: for an unknown name.
+        """
+        return self._known[task]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_changing"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._changing = threading.Lock()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in the order they were added."""
+        return tuple(self._known)
+
+    def classes(self, task: str) -> tuple[str, ...]:
+        """Class names of a task."""
+        return _get(self._known, task).classes
+
+    def add(self, task: str, class_names: Sequence[str]) -> None:
+        """Add a task, or replace the one of that name.
+
+        Raises:
+            ValueError: for a name, or class names, that `check_named_tasks` refuses: a class name twice, for one.
+        """
+        self.add_many({task: class_names})
+
+    def add_many(self, tasks: Mapping[str, Sequence[str]]) -> None:
+        """Add or replace many tasks, all at one moment, or none of them if one is refused.
+
+        Raises:
+            ValueError: for a name, or class names, that `check_named_tasks` refuses: a class name twice, for one.
+        """
+        check_named_tasks(tasks)
+        names, made = list(tasks), []
+        with self._changing:  # text towers are no threads' to share
+            for start in range(0, len(names), self.chunk):
+                made += adapt_tasks(self.model, [tasks[name] for name in names[start : start + self.chunk]])
+            self._known = {**self._known, **dict(zip(names, made))}
+
+    def remove(self, task: str) -> None:
+        """Remove a task.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        with self._changing:
+            _get(self._known, task)
+            self._known = {name: value for name, value in self._known.items() if name != task}
+
+    def classify(self, images: Tensor, tasks: Sequence[str], topk: int = 1) -> list[Prediction]:
+        """Classify a mixed batch in one forward pass, as `TaskBank.classify` does."""
+        _check_question(self.model, images, tasks, topk)
+        known = self._known
+        asked = [_get(known, task) for task in tasks]
+        return _predictions(tasks, classify_tasks(self.model, images, asked, [topk] * len(asked))) if asked else []
+
+    def save(self, path: str | Path) -> None:
+        """Write every task, as they are now, into one safetensors file (beside, then renamed)."""
+        save_tasks(path, self.model, self._known)
+
+    @classmethod
+    def load(cls, path: str | Path, model: HyperCLIP) -> "ThreadSafeTaskBank":
+        """Read what `save`, `TaskBank.save` or the server wrote, for the same model.
+
+        Raises:
+            ValueError: if the file is no bank, is cut short, or was made by another model.
+        """
+        saved, bank = TaskBank.load(path, model), cls(model)
+        bank._known = {name: saved[name] for name in saved}
+        return bank
+
+
+def _check_question(model: HyperCLIP, images: Tensor, tasks: Sequence[str], topk: int) -> None:
+    """Raise ValueError unless there is a task for each of the images, and a class to report."""
+    model.check_images(images)
+    if isinstance(tasks, str) or len(tasks) != len(images):
+        raise ValueError(f"tasks must name a task for each of {len(images)} images, got {tasks!r}")
+    if topk < 1:
+        raise ValueError(f"topk must be at least 1, got {topk}")
+
+
+def _predictions(tasks: Sequence[str], ranked: Sequence[Ranked]) -> list[Prediction]:
+    return [Prediction(task, *map(tuple, zip(*best))) for task, best in zip(tasks, ranked)]
+
+
+def _get(known: Mapping[str, Any], task: str) -> Any:
+    if task not in known:
+        some = ", ".join(islice(known, 8)) or "none"
+        raise ValueError(f"task must be one of the bank's {len(known)} tasks ({some}...), got {task!r}")
+    return known[task]
+
+
+def save_tasks(
+    path: str | Path, model: HyperCLIP, tasks: Mapping[str, AdaptedTask], made_by: str | None = None
+) -> None:
+    """Write tasks as `TaskBank.load` reads them (beside, then renamed); on a GPU they need no further room.
+
+    Args:
+        path: the file.
+        model: what made them.
+        tasks: by name, in their order.
+        made_by: the model's `fingerprint`, where it is known: it reads every weight.
+    """
+    metadata = {
+        "tasks": json.dumps({name: task.classes for name, task in tasks.items()}),
+        "norm_spec": model.image.norm_spec.to_json(),
+        "model": made_by or fingerprint(model),
+        "config": _config(model),
+    }
+    embeddings = [task.embeddings.cpu() for task in tasks.values()]
+    tensors = {
+        "table": _stack([task.row.cpu() for task in tasks.values()], model.image.norm_spec.num_params),
+        "class_embeddings": torch.cat(embeddings) if embeddings else torch.empty(0, model.config.embed_dim),
+    }
+    save_safetensors(tensors, path, metadata)
+
+
+def _stack(rows: Sequence[Tensor], width: int) -> Tensor:
+    """Rows as a table (T, width), whose T may be 0."""
+    return torch.stack(list(rows)) if rows else torch.empty(0, width)
+
+
 def _tasks(text: str, path: str | Path) -> dict[str, tuple[str, ...]]:
     """Class names by task, from a bank's metadata."""
     try:
         tasks = {task: tuple(classes) for task, classes in json.loads(text).items()}
-        if not tasks:
-            raise ValueError("there are none")
         for classes in tasks.values():
             check_task(classes)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -11,7 +11,9 @@ from hyperclip_fast.hypernetwork import pad_classes
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.utils.class_names import check_task
 
-Ranked = list[tuple[str, float]]  # class names with their probabilities within the task, best first
+# Class names, best first, with their probabilities within the task, and their scores: the logit's sigmoid, which says
+# how well a name fits by itself where the model was trained with the sigmoid loss.
+Ranked = list[tuple[str, float, float]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,14 +63,26 @@ def classify_tasks(model: HyperCLIP, images: Tensor, tasks: Sequence[AdaptedTask
         tasks: each image's; the same one may come many times.
         topk: classes to report of each image, at most.
     """
+    used, params, ids = _params(model, tasks)
+    embeddings = [task.embeddings.to(model.device) for task in used]
+    logits = class_logits(model, images, params, embeddings, ids)
+    return rank(logits, [task.classes for task in tasks], topk)
+
+
+@torch.no_grad()
+def embed_tasks(model: HyperCLIP, images: Tensor, tasks: Sequence[AdaptedTask]) -> Tensor:
+    """Image embeddings (B, E) of length 1 of a mixed batch (B, 3, S, S), each by its own task's row."""
+    model.check_images(images)
+    return model.encode_image(images, _params(model, tasks)[1])
+
+
+def _params(model: HyperCLIP, tasks: Sequence[AdaptedTask]) -> tuple[list[AdaptedTask], NormParams, Tensor]:
+    """The different tasks of a batch, their rows, and each image's place (B,) among them."""
     used = list(dict.fromkeys(tasks))
     places = {task: i for i, task in enumerate(used)}
     ids = torch.tensor([places[task] for task in tasks], device=model.device)
     table = torch.stack([task.row for task in used]).to(model.device)
-    params = NormParams(model.image.norm_spec, table, ids)
-    embeddings = [task.embeddings.to(model.device) for task in used]
-    logits = class_logits(model, images, params, embeddings, ids)
-    return rank(logits, [task.classes for task in tasks], topk)
+    return used, NormParams(model.image.norm_spec, table, ids), ids
 
 
 def class_logits(
@@ -96,7 +110,8 @@ def class_logits(
 def rank(logits: Tensor, classes: Sequence[tuple[str, ...]], topk: Sequence[int]) -> list[Ranked]:
     """The best classes of each image, from logits (B, K) with -inf beyond its task's classes."""
     probabilities, order = logits.softmax(-1).topk(min(max(topk), logits.shape[1]), dim=-1)
+    parts = order.tolist(), probabilities.tolist(), logits.gather(-1, order).sigmoid().tolist()
     return [
-        [(names[i], share) for i, share in zip(indices[: min(k, len(names))], values)]
-        for names, indices, values, k in zip(classes, order.tolist(), probabilities.tolist(), topk)
+        [(names[i], share, score) for i, share, score in zip(*(column[: min(k, len(names))] for column in columns))]
+        for names, k, columns in zip(classes, topk, zip(*parts))
     ]

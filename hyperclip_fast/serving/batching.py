@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,11 +21,24 @@ from torch import Tensor
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.serving.errors import RequestError
 from hyperclip_fast.serving.graphs import GraphedClassifier
-from hyperclip_fast.tasks import AdaptedTask, Ranked, adapt_tasks, classify_tasks
+from hyperclip_fast.tasks import AdaptedTask, Ranked, adapt_tasks, classify_tasks, embed_tasks
 
 GRAPH_SIZES, GRAPH_SLOTS = (1, 2, 4, 8, 16, 32), 256  # batches that are recorded, and tasks that stay on the GPU
 GRAPH_CLASSES = 1024  # of such a task: their embeddings lie in a table of all slots
-Classify = Callable[[list[Tensor], list[AdaptedTask], list[int]], Awaitable[list[Ranked]]]
+Answer = TypeVar("Answer")  # of an image
+Run = Callable[[list[Tensor], list[AdaptedTask], list[int]], Awaitable[list[Answer]]]
+
+
+class Batches(Protocol):
+    """Runs batches: a ModelThread, or what passes them on to models elsewhere."""
+
+    async def classify(self, images: list[Tensor], tasks: list[AdaptedTask], topk: list[int]) -> list[Ranked]:
+        """Classes of a batch of images (3, S, S), see `classify_tasks`."""
+        ...
+
+    async def embed(self, images: list[Tensor], tasks: list[AdaptedTask], topk: list[int]) -> list[list[float]]:
+        """Embeddings of a batch of images (3, S, S), see `embed_tasks`; `topk` is of no use here."""
+        ...
 
 
 class ModelThread:
@@ -53,6 +66,13 @@ class ModelThread:
         """Classes of a batch of images (3, S, S), see `classify_tasks`."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._classify, images, tasks, topk)
+
+    async def embed(self, images: list[Tensor], tasks: list[AdaptedTask], topk: list[int]) -> list[list[float]]:
+        """Embeddings of a batch of images (3, S, S), see `embed_tasks`; on a GPU without graphs."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._embed, images, tasks)
+
+    def _embed(self, images: list[Tensor], tasks: list[AdaptedTask]) -> list[list[float]]:
+        return embed_tasks(self.model, torch.stack(images).to(self.model.device), tasks).tolist()
 
     def _classify(self, images: list[Tensor], tasks: list[AdaptedTask], topk: list[int]) -> list[Ranked]:
         batch = torch.stack(images).to(self.model.device)
@@ -90,14 +110,14 @@ class _Waiting:
     answer: asyncio.Future
 
 
-class Batcher:
-    """Collects images that wait, and has them classified in batches.
+class Batcher(Generic[Answer]):
+    """Collects images that wait, and has them answered in batches.
 
     A batch starts when it is full, or when its oldest image has waited for `max_wait` and the model is free. While the
     model is busy, more gather: batches grow with the load.
 
     Args:
-        classify: runs a batch.
+        run: answers a batch.
         max_batch: images in a batch, at most.
         max_wait: seconds that an image waits for company.
         mix: False keeps a batch to the task of its oldest image: the baseline that mixing is measured against.
@@ -107,14 +127,14 @@ class Batcher:
 
     def __init__(
         self,
-        classify: Classify,
+        run: Run[Answer],
         max_batch: int = 32,
         max_wait: float = 0.002,
         mix: bool = True,
         max_concurrent_batches: int = 1,
         observe: Callable[[int, int], None] | None = None,
     ):
-        self._classify, self._observe = classify, observe
+        self._answers, self._observe = run, observe
         self._max_batch, self._max_wait, self._mix = max_batch, max_wait, mix
         self._max_concurrent_batches = max_concurrent_batches
         self._waiting: deque[_Waiting] = deque()
@@ -141,8 +161,8 @@ class Batcher:
             runner.cancel()
         await asyncio.gather(*self._runners, return_exceptions=True)
 
-    async def classify(self, image: Tensor, task: AdaptedTask, topk: int) -> Ranked:
-        """Classify one image (3, S, S) with whatever else is waiting.
+    async def answer(self, image: Tensor, task: AdaptedTask, topk: int) -> Answer:
+        """The answer of one image (3, S, S), in a batch with whatever else is waiting.
 
         Raises:
             RequestError: 503, once the batcher closes.
@@ -187,7 +207,7 @@ class Batcher:
         if self._observe is not None:
             self._observe(len(batch), len(set(tasks)))
         try:
-            results = await self._classify([each.image for each in batch], tasks, [each.topk for each in batch])
+            results = await self._answers([each.image for each in batch], tasks, [each.topk for each in batch])
         except Exception as error:  # whatever it is, it belongs to those who asked, and the next batch must run
             for each in batch:
                 if not each.answer.done():

@@ -19,3 +19,8 @@ class RequestError(Exception):
 
     def __str__(self) -> str:
         return self.message
+
+    @property
+    def content(self) -> dict[str, str | int]:
+        """What the answer's JSON holds of it."""
+        return {"code": self.code, "message": self.message, "status": self.status}

@@ -1,55 +1,38 @@
 """Errors of the server, all as one JSON object: {"error": {"code", "message", "status"}}; the web framework's, too."""
 
-from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from hyperclip_fast.serving.errors import RequestError
 
 
-class BodyError(HTTPException):
-    """What is wrong with a request's body while it arrives: the framework lets no other exception through there."""
-
-    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None):
-        super().__init__(status, message, headers=dict(headers or {}))
-        self.code = code
-
-
-def error_response(status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def error_response(error: RequestError) -> JSONResponse:
     """An error as JSON."""
-    content = {"error": {"code": code, "message": message, "status": status}}
-    return JSONResponse(content, status, headers=dict(headers or {}))
+    return JSONResponse({"error": error.content}, error.status, headers=error.headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:
     """Every error of an app becomes JSON."""
     app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _internal)
 
 
 async def _request_error(request: Request, error: Any) -> JSONResponse:
-    return error_response(error.status, error.code, error.message, error.headers)
+    return error_response(error)
 
 
 async def _http_error(request: Request, error: Any) -> JSONResponse:
-    code = getattr(error, "code", None) or HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+    code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
     message = error.detail
     if error.status_code in (404, 405):
         message = f"{request.method} {request.url.path}: {error.detail}"
-    return error_response(error.status_code, code, message, error.headers)
-
-
-async def _invalid(request: Request, error: Any) -> JSONResponse:
-    parts = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:5]]
-    return error_response(422, "invalid", "; ".join(parts))
+    return error_response(RequestError(error.status_code, code, message, error.headers))
 
 
 async def _internal(request: Request, error: Exception) -> JSONResponse:
-    return error_response(500, "internal", "the server failed at this request; its log says why")
+    return error_response(RequestError(500, "internal", "the server failed at this request; its log says why"))

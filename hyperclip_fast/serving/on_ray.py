@@ -17,9 +17,13 @@ from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
 from hyperclip_fast.hyperclip import load_model
-from hyperclip_fast.serving.app import ServeOptions, bank_service, create_app
-from hyperclip_fast.serving.batching import ModelThread, Ranked
-from hyperclip_fast.tasks import AdaptedTask
+from hyperclip_fast.serving.app import create_app
+from hyperclip_fast.serving.batching import ModelThread
+from hyperclip_fast.serving.gate.bodies import BodyLimits
+from hyperclip_fast.serving.gate.keys import read_keys
+from hyperclip_fast.serving.options import ServeOptions
+from hyperclip_fast.serving.service import bank_service
+from hyperclip_fast.tasks import AdaptedTask, Ranked
 
 
 class RayOptions(BaseModel):
@@ -27,6 +31,7 @@ class RayOptions(BaseModel):
 
     Args:
         bank: file of the tasks, as an absolute path where the ingress can read and write it.
+        create: make the file where there is none.
         model: a trained model's folder on every node, or a hub id; None: the demo model.
         device: of the model replicas.
         replicas: of the model.
@@ -35,10 +40,12 @@ class RayOptions(BaseModel):
         max_batch: images in a forward pass, at most.
         max_wait_ms: that an image waits for company.
         max_concurrent_requests: requests under way at a time; one more is answered 503.
+        api_key_file: keys of those who may ask, see gate/keys.py; where the ingress can read it.
     """
 
     model_config = ConfigDict(extra="forbid")
     bank: Path
+    create: bool = False
     model: str | None = None
     device: str = "cpu"
     replicas: int = Field(1, ge=1)
@@ -47,6 +54,7 @@ class RayOptions(BaseModel):
     max_batch: int = Field(32, ge=1)
     max_wait_ms: float = Field(2.0, ge=0)
     max_concurrent_requests: int = Field(256, ge=1)
+    api_key_file: Path | None = None
 
     @field_validator("bank")
     @classmethod
@@ -72,6 +80,29 @@ class ModelReplica:
         """Classes of a batch."""
         return await self.thread.classify(images, tasks, topk)
 
+    async def embed(self, images: list[Tensor], tasks: list[AdaptedTask], topk: list[int]) -> list[list[float]]:
+        """Embeddings of a batch."""
+        return await self.thread.embed(images, tasks, topk)
+
+
+class Replicas:
+    """Passes batches on to the replicas, as Batches.
+
+    Args:
+        handle: Ray's, of the replicas.
+    """
+
+    def __init__(self, handle: DeploymentHandle):
+        self.handle = handle
+
+    async def classify(self, images: list[Tensor], tasks: list[AdaptedTask], topk: list[int]) -> list[Ranked]:
+        """Classes of a batch."""
+        return await self.handle.classify.remote(images, tasks, topk)
+
+    async def embed(self, images: list[Tensor], tasks: list[AdaptedTask], topk: list[int]) -> list[list[float]]:
+        """Embeddings of a batch."""
+        return await self.handle.embed.remote(images, tasks, topk)
+
 
 @serve.deployment(num_replicas=1)
 @serve.ingress()
@@ -84,17 +115,15 @@ class Ingress:
     """
 
     def __init__(self, replicas: DeploymentHandle, options: RayOptions):
-        async def classify(images: list[Tensor], tasks: list[AdaptedTask], topk: list[int]) -> list[Ranked]:
-            return await replicas.classify.remote(images, tasks, topk)
-
         serve_options = ServeOptions(
             max_batch=options.max_batch,
             max_wait=options.max_wait_ms / 1000,
             max_concurrent_batches=options.replicas,
-            max_concurrent_requests=options.max_concurrent_requests,
+            bodies=BodyLimits(options.max_concurrent_requests),
+            keys=read_keys(options.api_key_file) if options.api_key_file else (),
         )
         runner = ModelThread(load_model(options.model))
-        self.service = bank_service(options.bank, runner, serve_options, classify)
+        self.service = bank_service(options.bank, runner, serve_options, Replicas(replicas), options.create)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self.service)

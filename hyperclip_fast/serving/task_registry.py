@@ -1,5 +1,8 @@
 """The tasks of a server: named ones, kept in a file, and ad hoc ones, the last few of them kept in memory.
 
+A change of named tasks is staged, saved, and only then served and acknowledged; what cannot be saved is refused, and
+never was. Changes that come during a save share the next one. So what is served is what the file holds.
+
 Only the event loop touches the registry, and a task in it is a value that never changes. So nothing is locked: what a
 request was given stays its own, and a copy of the dictionary is a consistent state to save from another thread.
 """
@@ -10,17 +13,14 @@ import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.serving.errors import RequestError
-from hyperclip_fast.task_bank import TaskBank
 from hyperclip_fast.tasks import AdaptedTask
 from hyperclip_fast.utils.class_names import check_name, check_task
 
 log = logging.getLogger(__name__)
 
-RETRY_SECONDS = 5.0  # after a save that failed
+NOT_SAVED = "the change could not be saved, and was not made: try again"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,6 @@ class TaskRegistry:
         make: makes a task of class names, away from the event loop.
         limits: see TaskLimits.
         save: writes named tasks, called in a thread; None: they are not kept.
-        delay: seconds that a change waits for others to be saved with.
     """
 
     def __init__(
@@ -55,16 +54,17 @@ class TaskRegistry:
         make: Callable[[Sequence[str]], Awaitable[AdaptedTask]],
         limits: TaskLimits | None = None,
         save: Callable[[Mapping[str, AdaptedTask]], None] | None = None,
-        delay: float = 0.5,
     ):
         self.limits = limits or TaskLimits()
-        self.failed_saves = 0
-        self._make, self._save, self._delay = make, save, delay
-        self._named: dict[str, AdaptedTask] = {}
-        self._ad_hoc: OrderedDict[tuple[str, ...], AdaptedTask] = OrderedDict()
-        self._making = asyncio.Lock()  # one new task at a time, so that batches get their turn between them
-        self._changed, self._closing = False, asyncio.Event()
+        self.failed_saves, self.saves_fail = 0, False
+        self._make, self._save = make, save
+        self._named: dict[str, AdaptedTask] = {}  # as saved
+        self._staged: dict[str, AdaptedTask] = {}  # as the next save will have them
+        self._waiting: list[asyncio.Future] = []  # for that save
         self._saving: asyncio.Task | None = None
+        self._ad_hoc: OrderedDict[tuple[str, ...], AdaptedTask] = OrderedDict()
+        # One new task of each kind at a time: batches get their turn between them, and neither kind starves the other.
+        self._making_named, self._making_ad_hoc = asyncio.Lock(), asyncio.Lock()
 
     def __len__(self) -> int:
         return len(self._named)
@@ -72,14 +72,10 @@ class TaskRegistry:
     def __iter__(self):
         return iter(self._named)
 
-    @property
-    def unsaved(self) -> bool:
-        """Whether a change is not in the file."""
-        return self._save is not None and self._changed
-
     def fill(self, tasks: Mapping[str, AdaptedTask]) -> None:
         """Take over tasks that are saved already."""
         self._named.update(tasks)
+        self._staged.update(tasks)
 
     def get(self, name: str) -> AdaptedTask:
         """A named task.
@@ -88,36 +84,41 @@ class TaskRegistry:
             RequestError: 404, for an unknown name.
         """
         if name not in self._named:
-            raise RequestError(404, "unknown_task", f"task must be one of the {len(self)} tasks here, got {name!r}")
+            raise self._unknown(name)
         return self._named[name]
 
+    def _unknown(self, name: str) -> RequestError:
+        return RequestError(404, "unknown_task", f"task must be one of the {len(self)} tasks here, got {name!r}")
+
     async def put(self, name: str, classes: Sequence[str]) -> bool:
-        """Add a task, or replace the one of that name; whether it is new.
+        """Add a task, or replace the one of that name, and save it; whether it is new.
 
         Raises:
-            RequestError: 422 for a bad name or bad classes, 409 where there is no room for another task.
+            RequestError: 422 for a bad name or bad classes, 409 where there is no room for another task, 503 if it
+                cannot be saved.
         """
         with _refused("bad_name"):
             check_name(name, most_characters=self.limits.length)
         classes = self._checked(classes)
-        async with self._making:
-            if name not in self._named and len(self) >= self.limits.tasks:
+        async with self._making_named:
+            if name not in self._staged and len(self._staged) >= self.limits.tasks:
                 raise RequestError(409, "too_many_tasks", f"at most {self.limits.tasks} tasks are kept: remove one")
             task = await self._make(classes)
-            is_new = name not in self._named
-            self._named[name] = task
-        self._keep()
+            is_new = name not in self._staged
+            self._staged[name] = task
+        await self._saved()
         return is_new
 
-    def remove(self, name: str) -> None:
-        """Remove a named task; requests that were accepted before keep it.
+    async def remove(self, name: str) -> None:
+        """Remove a named task from the file and from here; requests that were accepted before keep it.
 
         Raises:
-            RequestError: 404, for an unknown name.
+            RequestError: 404 for an unknown name, 503 if that cannot be saved.
         """
-        self.get(name)
-        del self._named[name]
-        self._keep()
+        if name not in self._staged:
+            raise self._unknown(name)
+        del self._staged[name]
+        await self._saved()
 
     async def ad_hoc(self, classes: Sequence[str]) -> AdaptedTask:
         """A task without a name, made once and remembered for a while.
@@ -127,7 +128,7 @@ class TaskRegistry:
         """
         classes = self._checked(classes)
         if classes not in self._ad_hoc:
-            async with self._making:
+            async with self._making_ad_hoc:
                 if classes not in self._ad_hoc:  # another request may have made it meanwhile
                     self._ad_hoc[classes] = await self._make(classes)
         task = self._ad_hoc[classes]
@@ -142,58 +143,46 @@ class TaskRegistry:
         return tuple(classes)
 
     async def close(self) -> None:
-        """Save what is not saved yet.
-
-        Raises:
-            Exception: what the save raised, if it fails.
-        """
-        self._closing.set()
+        """Wait for the save that is under way."""
         if self._saving is not None:
             await self._saving
 
-    def _keep(self) -> None:
-        self._changed = True
-        if self._save is not None and (self._saving is None or self._saving.done()):
-            self._saving = asyncio.create_task(self._save_changes())
+    async def _saved(self) -> None:
+        """Wait until what is staged now is in the file, and served.
 
-    async def _save_changes(self) -> None:
-        pause = self._delay
-        while self._changed:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._closing.wait(), pause)
-            self._changed = False
+        Raises:
+            RequestError: 503, if it cannot be saved.
+        """
+        done = asyncio.get_running_loop().create_future()
+        self._waiting.append(done)
+        if self._saving is None or self._saving.done():
+            self._saving = asyncio.create_task(self._save_all())
+        await done
+
+    async def _save_all(self) -> None:
+        while self._waiting:
+            tasks, waiting = dict(self._staged), self._waiting
+            self._waiting = []
             try:
                 if self._save is not None:
-                    await asyncio.to_thread(self._save, dict(self._named))
-                pause = self._delay
-            except Exception:  # not the disk's alone: a GPU may lack the room to gather rows; no change is forgotten
-                self.failed_saves += 1
-                self._changed, pause = True, RETRY_SECONDS
-                if self._closing.is_set():
-                    raise
-                log.exception("The tasks could not be saved; the next try is in %g s", pause)
+                    await asyncio.to_thread(self._save, tasks)
+            except Exception as error:  # whatever it is, those who wait must hear of it
+                self._refuse(waiting, error)
+                continue
+            self._named, self.saves_fail = tasks, False
+            for done in waiting:
+                if not done.done():  # whoever waited has gone
+                    done.set_result(None)
 
-
-def read_bank(path: Path, model: HyperCLIP) -> dict[str, AdaptedTask]:
-    """Tasks of a bank file; none where there is no file yet.
-
-    Raises:
-        ValueError: if its folder does not exist, or it is no bank of this model.
-    """
-    if not path.parent.is_dir():
-        raise ValueError(f"--bank must lie in a folder that exists, got {path}")
-    if not path.exists():
-        return {}
-    bank = TaskBank.load(path, model)
-    return {name: bank[name] for name in bank}
-
-
-def write_bank(path: Path, model: HyperCLIP, tasks: Mapping[str, AdaptedTask]) -> None:
-    """Write a bank file (beside, then renamed); without tasks there is none."""
-    if tasks:
-        TaskBank.of(model, tasks).save(path)
-    else:
-        path.unlink(missing_ok=True)
+    def _refuse(self, waiting: list[asyncio.Future], error: Exception) -> None:
+        """Take back all that is staged; what came during the save that failed may rest on what it was to save."""
+        self.failed_saves, self.saves_fail = self.failed_saves + 1, True
+        log.error("The tasks could not be saved; changes refused: %d; %s", len(waiting), error)
+        waiting, self._waiting = waiting + self._waiting, []
+        self._staged = dict(self._named)
+        for done in waiting:
+            if not done.done():
+                done.set_exception(RequestError(503, "not_saved", NOT_SAVED, {"Retry-After": "5"}))
 
 
 @contextlib.contextmanager

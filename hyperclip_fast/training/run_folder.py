@@ -4,7 +4,6 @@ Only the first process writes. Files are written beside and renamed. Of checkpoi
 damages one, and whenever a process is killed, one is whole.
 """
 
-import errno
 import json
 import os
 import pickle
@@ -19,6 +18,7 @@ import torch
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.utils.extras import require
 from hyperclip_fast.utils.files import remove_unfinished, write_file, written_file, written_folder
+from hyperclip_fast.utils.locks import lock_file
 
 LAST, BEFORE, LOCK = "checkpoint.pt", "checkpoint.before.pt", ".lock"
 # What zipfile and torch.load raise on damaged bytes.
@@ -51,7 +51,8 @@ class RunFolder:
         self.tensorboard = tensorboard and writes
         if writes:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.path)
+            wanted = f"out must be a folder in which nobody trains, {self.path}"
+            self._lock = lock_file(self.path / LOCK, wanted)
             remove_unfinished(self.path)
             write_file(file, json.dumps(settings, indent=2) + "\n")
 
@@ -127,34 +128,6 @@ class RunFolder:
         if file.exists():
             lines = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
             write_file(file, "".join(line + "\n" for line in lines))
-
-
-def _lock(folder: Path) -> Any:
-    """An open file that no other process can lock; None where the file system, or the platform, has no such locks.
-
-    The system frees the lock of a process that was killed.
-
-    Raises:
-        ValueError: if another process has locked it.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    file = open(folder / LOCK, "a+")  # noqa: SIM115  # it stays open as long as the folder
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: the workers that it forks do not hold it
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            warnings.warn(f"{folder} cannot be locked ({error}): nothing keeps another run out of it", stacklevel=2)
-            return file
-        file.seek(0)
-        who = file.read().strip() or "another process"
-        raise ValueError(f"out must be a folder in which nobody trains, {folder}: {who} does") from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()}")
-    file.flush()
-    return file
 
 
 def _load_checkpoint(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import secrets
 import shutil
 import stat
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,16 +84,31 @@ def written_folder(path: str | Path, argument: str = "out", replace: bool = Fals
             _remove(beside)
 
 
-def remove_unfinished(folder: str | Path) -> None:
-    """Remove what a killed process was writing into a folder."""
-    for left in Path(folder).glob(f"{UNFINISHED}*"):
+def remove_unfinished(folder: str | Path, name: str | None = None) -> None:
+    """Remove what a killed process was writing into a folder; with a name, what was to have that name alone."""
+    for left in Path(folder).glob(f"{UNFINISHED}{_mark(name) if name else ''}*"):
         _remove(left)
+
+
+def reach_disk(folder: str | Path) -> None:
+    """Wait until the names in a folder are on the disk: a rename that was lost in a power cut leaves the old file."""
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def _place_and_beside(path: str | Path) -> tuple[Path, Path]:
     """Where a path is, links followed, and a name beside it that nobody else writes to."""
     place = Path(os.path.realpath(path))
-    return place, place.with_name(f"{UNFINISHED}{secrets.token_hex(8)}{place.suffix}")
+    return place, place.with_name(f"{UNFINISHED}{_mark(place.name)}{secrets.token_hex(8)}{place.suffix}")
+
+
+def _mark(name: str) -> str:
+    """What the names of what is to have this name have in common."""
+    return f"{zlib.crc32(os.fsencode(name)):08x}"
 
 
 def _check_free(path: str | Path, argument: str) -> None:

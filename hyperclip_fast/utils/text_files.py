@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def read_yaml(path: str | Path, name: str) -> Any:
         raise ValueError(f"{name} must be a file of at most {MAX_BYTES} bytes, {path} has {path.stat().st_size}")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        return _read_json(text) if path.suffix.lower() == ".json" else parse_yaml(text)
+        return parse_json(text) if path.suffix.lower() == ".json" else parse_yaml(text)
     except ValueError as error:
         raise ValueError(f"{name} must be a YAML or JSON file, {path} is not: {error}") from error
 
@@ -39,22 +40,36 @@ def parse_yaml(text: str) -> Any:
 
     if text.lstrip()[:1] in ("{", "["):  # YAML's flow style, too, but JSON's escapes are others
         try:
-            return _read_json(text)
+            return parse_json(text)
         except json.JSONDecodeError:
             pass
     try:
-        return yaml.load(text, _loader(yaml))  # a SafeLoader
+        return yaml.load(text, _loader(yaml))  # noqa: S506  # a SafeLoader
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-def _read_json(text: str) -> Any:
+def parse_json(text: str) -> Any:
+    """A value in JSON, as the standard has it: Python's reader takes NaN, and numbers that no float holds, too.
+
+    Raises:
+        ValueError: if it is none, is nested too deep, or has a key twice.
+    """
     try:
-        return json.loads(text, object_pairs_hook=_distinct)
+        return json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_number, parse_float=_finite)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number in JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text[:20])
 
 
 def _distinct(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

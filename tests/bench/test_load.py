@@ -9,7 +9,7 @@ import pytest
 
 from hyperclip_fast.bench import serving
 from hyperclip_fast.cli.main import main
-from hyperclip_fast.serving.app import ServeOptions
+from hyperclip_fast.serving.options import ServeOptions
 from tests.serving.process import serving_here
 from tests.towers import patch_text_tower, tiny_model
 

@@ -46,6 +46,8 @@ def test_a_mixed_batch_equals_each_image_in_its_own_task(names):
             shares = torch.tensor([prediction.probabilities[prediction.names.index(name)] for name in TASKS[task]])
             torch.testing.assert_close(shares, probabilities, atol=1e-5, rtol=1e-4)
             assert list(prediction.probabilities) == sorted(prediction.probabilities, reverse=True)
+            ratios = torch.tensor(prediction.scores).logit() - torch.tensor(prediction.probabilities).log()
+            torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios), atol=1e-3, rtol=1e-3)  # one logit, twice
 
 
 def test_one_forward_pass_for_any_mix(bank, monkeypatch):
@@ -114,6 +116,17 @@ def test_save_and_load(bank, tmp_path):
     assert loaded.classify(IMAGES[:4], names, 5) == bank.classify(IMAGES[:4], names, 5)
     loaded.add("new", ["x", "y"])
     assert len(loaded) == 4
+
+
+def test_an_empty_bank_is_saved_and_read(bank, tmp_path):
+    path = tmp_path / "tasks.safetensors"
+    TaskBank(bank.model).save(path)
+    loaded = TaskBank.load(path, bank.model)
+    assert len(loaded) == len(TaskBank.of(bank.model, {})) == 0
+    fresh = TaskBank(bank.model)
+    for each in (loaded, fresh):
+        each.add("pets", TASKS["pets"])
+    assert loaded.classify(IMAGES[:2], ["pets"] * 2, 3) == fresh.classify(IMAGES[:2], ["pets"] * 2, 3)
 
 
 def test_a_bank_fits_its_model_whatever_else_the_config_says(bank, tmp_path):

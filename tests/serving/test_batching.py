@@ -11,7 +11,7 @@ from hyperclip_fast.serving.batching import Batcher, ModelThread
 from hyperclip_fast.serving.errors import RequestError
 from hyperclip_fast.serving.task_registry import TaskRegistry
 from hyperclip_fast.task_bank import TaskBank
-from hyperclip_fast.tasks import AdaptedTask, adapt_tasks, classify_tasks
+from hyperclip_fast.tasks import AdaptedTask, adapt_tasks, classify_tasks, embed_tasks
 from tests.towers import patch_text_tower, tiny_model
 
 TASKS = {"pets": ["cat", "dog", "parrot"], "food": ["pizza", "sushi"], "one": ["thing"], "many": list("abcdefg")}
@@ -60,10 +60,23 @@ def test_a_mixed_batch_answers_as_the_bank_does(monkeypatch):
     made = dict(zip(TASKS, adapt_tasks(model, list(TASKS.values()))))
     ranked = classify_tasks(model, IMAGES, [made[name] for name in names], topk)
     for ours, expected, k in zip(ranked, bank.classify(IMAGES, names, 8), topk):
-        assert [name for name, _ in ours] == list(expected.names[:k])
-        torch.testing.assert_close(
-            torch.tensor([share for _, share in ours]), torch.tensor(expected.probabilities[:k]), atol=1e-6, rtol=1e-5
-        )
+        found, shares, scores = zip(*ours)
+        assert found == expected.names[:k]
+        for mine, theirs in ((shares, expected.probabilities[:k]), (scores, expected.scores[:k])):
+            torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), atol=1e-6, rtol=1e-5)
+
+
+def test_embeddings_of_a_mixed_batch_are_each_tasks_own(monkeypatch):
+    """They make the logits that the bank has, and equal those of the specialised stock model."""
+    patch_text_tower(monkeypatch)
+    model = tiny_model()
+    names = ["many", "one", "many", "pets"]
+    made = dict(zip(TASKS, adapt_tasks(model, list(TASKS.values()))))
+    found = embed_tasks(model, IMAGES[:4], [made[name] for name in names])
+    for image, name, ours in zip(IMAGES, names, found):
+        with torch.no_grad():
+            alone = torch.nn.functional.normalize(model.specialize(TASKS[name])(image[None]), dim=-1)[0]
+        torch.testing.assert_close(ours, alone, atol=1e-5, rtol=1e-4)
 
 
 def test_requests_of_different_tasks_share_a_pass_in_the_models_thread(monkeypatch):
@@ -77,7 +90,7 @@ def test_requests_of_different_tasks_share_a_pass_in_the_models_thread(monkeypat
         thread = ModelThread(model, threads=1)
         made = [await thread.make(classes) for classes in TASKS.values()]
         batcher = await started(thread.classify, max_wait=0.05)
-        answers = await asyncio.gather(*(batcher.classify(IMAGES[i], made[i % 4], 10) for i in range(8)))
+        answers = await asyncio.gather(*(batcher.answer(IMAGES[i], made[i % 4], 10) for i in range(8)))
         await batcher.close()
         thread.close()
         return answers
@@ -85,7 +98,7 @@ def test_requests_of_different_tasks_share_a_pass_in_the_models_thread(monkeypat
     answers = asyncio.run(run())
     assert passes == [8]
     for i, answer in enumerate(answers):
-        assert sorted(name for name, _ in answer) == sorted(list(TASKS.values())[i % 4])
+        assert sorted(name for name, *_ in answer) == sorted(list(TASKS.values())[i % 4])
 
 
 def test_a_batch_is_full_or_its_oldest_has_waited():
@@ -94,10 +107,10 @@ def test_a_batch_is_full_or_its_oldest_has_waited():
         batcher = await started(recorder, max_batch=3, max_wait=0.05)
         loop, task = asyncio.get_running_loop(), fake_task("a")
         begin = loop.time()
-        await asyncio.gather(*(batcher.classify(NONE, task, 1) for _ in range(6)))
+        await asyncio.gather(*(batcher.answer(NONE, task, 1) for _ in range(6)))
         full = loop.time() - begin
         begin = loop.time()
-        await batcher.classify(NONE, task, 1)
+        await batcher.answer(NONE, task, 1)
         alone = loop.time() - begin
         await batcher.close()
         return [len(batch) for batch in recorder.batches], full, alone
@@ -113,10 +126,10 @@ def test_what_gathers_while_the_model_is_busy_goes_at_once_and_together():
         batcher = await started(recorder, max_batch=8, max_wait=0)
         tasks = [fake_task(str(i)) for i in range(5)]
         recorder.gate.clear()
-        answers = [asyncio.create_task(batcher.classify(NONE, task, 1)) for task in tasks]
+        answers = [asyncio.create_task(batcher.answer(NONE, task, 1)) for task in tasks]
         await settle()
         first = batcher.waiting
-        answers += [asyncio.create_task(batcher.classify(NONE, task, 1)) for task in tasks]
+        answers += [asyncio.create_task(batcher.answer(NONE, task, 1)) for task in tasks]
         await settle()
         recorder.gate.set()
         ranked = await asyncio.gather(*answers)
@@ -134,7 +147,7 @@ def test_one_task_a_batch_where_mixing_is_off(mix):
         recorder = Recorder()
         batcher = await started(recorder, max_batch=4, max_wait=0.01, mix=mix)
         tasks = [fake_task(str(i)) for i in range(3)]
-        await asyncio.gather(*(batcher.classify(NONE, tasks[i % 3], 1) for i in range(12)))
+        await asyncio.gather(*(batcher.answer(NONE, tasks[i % 3], 1) for i in range(12)))
         await batcher.close()
         return recorder.batches
 
@@ -149,10 +162,10 @@ def test_a_failure_belongs_to_its_batch():
         recorder.broken = True
         batcher = await started(recorder)
         failed = await asyncio.gather(
-            *(batcher.classify(NONE, fake_task("a"), 1) for _ in range(3)), return_exceptions=True
+            *(batcher.answer(NONE, fake_task("a"), 1) for _ in range(3)), return_exceptions=True
         )
         recorder.broken = False
-        answer = await batcher.classify(NONE, fake_task("b"), 1)
+        answer = await batcher.answer(NONE, fake_task("b"), 1)
         await batcher.close()
         return failed, answer
 
@@ -166,8 +179,8 @@ def test_who_has_gone_is_not_computed():
         recorder = Recorder()
         batcher = await started(recorder, max_wait=0.02)
         here, gone = fake_task("here"), fake_task("gone")
-        leaving = asyncio.create_task(batcher.classify(NONE, gone, 1))
-        staying = asyncio.create_task(batcher.classify(NONE, here, 1))
+        leaving = asyncio.create_task(batcher.answer(NONE, gone, 1))
+        staying = asyncio.create_task(batcher.answer(NONE, here, 1))
         await settle()
         leaving.cancel()
         answer = await staying
@@ -183,7 +196,7 @@ def test_closing_answers_what_was_accepted():
         recorder = Recorder()
         batcher = await started(recorder, max_batch=2, max_wait=10.0)
         recorder.gate.clear()
-        answers = [asyncio.create_task(batcher.classify(NONE, fake_task(str(i)), 1)) for i in range(6)]
+        answers = [asyncio.create_task(batcher.answer(NONE, fake_task(str(i)), 1)) for i in range(6)]
         await settle()
         closing = asyncio.create_task(batcher.close())
         await settle()
@@ -192,7 +205,7 @@ def test_closing_answers_what_was_accepted():
         await closing
         assert all(answer.done() for answer in answers)
         with pytest.raises(RequestError, match="shuts down"):
-            await batcher.classify(NONE, fake_task("late"), 1)
+            await batcher.answer(NONE, fake_task("late"), 1)
         return [answer.result()[0][0] for answer in answers]
 
     assert asyncio.run(run()) == list("012345")
@@ -222,10 +235,10 @@ def test_each_is_answered_by_the_task_that_it_asked_for(operations, max_batch, m
                 current[name] = f"version {i}"
                 await registry.put(name, [current[name]])
             elif what == "remove" and name in current:
-                registry.remove(name)
+                await registry.remove(name)
                 del current[name]
             elif what == "ask" and name in current:
-                asked.append((current[name], asyncio.create_task(batcher.classify(NONE, registry.get(name), 1))))
+                asked.append((current[name], asyncio.create_task(batcher.answer(NONE, registry.get(name), 1))))
             elif what == "pause":
                 recorder.gate.clear() if i % 2 else recorder.gate.set()
                 await settle()

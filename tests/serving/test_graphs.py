@@ -49,9 +49,9 @@ def test_any_batch_is_classified_as_eagerly(model, recorded):
         batch = images(len(tasks), step)
         ours, expected = runner.classify(batch, tasks, topk), classify_tasks(model, batch, tasks, topk)
         for mine, other in zip(ours, expected, strict=True):
-            assert [name for name, _ in mine] == [name for name, _ in other]
-            shares = (torch.tensor([share for _, share in ranked]) for ranked in (mine, other))
-            torch.testing.assert_close(*shares, rtol=1e-4, atol=1e-6)
+            assert [name for name, *_ in mine] == [name for name, *_ in other]
+            numbers = (torch.tensor([numbers for _, *numbers in ranked]) for ranked in (mine, other))
+            torch.testing.assert_close(*numbers, rtol=1e-4, atol=1e-6)
     assert sorted(recorded) == [1, 4], "each size is recorded once"
 
 

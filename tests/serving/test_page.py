@@ -1,8 +1,12 @@
 """The page in a real browser: a picture, class names or a task, ranked names; keyboard, errors, a phone's width."""
 
+import functools
+import http.server
 import os
 import shutil
+import threading
 
+import httpx
 import pytest
 from PIL import Image
 from selenium import webdriver
@@ -10,7 +14,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from hyperclip_fast.serving.app import ServeOptions
+from hyperclip_fast.serving.gate.bodies import BodyLimits
+from hyperclip_fast.serving.gate.keys import new_key, read_keys
+from hyperclip_fast.serving.options import ServeOptions
 from tests.serving.process import serving_here
 from tests.towers import patch_text_tower, tiny_model
 
@@ -29,7 +35,8 @@ def address(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         patch_text_tower(monkeypatch)
         model = tiny_model()
-        with serving_here(model, folder / "tasks.safetensors", ServeOptions(max_bytes=200_000)) as address:
+        options = ServeOptions(bodies=BodyLimits(max_bytes=200_000))
+        with serving_here(model, folder / "tasks.safetensors", options) as address:
             yield address
 
 
@@ -48,12 +55,11 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, address, tmp_path):
-    import httpx
-
     httpx.put(f"{address}/v1/tasks/pets", json={"classes": ["cat", "dog", "<b>parrot</b>"]}).raise_for_status()
     Image.new("RGB", (60, 40), "orange").save(tmp_path / "picture.png")
     Image.effect_noise((700, 700), 90).save(tmp_path / "large.png")
     (tmp_path / "text.png").write_text("no picture")
+    browser.get_log("browser")  # what other tests left
     browser.get(address)
     WebDriverWait(browser, 60).until(lambda _: len(Select(get(browser, "task")).options) == 2)
     return browser
@@ -139,6 +145,87 @@ def test_what_is_missing_or_refused_is_said(page, tmp_path):
     get(page, "image").send_keys(str(tmp_path / "picture.png"))
     get(page, "go").click()
     assert len(results(page)) == 2 and get(page, "status").text == ""
+
+
+@pytest.fixture
+def locked(tmp_path):
+    """(address of a server with keys, a key of a classifier)."""
+    (key, line), (admin, other) = new_key("classify", "page"), new_key("admin", "test")
+    (tmp_path / "keys.txt").write_text(f"{line}\n{other}\n")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        patch_text_tower(monkeypatch)
+        options = ServeOptions(keys=read_keys(tmp_path / "keys.txt"))
+        with serving_here(tiny_model(), tmp_path / "tasks.safetensors", options) as address:
+            headers = {"Authorization": f"Bearer {admin}"}
+            httpx.put(f"{address}/v1/tasks/pets", json={"classes": ["cat", "dog"]}, headers=headers).raise_for_status()
+            yield address, key
+
+
+def test_the_page_asks_for_a_key_where_the_server_does(browser, locked, tmp_path):
+    address, key = locked
+    browser.get(address)
+    WebDriverWait(browser, 60).until(lambda _: get(browser, "locked").is_displayed())
+    Image.new("RGB", (60, 40), "orange").save(tmp_path / "picture.png")
+    get(browser, "image").send_keys(str(tmp_path / "picture.png"))
+    get(browser, "names").send_keys("a, b")
+    get(browser, "key").send_keys("wrong")
+    get(browser, "go").click()
+    status(browser, "Enter an API key")
+    get(browser, "key").clear()
+    get(browser, "key").send_keys(key)
+    get(browser, "go").click()
+    assert len(results(browser)) == 2
+    browser.refresh()  # the tab remembers it
+    WebDriverWait(browser, 60).until(lambda _: len(Select(get(browser, "task")).options) == 2)
+    assert get(browser, "key").get_attribute("value") == key
+    browser.execute_script("sessionStorage.clear()")
+
+
+def test_a_page_of_another_origin_changes_nothing(browser, address, tmp_path):
+    """A real browser says whose page it is, whatever the page does."""
+    page = tmp_path / "evil.html"
+    page.write_text("<title>evil</title>")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path)) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        browser.get(f"http://127.0.0.1:{other.server_port}/evil.html")
+        attack = """
+            const done = arguments[1], form = new FormData();
+            form.append("label", "a");
+            Promise.allSettled([
+              fetch(arguments[0] + "/v1/tasks/evil", {method: "PUT", body: '{"classes": ["a"]}', mode: "cors"}),
+              fetch(arguments[0] + "/v1/classify", {method: "POST", body: form, mode: "no-cors"}),
+            ]).then((all) => done(all.map((each) => each.status)));
+        """
+        assert browser.execute_async_script(attack, address)[0] == "rejected"
+        other.shutdown()
+    assert "evil" not in httpx.get(f"{address}/v1/tasks").text
+    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    for method in ("OPTIONS", "POST"):
+        counts = [line for line in lines if line.startswith("hyperclip_requests_total") and f'"{method}"' in line]
+        assert any('status="403"' in line for line in counts), counts
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_routes_are_shown_to_people(browser, address):
+    browser.get_log("browser")  # what other tests left
+    browser.get(f"{address}/docs")
+    WebDriverWait(browser, 60).until(lambda _: browser.find_elements(By.CSS_SELECTOR, "#routes h2"))
+    text = get(browser, "routes").text
+    for part in (
+        "POST /v1/classify",
+        "takes application/json: {images: [string], tasks?: [string], labels?: [string], topk?: integer, "
+        "threshold?: number}",
+        "answers 200 application/json: {results: [{task: string or null, ranked: [{name: string, probability: number, "
+        "score: number}]} or {task: string or null, error: {code: string, message: string, status: integer}}]}",
+        "PUT /v1/tasks/{name}",
+        "takes application/json: {classes: [string]}",
+    ):
+        assert part in text
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
 @pytest.mark.parametrize("size", [(360, 740), (1280, 900)], ids=["phone", "desk"])

@@ -49,7 +49,7 @@ def address(tmp_path, monkeypatch):
     )
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
-        options = RayOptions(bank=tmp_path / "tasks.safetensors", replicas=2, max_batch=8, max_wait_ms=50)
+        options = RayOptions(bank=tmp_path / "tasks.safetensors", create=True, replicas=2, max_batch=8, max_wait_ms=50)
         serve.run(build_app(options), route_prefix="/")
         yield f"http://127.0.0.1:{port}"
         serve.shutdown()
@@ -70,7 +70,7 @@ async def ask_all(address):
 
 @pytest.mark.slow
 def test_the_same_answers_from_model_replicas(address, tmp_path):
-    assert httpx.get(f"{address}/readyz").json() == {"status": "ready", "tasks": 0}
+    assert httpx.get(f"{address}/readyz").json() == {"status": "ready", "tasks": 0, "saves": "ok"}
     questions, answers = asyncio.run(ask_all(address))
     model = load_model()
     bank = TaskBank(model)
@@ -91,7 +91,7 @@ def test_the_same_answers_from_model_replicas(address, tmp_path):
 
     serve.shutdown()
     assert TaskBank.load(tmp_path / "tasks.safetensors", model).tasks == ("pets",)
-    assert os.listdir(tmp_path) == ["tasks.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == [".tasks.safetensors.lock", "tasks.safetensors"]
 
 
 def test_refused_options():

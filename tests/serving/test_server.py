@@ -1,85 +1,17 @@
 """The server's routes in one process: answers equal the bank's, and everything bad is refused with a JSON error."""
 
 import asyncio
-import io
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-import torch
-from PIL import Image
 from starlette.testclient import TestClient
 
-from hyperclip_fast.data.image_files import load_image
-from hyperclip_fast.serving.app import ServeOptions, bank_service, create_app
-from hyperclip_fast.serving.batching import ModelThread
-from hyperclip_fast.serving.task_registry import TaskLimits
+from hyperclip_fast.serving.app import create_app
 from hyperclip_fast.task_bank import TaskBank
-from tests.towers import patch_text_tower, tiny_model
-
-TASKS = {"pets": ["cat", "dog", "parrot"], "food": ["pizza", "sushi"]}
-LIMITS = TaskLimits(tasks=4, ad_hoc=2, classes=8, length=20)
-OPTIONS = ServeOptions(
-    max_concurrent_requests=6, max_bytes=100_000, max_pixels=10_000, max_images=3, limits=LIMITS, save_delay=0.01
-)
-
-
-def png(colour="red", size=(40, 30)):
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, "png")
-    return file.getvalue()
-
-
-@pytest.fixture(scope="module")
-def model():
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        patch_text_tower(monkeypatch)
-        model = tiny_model()
-        model.text_tower.encode(["built once"])
-        yield model
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "tasks.safetensors"
-
-
-@pytest.fixture
-def service(model, path):
-    thread = ModelThread(model, threads=1)
-    yield bank_service(path, thread, OPTIONS)
-    thread.close()
-
-
-@pytest.fixture
-def client(service):
-    with TestClient(create_app(service), raise_server_exceptions=False) as client:
-        for name, classes in TASKS.items():
-            assert client.put(f"/v1/tasks/{name}", json={"classes": classes}).status_code == 201
-        yield client
-
-
-def ask(client, *, image=None, **data):
-    return client.post("/v1/classify", files={"image": image or png()}, data=data)
-
-
-def expected(model, contents, tasks, topk):
-    """What a bank says, as the server writes it."""
-    bank = TaskBank(model)
-    bank.add_many(TASKS)
-    images = torch.stack([load_image(content, model.preprocessing) for content in contents])
-    predictions = bank.classify(images, tasks, topk)
-    return [
-        {
-            "task": p.task,
-            "ranked": [
-                {"name": n, "probability": pytest.approx(s, rel=1e-4)} for n, s in zip(p.names, p.probabilities)
-            ],
-        }
-        for p in predictions
-    ]
+from tests.serving.asking import LIMITS, OPTIONS, TASKS, ask, check_error, expected, png
 
 
 def until(condition, seconds=20):
@@ -87,14 +19,6 @@ def until(condition, seconds=20):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
-
-
-def check_error(response, status, code):
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/json"
-    error = response.json()["error"]
-    assert (error["code"], error["status"]) == (code, status) and error["message"]
-    return error["message"]
 
 
 def test_classify_answers_as_the_bank_does(client, model):
@@ -129,7 +53,8 @@ def test_class_names_in_place_of_a_task(client, model, service):
 def test_tasks_are_listed_replaced_and_removed(client):
     assert client.get("/v1/tasks/pets").json() == {"name": "pets", "classes": TASKS["pets"]}
     assert client.put("/v1/tasks/pets", json={"classes": ["wolf"]}).status_code == 200
-    assert ask(client, task="pets").json()["results"][0]["ranked"] == [{"name": "wolf", "probability": 1.0}]
+    (wolf,) = ask(client, task="pets").json()["results"][0]["ranked"]
+    assert (wolf["name"], wolf["probability"]) == ("wolf", 1.0)
     assert client.put("/v1/tasks/a/b%20c", json={"classes": ["x"]}).status_code == 201
     assert [task["name"] for task in client.get("/v1/tasks").json()["tasks"]] == ["pets", "food", "a/b c"]
     assert client.delete("/v1/tasks/pets").status_code == 204
@@ -162,7 +87,17 @@ BAD = {
     "cut image": ({"files": {"image": png(size=(90, 90))[:60]}, "data": {"task": "pets"}}, 422, "bad_image"),
     "many pixels": ({"files": {"image": png(size=(101, 100))}, "data": {"task": "pets"}}, 422, "bad_image"),
     "large": ({"files": {"image": bytes(100_001)}, "data": {"task": "pets"}}, 413, "too_large"),
-    "JSON": ({"files": None, "json": {"task": "pets"}}, 415, "bad_content_type"),
+    "threshold 2": ({"data": {"task": "pets", "threshold": "2"}}, 422, "bad_threshold"),
+    "threshold nan": ({"data": {"task": "pets", "threshold": "nan"}}, 422, "bad_threshold"),
+    "XML": ({"files": None, "content": "<a/>", "headers": {"content-type": "text/xml"}}, 415, "bad_content_type"),
+    "JSON and URL": ({"files": None, "json": {"images": [""]}, "params": {"task": "pets"}}, 422, "bad_field"),
+    "JSON without images": ({"files": None, "json": {"tasks": ["pets"]}}, 422, "invalid"),
+    "JSON of no images": ({"files": None, "json": {"images": [], "tasks": ["pets"]}}, 422, "invalid"),
+    "JSON of many images": ({"files": None, "json": {"images": [""] * 4, "tasks": ["pets"]}}, 400, "bad_request"),
+    "JSON, not base64": ({"files": None, "json": {"images": ["?"], "tasks": ["pets"]}}, 422, "bad_image"),
+    "JSON, text for topk": ({"files": None, "json": {"images": [""], "tasks": ["a"], "topk": "3"}}, 422, "invalid"),
+    "JSON, huge topk": ({"files": None, "json": {"images": [""], "tasks": ["a"], "topk": 10**30}}, 422, "invalid"),
+    "JSON, unknown key": ({"files": None, "json": {"images": [""], "task": "pets"}}, 422, "invalid"),
     "no type": ({"files": None, "content": png()}, 415, "bad_content_type"),
     "no boundary": (
         {"files": None, "content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "bad_request",
@@ -185,8 +120,16 @@ def test_bad_requests_to_classify(client, name):
         ("new", '{"classes": [1]}', 422, "invalid"),
         ("new", '{"classes": ["a"], "more": 1}', 422, "invalid"),
         ("new", "{}", 422, "invalid"),
-        ("new", "{", 422, "invalid"),
-        ("new", "[" * 50_000, 400, "bad_request"),
+        ("new", "[]", 422, "invalid"),
+        ("new", "{", 400, "bad_json"),
+        ("new", "[" * 50_000, 400, "bad_json"),
+        ("new", '{"classes": ["a"], "classes": ["b"]}', 400, "bad_json"),
+        ("new", '{"classes": NaN}', 400, "bad_json"),
+        ("new", '{"classes": [-Infinity]}', 400, "bad_json"),
+        ("new", '{"classes": [1e999]}', 400, "bad_json"),
+        ("new", '{"classes": [' + "9" * 5000 + "]}", 400, "bad_json"),
+        ("new", b'{"classes": ["\xff"]}', 400, "bad_json"),
+        ("new", "", 400, "bad_json"),
         ("new", '{"classes": ["\\ud800"]}', 422, "bad_classes"),
         ("new", json.dumps({"classes": ["a", "a"]}), 422, "bad_classes"),
         ("new", json.dumps({"classes": [str(i) for i in range(9)]}), 422, "bad_classes"),
@@ -247,20 +190,20 @@ def test_a_failure_inside_tells_nothing_of_the_inside(client, service, monkeypat
     async def broken(images, tasks, topk):
         raise RuntimeError("secret")
 
-    monkeypatch.setattr(service.batcher, "_classify", broken)
+    monkeypatch.setattr(service.classifier, "_answers", broken)
     assert "secret" not in check_error(ask(client, task="pets"), 500, "internal")
 
 
 @pytest.fixture
 def held(service, monkeypatch):
     """Batches wait until this event is set."""
-    gate, real = asyncio.Event(), service.batcher._classify
+    gate, real = asyncio.Event(), service.classifier._answers
 
     async def classify(images, tasks, topk):
         await gate.wait()
         return await real(images, tasks, topk)
 
-    monkeypatch.setattr(service.batcher, "_classify", classify)
+    monkeypatch.setattr(service.classifier, "_answers", classify)
     return gate
 
 
@@ -281,7 +224,7 @@ def test_more_requests_than_are_taken_at_a_time(client, held):
 def test_a_task_may_go_while_requests_wait_for_it(client, service, model, held):
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(ask, client, task=task) for task in ("pets", "food")]
-        until(lambda: len(service.batcher._unanswered) == 2)
+        until(lambda: len(service.classifier._unanswered) == 2)
         client.delete("/v1/tasks/pets")
         assert client.put("/v1/tasks/food", json={"classes": ["soup"]}).status_code == 200
         client.portal.call(held.set)
@@ -291,7 +234,7 @@ def test_a_task_may_go_while_requests_wait_for_it(client, service, model, held):
 
 
 def test_health_and_metrics(client, service):
-    assert client.get("/readyz").json() == {"status": "ready", "tasks": 2}
+    assert client.get("/readyz").json() == {"status": "ready", "tasks": 2, "saves": "ok"}
     ask(client, task="pets")
     ask(client, task="birds")
     text = client.get("/metrics").text
@@ -319,8 +262,8 @@ def test_the_page_is_served_and_loads_nothing_from_elsewhere(client):
     assert "http" not in response.text.replace("http-equiv", "")
 
 
-def test_tasks_outlive_the_server(client, service, model, path):
+def test_a_change_is_in_the_file_once_it_is_confirmed(client, model, path):
     client.put("/v1/tasks/new", json={"classes": ["x", "y"]})
+    assert TaskBank.load(path, model).tasks == ("pets", "food", "new")
     client.delete("/v1/tasks/food")
-    client.portal.call(service.registry.close)
     assert TaskBank.load(path, model).tasks == ("pets", "new")

@@ -1,13 +1,15 @@
-"""A server's tasks: saved soon after changes but not for each, remembered without a name, refused with a reason."""
+"""A server's tasks: saved before a change is confirmed, remembered without a name, refused with a reason."""
 
 import asyncio
 import json
+import threading
 
 import pytest
 import torch
 
+from hyperclip_fast.serving.bank_file import BankFile
 from hyperclip_fast.serving.errors import RequestError
-from hyperclip_fast.serving.task_registry import TaskLimits, TaskRegistry, read_bank, write_bank
+from hyperclip_fast.serving.task_registry import TaskLimits, TaskRegistry
 from hyperclip_fast.task_bank import TaskBank
 from hyperclip_fast.tasks import AdaptedTask
 from tests.towers import patch_text_tower, tiny_model
@@ -71,78 +73,98 @@ def test_room_counts_tasks_that_are_being_made():
     assert results[:2] == [True, True] and all(error.status == 409 for error in results[2:])
 
 
-def test_many_changes_are_few_saves_and_the_last_is_saved():
-    saved = []
+def test_changes_that_come_during_a_save_share_the_next_and_wait_for_it():
+    saved, may_go_on = [], threading.Event()
+
+    def save(tasks):
+        may_go_on.wait(20)
+        saved.append(list(tasks))
 
     async def run():
-        registry = TaskRegistry(Maker(), save=saved.append, delay=0.05)
-        for i in range(30):
-            await registry.put(f"task {i}", ["a"])
-            await asyncio.sleep(0.005)
-        registry.remove("task 0")
-        assert registry.unsaved
-        await registry.close()
-        assert not registry.unsaved
+        registry = TaskRegistry(Maker(), save=save)
+        first = asyncio.create_task(registry.put("first", ["a"]))
+        await asyncio.sleep(0.05)  # its save is under way
+        others = [asyncio.create_task(registry.put(f"task {i}", ["a"])) for i in range(30)]
+        removal = asyncio.create_task(registry.remove("first"))
+        await asyncio.sleep(0.05)
+        assert len(registry) == 0 and not any(each.done() for each in (first, removal, *others))
+        with pytest.raises(RequestError, match="got 'first'"):
+            registry.get("first")  # nobody may rely on it yet
+        may_go_on.set()
+        assert await asyncio.gather(first, *others) == [True] * 31
+        await removal
+        assert list(registry) == [f"task {i}" for i in range(30)]
 
     asyncio.run(run())
-    assert 2 <= len(saved) <= 10
-    assert list(saved[-1]) == [f"task {i}" for i in range(1, 30)]
-    assert len(saved[0]) < 30  # what was saved first did not change afterwards
+    assert saved == [["first"], [f"task {i}" for i in range(30)]]
 
 
-def test_a_save_that_fails_is_tried_again_and_never_forgotten(monkeypatch):
-    monkeypatch.setattr("hyperclip_fast.serving.task_registry.RETRY_SECONDS", 0.01)
+def test_what_cannot_be_saved_is_refused_and_the_next_save_heals():
     tries = []
 
     def save(tasks):
         tries.append(list(tasks))
-        if len(tries) in (1, 2, 4):
-            raise (OSError if len(tries) == 1 else RuntimeError)("disk full, or out of memory")
+        if len(tries) in (2, 3):
+            raise (OSError if len(tries) == 2 else RuntimeError)("disk full, or out of memory")
 
     async def run():
-        registry = TaskRegistry(Maker(), save=save, delay=0)
-        await registry.put("a", ["x"])
-        for _ in range(500):
-            if len(tries) == 3 and not registry.unsaved:
-                break
-            await asyncio.sleep(0.01)
-        assert registry.failed_saves == 2
-        await registry.put("b", ["x"])
-        closing = registry.close()
-        with pytest.raises(RuntimeError, match="out of memory"):
-            await closing
-        return registry.unsaved
+        registry = TaskRegistry(Maker(), save=save)
+        assert await registry.put("a", ["x"])
+        results = await asyncio.gather(
+            registry.put("b", ["x"]), registry.put("a", ["y"]), registry.remove("a"), return_exceptions=True
+        )
+        assert [(each.status, each.code) for each in results] == [(503, "not_saved")] * 3
+        assert list(registry) == ["a"] and registry.get("a").classes == ("x",)
+        with pytest.raises(RequestError, match="could not be saved"):
+            await registry.put("b", ["x"])
+        assert registry.saves_fail and registry.failed_saves == 2
+        assert await registry.put("b", ["z"])  # new: the refused one never was
+        assert not registry.saves_fail and list(registry) == ["a", "b"]
 
-    assert asyncio.run(run()) is True
-    assert tries == [["a"]] * 3 + [["a", "b"]]
+    asyncio.run(run())
+    assert tries[-1] == ["a", "b"] and len(tries) == 4
 
 
-def test_a_file_holds_the_tasks_and_no_file_none(model, tmp_path):
-    path = tmp_path / "tasks.safetensors"
-    assert read_bank(path, model) == {}
+def test_a_change_whose_client_has_gone_is_saved_with_the_others():
+    may_go_on = threading.Event()
+
+    async def run():
+        registry = TaskRegistry(Maker(), save=lambda tasks: may_go_on.wait(20))
+        gone, stays = (asyncio.create_task(registry.put(name, ["a"])) for name in ("gone", "stays"))
+        await asyncio.sleep(0.05)
+        gone.cancel()
+        may_go_on.set()
+        assert await stays
+        await registry.close()
+        return list(registry)
+
+    assert asyncio.run(run()) == ["gone", "stays"]
+
+
+def test_a_bank_file_holds_the_tasks(model, tmp_path):
+    file = BankFile(tmp_path / "tasks.safetensors", model, create=True)
+    assert file.read() == {}
     bank = TaskBank(model)
     bank.add_many({"pets": ["cat", "dog"], "food": ["pizza"]})
     tasks = {name: bank[name] for name in bank.tasks}
-    write_bank(path, model, tasks)
-    again = read_bank(path, model)
+    file.write(tasks)
+    bank.save(tmp_path / "by bank.safetensors")
+    assert (tmp_path / "by bank.safetensors").read_bytes() == file.path.read_bytes()
+    again = file.read()
     assert list(again) == ["pets", "food"]
     for name, task in again.items():
         assert task.classes == tasks[name].classes
         assert torch.equal(task.row, tasks[name].row) and torch.equal(task.embeddings, tasks[name].embeddings)
-    write_bank(path, model, {})
-    assert list(tmp_path.iterdir()) == [] and read_bank(path, model) == {}
+    file.write({})
+    assert file.read() == {}
 
 
-def test_files_that_are_refused(model, tmp_path):
-    with pytest.raises(ValueError, match="folder that exists"):
-        read_bank(tmp_path / "none" / "tasks.safetensors", model)
-    bank = TaskBank(model)
-    bank.add("pets", ["cat"])
-    bank.save(tmp_path / "tasks.safetensors")
+def test_the_bank_of_another_model_is_refused(model, tmp_path):
+    BankFile(tmp_path / "tasks.safetensors", model, create=True).close()
     with torch.no_grad():
         model.logit_bias.add_(1)
     with pytest.raises(ValueError, match="made by another one"):
-        read_bank(tmp_path / "tasks.safetensors", model)
+        BankFile(tmp_path / "tasks.safetensors", model).read()
 
 
 @pytest.mark.parametrize(

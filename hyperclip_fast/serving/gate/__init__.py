@@ -1,0 +1,1 @@
+"""What stands before the routes: connections, hosts and origins, keys, bodies and places."""
