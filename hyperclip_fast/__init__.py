@@ -50,13 +50,6 @@ def _find_checkout_parts() -> None:
         sys.modules[spec.name] = globals()[part] = importlib.util.module_from_spec(spec)
 
 
-def _register_models() -> None:
-    """Import hyper_vit, unless it is a part of it that imports timm: half-imported, it has nothing to give yet."""
-    parts = ("block_parts", "hyper_block", "timm_models")
-    if not any(f"{__name__}.{part}" in sys.modules for part in parts):
-        importlib.import_module(f"{__name__}.hyper_vit")
-
-
 _find_checkout_parts()
 __getattr__, __dir__ = lazy_names(
     __name__,
@@ -72,6 +65,5 @@ __getattr__, __dir__ = lazy_names(
         "task_bank": ("TaskBank",),
     },
 )
-# Importing hyper_vit registers hyper_* models with timm. Stubs in timm's registry would need its private tables.
 # The hook costs nothing before somebody imports timm, and whoever does has waited for PyTorch anyway.
-after_import("timm.models", _register_models)
+after_import("timm.models", lambda: importlib.import_module(f"{__name__}.integrations.timm"))
