@@ -23,6 +23,7 @@ EXECUTORCH = ["executorch>=1.0"]  # an export format with heavy dependencies
 BENCH = ["matplotlib", "aiohttp>=3.9", *EXPORT]  # plots, a load on the server, and a rival on the CPU
 CLIP_BENCHMARK = [*CLIP, "clip-benchmark>=1.6"]
 PEFT = ["peft>=0.15"]
+TRANSFORMERS = [*CLIP, "transformers>=5"]  # its pipeline; text towers do with older ones
 EVIDENCE = [*DEMO, *PEFT]  # the conditioning experiment and its rivals
 EMBED = [*CLIP, "pyarrow>=14"]
 REPORT = ["matplotlib", "pytest>=8", "hypothesis>=6.80"]  # what make gpu-report needs
@@ -38,7 +39,17 @@ SERVE = [
 RAY = [*SERVE, *EMBED, "ray[serve,data]>=2.60"]  # the server and the bulk on a cluster
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]  # make docs
 OLDEST = [*CLIP, "pytest>=8", "pytest-xdist", "hypothesis>=6.80"]  # what make test-oldest needs, beside old releases
-TEST = [*EVIDENCE, *BENCH, *EXECUTORCH, *CLIP_BENCHMARK, *RAY, "kernels>=0.15", "httpx>=0.27", "selenium>=4.20"]
+TEST = [
+    *EVIDENCE,
+    *BENCH,
+    *EXECUTORCH,
+    *CLIP_BENCHMARK,
+    *TRANSFORMERS,
+    *RAY,
+    "kernels>=0.15",
+    "httpx>=0.27",
+    "selenium>=4.20",
+]
 TEST += ["pytest>=8", "pytest-xdist", "hypothesis>=6.80", "ruff>=0.6", "mypy>=1.18"]
 
 VERSION = re.search(r'"([\d.]+)"', (Path(__file__).parent / "hyperclip_fast/version.py").read_text(encoding="utf-8"))[1]
@@ -78,6 +89,7 @@ setup(
         "executorch": EXECUTORCH,
         "clip_benchmark": CLIP_BENCHMARK,
         "peft": PEFT,
+        "transformers": TRANSFORMERS,
         "evidence": EVIDENCE,
         "embed": EMBED,
         "serve": SERVE,

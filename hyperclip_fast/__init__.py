@@ -65,5 +65,9 @@ __getattr__, __dir__ = lazy_names(
         "task_bank": ("TaskBank",),
     },
 )
-# The hook costs nothing before somebody imports timm, and whoever does has waited for PyTorch anyway.
+# The hooks cost nothing before somebody imports timm or transformers, and little then.
 after_import("timm.models", lambda: importlib.import_module(f"{__name__}.integrations.timm"))
+after_import(
+    "transformers.models.auto.configuration_auto",
+    lambda: importlib.import_module(f"{__name__}.integrations.transformers"),
+)

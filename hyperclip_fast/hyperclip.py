@@ -153,6 +153,7 @@ class HyperCLIP(
     def _save_pretrained(self, save_directory: Path) -> None:
         save_safetensors(self.state_dict(), save_directory / "model.safetensors", {"format": "pt"})
         write_file(save_directory / "config.json", self.config.to_json())
+        write_file(save_directory / "preprocessor_config.json", self.preprocessing.to_json())
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "HyperCLIP":
