@@ -13,6 +13,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 
 from hyperclip_fast import HyperEncoder, HyperViT
 from hyperclip_fast.encoders import to_encoder
+from hyperclip_fast.modulated_norms import ROW_NORMS
 from tests.encoders.encoder_cases import rows_of, with_row
 from tests.encoders.vit_cases import assert_same
 from tests.helpers import assert_close
@@ -47,6 +48,12 @@ def test_a_name_of_each_family_is_built():
             model = timm.create_model(f"hyper_{name}", num_classes=3)
         assert isinstance(model, HyperViT | HyperEncoder), name
         assert model.norm_spec.num_params and model.num_classes == 3, name
+        norms = {
+            type(part) for part in model.modules() if "Norm" in type(part).__name__ and "weight" in part._parameters
+        }
+        assert {kind.__name__ for kind in norms - ROW_NORMS.keys()} <= {"GlobalResponseNorm"}, (
+            name
+        )  # of ConvNeXtV2's MLP
 
 
 @pytest.mark.slow
@@ -141,6 +148,7 @@ def test_training_scripts_end_with_the_stock_models_weights(name, tmp_path):
             assert torch.equal(read(images), stock_ema(images))  # timm prefers the average
 
 
+@pytest.mark.slow
 def test_registering_imports_no_encoder():
     code = """
 import sys
