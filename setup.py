@@ -23,6 +23,7 @@ EXECUTORCH = ["executorch>=1.0"]  # an export format with heavy dependencies
 BENCH = ["matplotlib", "aiohttp>=3.9", *EXPORT]  # plots, a load on the server, and a rival on the CPU
 CLIP_BENCHMARK = [*CLIP, "clip-benchmark>=1.6"]
 PEFT = ["peft>=0.15"]
+TRANSFORMERS = [*CLIP, "transformers>=5"]  # its pipeline; text towers do with older ones
 EVIDENCE = [*DEMO, *PEFT]  # the conditioning experiment and its rivals
 EMBED = [*CLIP, "pyarrow>=14"]
 REPORT = ["matplotlib", "pytest>=8", "hypothesis>=6.80"]  # what make gpu-report needs
@@ -39,8 +40,9 @@ CLIENT = ["httpx>=0.27"]  # of the server
 RAY = [*SERVE, *EMBED, "ray[serve,data]>=2.60"]  # the server and the bulk on a cluster
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]  # make docs
 OLDEST = [*CLIP, "pytest>=8", "pytest-xdist", "hypothesis>=6.80"]  # what make test-oldest needs, beside old releases
-TEST = [*EVIDENCE, *BENCH, *EXECUTORCH, *CLIP_BENCHMARK, *RAY, *CLIENT, "kernels>=0.15", "selenium>=4.20"]
+TEST = [*EVIDENCE, *BENCH, *EXECUTORCH, *CLIP_BENCHMARK, *TRANSFORMERS, *RAY, *CLIENT, "kernels>=0.15"]
 TEST += ["pytest>=8", "pytest-xdist", "hypothesis>=6.80", "jsonschema>=4.17", "ruff>=0.6", "mypy>=1.18"]
+TEST += ["selenium>=4.20"]
 
 VERSION = re.search(r'"([\d.]+)"', (Path(__file__).parent / "hyperclip_fast/version.py").read_text(encoding="utf-8"))[1]
 PARTS = find_namespace_packages(include=["kernels*", "bench*"], exclude=["bench.results*", "*__pycache__*"])
@@ -79,6 +81,7 @@ setup(
         "executorch": EXECUTORCH,
         "clip_benchmark": CLIP_BENCHMARK,
         "peft": PEFT,
+        "transformers": TRANSFORMERS,
         "evidence": EVIDENCE,
         "embed": EMBED,
         "serve": SERVE,

@@ -51,13 +51,6 @@ def _find_checkout_parts() -> None:
         sys.modules[spec.name] = globals()[part] = importlib.util.module_from_spec(spec)
 
 
-def _register_models() -> None:
-    """Import hyper_vit, unless it is a part of it that imports timm: half-imported, it has nothing to give yet."""
-    parts = ("block_parts", "hyper_block", "timm_models")
-    if not any(f"{__name__}.{part}" in sys.modules for part in parts):
-        importlib.import_module(f"{__name__}.hyper_vit")
-
-
 _find_checkout_parts()
 __getattr__, __dir__ = lazy_names(
     __name__,
@@ -73,6 +66,9 @@ __getattr__, __dir__ = lazy_names(
         "task_bank": ("TaskBank", "ThreadSafeTaskBank"),
     },
 )
-# Importing hyper_vit registers hyper_* models with timm. Stubs in timm's registry would need its private tables.
-# The hook costs nothing before somebody imports timm, and whoever does has waited for PyTorch anyway.
-after_import("timm.models", _register_models)
+# The hooks cost nothing before somebody imports timm or transformers, and little then.
+after_import("timm.models", lambda: importlib.import_module(f"{__name__}.integrations.timm"))
+after_import(
+    "transformers.models.auto.configuration_auto",
+    lambda: importlib.import_module(f"{__name__}.integrations.transformers"),
+)

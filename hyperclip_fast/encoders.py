@@ -12,6 +12,7 @@ from hyperclip_fast.hyper_encoder import HyperEncoder, to_hyper_encoder
 from hyperclip_fast.hyper_vit import HyperViT, to_hyper_vit
 from hyperclip_fast.norm_params import DEFAULT_MODULATE
 from hyperclip_fast.timm_models import create_timm_model
+from hyperclip_fast.utils.private_api import FeatureGetterNet
 
 
 def create_encoder(
@@ -28,8 +29,13 @@ def create_encoder(
     Raises:
         ValueError: as their `from_timm`.
     """
-    model = create_timm_model(model, pretrained, kwargs)
-    if type(model) is VisionTransformer and all(map(_is_plain, model.blocks)):
+    return to_encoder(create_timm_model(model, pretrained, kwargs), modulate)
+
+
+def to_encoder(model: nn.Module, modulate: Iterable[str] | None = None) -> Any:
+    """As `create_encoder`, in place: modules, names and weights stay; timm's wrappers for `features_only`, too."""
+    vit = model.model if isinstance(model, FeatureGetterNet) else model
+    if type(vit) is VisionTransformer and all(map(_is_plain, vit.blocks)):
         return to_hyper_vit(model, DEFAULT_MODULATE if modulate is None else modulate)
     return to_hyper_encoder(model, modulate)
 

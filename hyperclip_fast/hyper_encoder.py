@@ -78,9 +78,12 @@ class HyperEncoder(nn.Module):
         """Choose the generated norms by name pattern.
 
         Raises:
-            ValueError: if a pattern matches no norm with affine parameters.
+            ValueError: if a pattern matches no norm with affine parameters, or there is none.
         """
         modulate, norms = tuple(modulate), dict(_affine_norms(self))
+        if not norms:
+            wanted = "model must have a norm with weights, of a class that rows modulate"
+            raise ValueError(f"{wanted} (docs/encoders.md lists them), got {self._stock.__name__} without one")
         for pattern in modulate or ("",):
             if not fnmatch.filter(norms, pattern):
                 raise ValueError(f"modulate must match norms of {self._stock.__name__}, got {pattern!r}")

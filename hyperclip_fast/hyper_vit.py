@@ -4,17 +4,14 @@ Modules, their names and the state dict are timm's own: a timm model becomes a H
 travel as arguments through every block (hyper_block.py), never as state of the model.
 """
 
-import copy
 from collections.abc import Iterable
-from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
 import torch
 from einops import rearrange
-from timm.models import VisionTransformer, checkpoint, list_models, model_entrypoint, register_model
+from timm.models import VisionTransformer, checkpoint
 from timm.models.vision_transformer import Block
-from timm.models.vision_transformer import default_cfgs as timm_cfgs
 from torch import Tensor, nn
 
 from hyperclip_fast.block_parts import MODULATED_NORMS
@@ -326,29 +323,3 @@ def to_hyper_vit(model: nn.Module, modulate: Iterable[str]) -> Any:
     assert isinstance(model, HyperViT)
     model.set_modulate(modulate)
     return model
-
-
-def _register(name: str) -> None:
-    """Register hyper_<name> with timm: timm's own entry point and pretrained weights, then the change of class."""
-
-    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return to_hyper_vit(model_entrypoint(name)(pretrained=pretrained, **kwargs), DEFAULT_MODULATE)
-
-    entrypoint.__name__ = entrypoint.__qualname__ = f"hyper_{name}"
-    entrypoint.__doc__ = f"HyperViT with the architecture and pretrained weights of timm's {name}."
-    globals()[entrypoint.__name__] = entrypoint
-    cfgs: Any = copy.deepcopy(timm_cfgs[name])
-    default_cfgs[entrypoint.__name__] = cfgs
-    for tag, cfg in cfgs.cfgs.items():
-        if cfg.hf_hub_id == "timm/":  # timm would complete it with our name
-            cfgs.cfgs[tag] = replace(cfg, hf_hub_id=f"timm/{name}.{tag}")
-    register_model(entrypoint)
-
-
-default_cfgs: dict[str, Any] = {}
-__all__ = ["HyperFeatures", "HyperViT"]
-_UNFUSABLE = ("*_xp_*", "*_18x2_*", "*_rpn_*")  # parallel and post-norm blocks
-for _name in list_models(
-    ["vit_tiny_*", "vit_small_*", "vit_base_*"], module="vision_transformer", exclude_filters=list(_UNFUSABLE)
-):
-    _register(_name)

@@ -222,6 +222,7 @@ class HyperCLIP(
                 self.text_tower.save(folder)
         save_safetensors(self.state_dict(), save_directory / "model.safetensors", {"format": "pt"})
         write_file(save_directory / "config.json", replace(self.config, text_included=is_kept).to_json())
+        write_file(save_directory / "preprocessor_config.json", self.preprocessing.to_json())
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "HyperCLIP":

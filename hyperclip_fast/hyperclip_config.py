@@ -8,6 +8,7 @@ from typing import Any
 from hyperclip_fast.data.preprocessing import HALF, Preprocessing
 from hyperclip_fast.timm_models import model_options
 from hyperclip_fast.utils.typed_config import check_choice, check_types, from_dict
+from hyperclip_fast.version import MODEL_TYPE
 
 # Left out of config.json where they are as they were before there were such fields.
 OPTIONAL = (
@@ -106,10 +107,10 @@ class HyperCLIPConfig:
         self.preprocessing(1)  # refuses numbers out of range
 
     def to_json(self) -> str:
-        """What config.json holds: every field, but of those in OPTIONAL only what differs from its default."""
+        """What config.json holds: its kind and every field, but those in OPTIONAL only where they are not as usual."""
         usual = asdict(HyperCLIPConfig())
         values = {key: value for key, value in asdict(self).items() if key not in OPTIONAL or value != usual[key]}
-        return json.dumps(values, sort_keys=True, indent=2)
+        return json.dumps({"model_type": MODEL_TYPE, **values}, sort_keys=True, indent=2)
 
     def preprocessing(self, size: int) -> Preprocessing:
         """How pictures become the images, of side `size`, that the image tower takes."""
@@ -137,6 +138,10 @@ def config_from_dict(values: dict) -> HyperCLIPConfig:
     """A config from config.json's content.
 
     Raises:
-        ValueError: for a key that is no field, or a value of another type.
+        ValueError: for a key that is no field, a value of another type, or another kind of model.
     """
+    if isinstance(values, dict):
+        values = {"model_type": MODEL_TYPE, **values}
+        if (kind := values.pop("model_type")) != MODEL_TYPE:
+            raise ValueError(f"config must have the model_type {MODEL_TYPE}, got {kind!r}")
     return from_dict(HyperCLIPConfig, values, "config")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from timm import layers
+from timm.models import metaformer
 from torch import Tensor, distributed, nn
 from torch.distributed.nn.functional import all_reduce
 
@@ -329,9 +330,9 @@ _ACTS = {
 }
 _KINDS = {  # (mixin, channels first): stock classes
     (BatchRows, True): "nn.BatchNorm1d nn.BatchNorm2d nn.SyncBatchNorm BatchNormAct2d SyncBatchNormAct",
-    (GroupRows, True): "nn.GroupNorm GroupNorm GroupNorm1 GroupNormAct GroupNorm1Act",
-    (LayerRows, False): "nn.LayerNorm LayerNorm LayerNormFp32",
-    (LayerRows, True): "LayerNorm2d LayerNorm2dFp32",
+    (GroupRows, True): "nn.GroupNorm GroupNorm GroupNorm1 GroupNormAct GroupNorm1Act metaformer.GroupNorm1NoBias",
+    (LayerRows, False): "nn.LayerNorm LayerNorm LayerNormFp32 metaformer.LayerNormNoBias",
+    (LayerRows, True): "LayerNorm2d LayerNorm2dFp32 metaformer.LayerNorm2dNoBias",
     (AffineRows, False): "nn.RMSNorm RmsNorm RmsNormFp32 RmsNormAct RmsNormActFp32 SimpleNorm SimpleNormFp32 "
     "LayerNormAct LayerNormActFp32",
     (AffineRows, True): "RmsNorm2d RmsNorm2dFp32 RmsNormAct2d RmsNormAct2dFp32 SimpleNorm2d SimpleNorm2dFp32 "
@@ -344,7 +345,8 @@ def _row_norms() -> dict[type[nn.Module], type[nn.Module]]:
     found = {}
     for (mixin, first), names in _KINDS.items():
         for name in names.split():
-            stock = getattr(nn, name[3:]) if name.startswith("nn.") else getattr(layers, name)
+            home, _, kind = name.rpartition(".")
+            stock = getattr({"nn": nn, "metaformer": metaformer}.get(home, layers), kind)
             fields = {"stock": stock, "channels_first": first}
             found[stock] = type(f"Row{stock.__name__}", (mixin, stock), fields)
     return found

@@ -1,5 +1,6 @@
 """How pictures become what a model takes: one value, which the model's configuration carries and everybody reads."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -95,6 +96,10 @@ class Preprocessing:
     def config_fields(self) -> dict[str, Any]:
         """All but the size, which the model's configuration has as img_size."""
         return {name: value for name, value in asdict(self).items() if name != "size"}
+
+    def to_json(self) -> str:
+        """What preprocessor_config.json holds, where transformers looks for it."""
+        return json.dumps({"preprocessing": asdict(self)}, sort_keys=True, indent=2)
 
     def timm_config(self) -> dict[str, Any]:
         """What timm's `pretrained_cfg` and `create_transform` call these; of a border they know the mean alone."""

@@ -1,1 +1,1 @@
-"""Other libraries' doors: open_clip, clip_benchmark, peft, transformers."""
+"""Other libraries' doors: timm's registry, open_clip, clip_benchmark, peft, transformers."""

@@ -149,7 +149,11 @@ def prompt_features(model: HyperCLIP, class_names: Sequence[str], templates: Tem
     check_class_names(class_names)
     if templates is None:
         return model.text_features(class_names)
-    prompts = [_prompts(name, templates) for name in class_names]
+    return average_prompt_lists(model, [_prompts(name, templates) for name in class_names])
+
+
+def average_prompt_lists(model: HyperCLIP, prompts: Sequence[Sequence[str]]) -> Tensor:
+    """The prompts of K classes to (K, E_text), averaged as the text tower averages its own."""
     embeddings = model.text_tower.encode_prompts([prompt for each in prompts for prompt in each])
     averaged = [average_prompts(part) for part in embeddings.split([len(each) for each in prompts])]
     return torch.stack(averaged).to(model.logit_scale.dtype)

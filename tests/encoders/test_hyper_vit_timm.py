@@ -32,7 +32,6 @@ UNFUSABLE = {  # what timm builds from VisionTransformer and HyperViT refuses: p
     "vit_dpwee_*": "got DiffParallelScalingBlock",
 }
 REFUSED = {name: error for pattern, error in UNFUSABLE.items() for name in list_models(pattern)}
-FAMILIES = ["vit_tiny_*", "vit_small_*", "vit_base_*"]
 
 
 @pytest.mark.parametrize("name", list_models(module="vision_transformer"))
@@ -48,23 +47,6 @@ def test_every_name_is_built_or_refused(name):
     assert all(f"{name}.weight" in stock.state_dict() for name in vit.norm_spec.names)
     last = [layer for layer in ("norm", "fc_norm") if not isinstance(stock.get_submodule(layer), nn.Identity)]
     assert vit.norm_spec.names == (*(f"blocks.{i}.norm{j}" for i in (0, 1) for j in (1, 2)), *last)
-
-
-def test_tiny_small_and_base_are_registered():
-    ours = timm.list_models("hyper_*")
-    expected = set(list_models(FAMILIES, module="vision_transformer")) - REFUSED.keys()
-    assert {name.removeprefix("hyper_") for name in ours} == expected
-    assert {"hyper_vit_tiny_patch16_224", "hyper_vit_small_patch16_224", "hyper_vit_base_patch16_224"} <= set(ours)
-
-
-def test_pretrained_weights_are_timms():
-    names = timm.list_models("hyper_*", pretrained=True)
-    assert set(names) == {f"hyper_{name}" for name in timm.list_pretrained(FAMILIES)} & set(names)
-    assert "hyper_vit_tiny_patch16_224.augreg_in21k_ft_in1k" in names
-    for name in names:
-        ours, stock = timm.get_pretrained_cfg(name), timm.get_pretrained_cfg(name.removeprefix("hyper_"))
-        for field in ("hf_hub_id", "hf_hub_filename", "url", "tag", "mean", "std", "input_size", "num_classes"):
-            assert getattr(ours, field) == getattr(stock, field), (name, field)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224"])

@@ -63,7 +63,8 @@ def test_a_model_goes_to_the_hub_and_comes_back(model, hub):
         "numbers": {"accuracy, mean over 33 tasks": 0.3},
     }
     model.push_to_hub("me/pets", model_card_kwargs=about)
-    assert {file.name for file in (hub / "me/pets").iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    files = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+    assert {file.name for file in (hub / "me/pets").iterdir()} == files
     loaded = HyperCLIP.from_pretrained("me/pets")
     with torch.no_grad():
         assert torch.equal(loaded(IMAGES, [NAMES])["image_features"], model(IMAGES, [NAMES])["image_features"])
