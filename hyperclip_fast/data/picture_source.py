@@ -8,7 +8,8 @@ A batch is G tasks of up to K classes with an image each, or any other number: `
 task (captions), each gets its share of the pairs, and the objective brings the texts together.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +43,7 @@ class TaskSource:
         shape: of the batches.
         preprocessing: the model's, of which size, mean and std count.
         share: of this process; each augments the global batch and keeps its part.
+        wordings: of the names; every task draws one.
     """
 
     def __init__(
@@ -51,9 +53,11 @@ class TaskSource:
         shape: BatchShape,
         preprocessing: Preprocessing,
         share: Share,
+        wordings: Sequence[str] = ("{}",),
     ):
-        self.sampler, self.names, self.shape = sampler, tuple(names), shape
-        self.preprocessing, self.share = preprocessing, share
+        self.sampler, self.shape, self.preprocessing, self.share = sampler, shape, preprocessing, share
+        self.wordings = len(wordings)
+        self.names = tuple(wording.replace("{}", name) for wording in wordings for name in names)
 
     def batches(self, start: int, state: Any = None) -> Iterator[Batch]:
         """The batches from step `start` on."""
@@ -68,7 +72,8 @@ class TaskSource:
         sizes = draw_sizes(self.shape, step) if low < high else [most] * tasks
         generator = torch.Generator().manual_seed(step_seed(self.shape.seed, step))
         images, classes = self._images(drawn, sizes, generator), []
-        for task, size in zip(drawn.class_ids.tolist(), sizes):
+        starts = torch.randint(self.wordings, (tasks, 1), generator=generator) * (len(self.names) // self.wordings)
+        for task, size in zip((drawn.class_ids + starts).tolist(), sizes):
             classes += [self.names[i] for i in task[:size]]
         parts = share_of_tasks(sizes, self.share)
         return Batch(
@@ -111,7 +116,14 @@ class JoinedSource:
             )
 
 
-def picture_source(pictures: Pictures, shape: BatchShape, preprocessing: Preprocessing, share: Share) -> TaskSource:
+def picture_source(
+    pictures: Pictures,
+    shape: BatchShape,
+    preprocessing: Preprocessing,
+    share: Share,
+    wordings: Sequence[str] = ("{}",),
+    group_weights: Mapping[str, float] = MappingProxyType({}),
+) -> TaskSource:
     """Batches of Pictures' training part.
 
     Raises:
@@ -123,5 +135,6 @@ def picture_source(pictures: Pictures, shape: BatchShape, preprocessing: Preproc
         classes_per_task=shape.class_range[1],
         seed=shape.seed,
         mixed_groups=shape.mixed_groups,
+        group_weights=group_weights,
     )
-    return TaskSource(sampler, pictures.names, shape, preprocessing, share)
+    return TaskSource(sampler, pictures.names, shape, preprocessing, share, wordings)
