@@ -9,6 +9,7 @@ task (captions), each gets its share of the pairs, and the objective brings the 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -114,6 +115,26 @@ class JoinedSource:
                 counts=sum((part.counts for part in parts), ()),
                 classes=sum((part.classes for part in parts), ()),
             )
+
+
+class StagedSource:
+    """Sources that follow one another, each for an equal part of a run's steps.
+
+    Args:
+        sources: of the same names; none is a stream with a state.
+        steps: of the run.
+    """
+
+    def __init__(self, sources: Sequence[Source], steps: int):
+        self.sources, self.steps, self.names = tuple(sources), steps, sources[0].names
+
+    def batches(self, start: int, state: Any = None) -> Iterator[Batch]:
+        """The batches from step `start` on; after the last step the last source goes on."""
+        count = len(self.sources)
+        for stage in range(min(start * count // self.steps, count - 1), count):
+            end = -(-(stage + 1) * self.steps // count) if stage < count - 1 else None
+            yield from islice(self.sources[stage].batches(start), None if end is None else end - start)
+            start = end or start
 
 
 def picture_source(

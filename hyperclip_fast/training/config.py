@@ -69,6 +69,7 @@ class TrainConfig:
         tensorboard: log for TensorBoard, too.
         picture_size: side of the rendered pictures.
         image_size: side of the images in training; None: the model's. Only a tower that takes any size has a choice.
+            Several, for pictures: each for an equal part of the steps, in order, such as [96, 96, 96, 160].
     """
 
     init: str = ""
@@ -108,7 +109,7 @@ class TrainConfig:
     save_every: int = 500
     tensorboard: bool = False
     picture_size: int = 64
-    image_size: int | None = None
+    image_size: int | tuple[int, ...] | None = None
 
     def __post_init__(self):
         check_types(self)
@@ -124,8 +125,8 @@ class TrainConfig:
             raise ValueError(f"classes_per_task must be at least 2, or two such numbers, got {self.classes_per_task}")
         if not 0 < self.image_layer_decay <= 1:
             raise ValueError(f"image_layer_decay must lie in (0, 1], got {self.image_layer_decay}")
-        if self.image_size is not None and self.image_size < 8:
-            raise ValueError(f"image_size must be at least 8, or None, got {self.image_size}")
+        if self.image_size is not None and (not self.image_sizes or min(self.image_sizes) < 8):
+            raise ValueError(f"image_size must be at least 8, several such sides, or None, got {self.image_size}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
         check_choice(self, schedule=SCHEDULES, precision=PRECISIONS, parallel=("ddp", "fsdp"))
@@ -134,6 +135,12 @@ class TrainConfig:
             raise ValueError(f"accumulate, ema and float16 go with ddp, not fsdp, got {got}")
         if not set(self.freeze) <= set(PARTS):
             raise ValueError(f"freeze must name some of {PARTS}, got {self.freeze}")
+
+    @property
+    def image_sizes(self) -> tuple[int, ...]:
+        """The sides of the images, each for an equal part of the steps; none: the model's."""
+        sizes = self.image_size
+        return () if sizes is None else (sizes,) if isinstance(sizes, int) else sizes
 
     @property
     def class_range(self) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from hyperclip_fast.data.batch import Batch, Source
 from hyperclip_fast.data.held_out import EvalTask
+from hyperclip_fast.data.picture_source import StagedSource
 from hyperclip_fast.evaluation.swapping import mean_accuracy, swap_test
 from hyperclip_fast.hyper_vit import HyperViT
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
@@ -97,7 +98,7 @@ class Trainer:
             if held_out:
                 raise ValueError("held_out must come with a source: what run.data holds out is known")
             settings["data"] = asdict(run.data)
-            source, held_out = create_source(run, self._image_size(), self.share, self.device)
+            source, held_out = self._create_source(run)
         self.source, self.held_out = source, held_out
         self.features = self._known_features()
         self._places = {name: i for i, name in enumerate(self.source.names)}
@@ -128,12 +129,17 @@ class Trainer:
             raise refused or ValueError("out was refused by another process, which says why")
         return folder
 
-    def _image_size(self) -> int:
-        """The side of the images in training."""
-        size, own = self.config.image_size, self.model.image_size
-        if size not in (None, own) and isinstance(self.model.image, HyperViT):
-            raise ValueError(f"image_size must be {own} or None, as a HyperViT takes no other size, got {size}")
-        return size or own
+    def _create_source(self, run: RunConfig) -> tuple[Source, Sequence[EvalTask]]:
+        """What the configuration asks for, in images of the sides that it names, one after the other."""
+        own = self.model.image_size
+        sizes = run.train.image_sizes or (own,)
+        if set(sizes) != {own} and isinstance(self.model.image, HyperViT):
+            raise ValueError(f"image_size must be {own} or None, as a HyperViT takes no other size, got {sizes}")
+        if len(sizes) > 1 and run.data.kind != "pictures":
+            raise ValueError(f"image_size must be one side for data.kind {run.data.kind}, got {sizes}")
+        made = {size: create_source(run, size, self.share, self.device) for size in dict.fromkeys(sizes)}
+        sources = [made[size][0] for size in sizes]
+        return sources[0] if len(sizes) == 1 else StagedSource(sources, run.train.steps), made[sizes[-1]][1]
 
     @property
     def _trains_text(self) -> bool:

@@ -117,15 +117,37 @@ def test_images_of_another_side_and_channels_last(tmp_path):
     assert trained.next_batch().images.shape[2:] == (40, 40)
     stem = trained.model.image.conv_stem.weight
     assert stem.is_contiguous(memory_format=torch.channels_last) and not stem.is_contiguous()
-    with pytest.raises(ValueError, match="image_size must be 32 or None, as a HyperViT takes no other size, got 40"):
+    with pytest.raises(ValueError, match="image_size must be 32 or None, as a HyperViT takes no other size"):
         Trainer(replace(run, model=tiny_config()), tmp_path / "vit")
+
+
+def test_sides_of_images_follow_one_another(tmp_path):
+    train = {"steps": 5, "classes_per_task": 4, "tasks_per_batch": 2, "save_every": 2, "eval_every": 0}
+    run = RunConfig(net_config(), TrainConfig(**train, image_size=(32, 32, 48)), DataConfig(sets=("digits",)))
+    sides, labels = [], []
+    plain = Trainer(replace(run, train=TrainConfig(**train, image_size=32)), tmp_path / "plain")
+    for folder, steps in (("whole", 5), ("parts", 2), ("parts", 3)):
+        trained = Trainer(run, tmp_path / folder)
+        for _ in range(steps):
+            batch = trained.next_batch()
+            sides.append(batch.images.shape[-1])
+            labels.append(batch.classes)
+            trained.step += 1
+        trained.save()
+        trained.folder.close()
+    assert sides == [32, 32, 32, 32, 48] * 2  # the second begins at 5 / 3, and the third at 10 / 3
+    assert labels[:5] == labels[5:] == [plain.next_batch().classes for _ in range(5)]
+    shards = DataConfig(kind="shards", path="x.tar")
+    with pytest.raises(ValueError, match=r"image_size must be one side for data.kind shards, got \(32, 32, 48\)"):
+        Trainer(replace(run, data=shards), tmp_path / "shards")
 
 
 @pytest.mark.parametrize(
     "wrong, match",
     [
         ({"image_layer_decay": 0.0}, r"image_layer_decay must lie in \(0, 1\], got 0"),
-        ({"image_size": 4}, "image_size must be at least 8, or None, got 4"),
+        ({"image_size": 4}, "image_size must be at least 8, several such sides, or None, got 4"),
+        ({"image_size": ()}, "image_size must be at least 8, several such sides, or None, got"),
         ({"row_penalty": -1.0}, "row_penalty must not be negative"),
         ({"image_pull": -1.0}, "image_pull must not be negative"),
     ],
