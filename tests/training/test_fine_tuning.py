@@ -35,8 +35,8 @@ def test_a_run_starts_from_a_saved_model(tmp_path):
     assert run.model == model.config
     started = Trainer(run, tmp_path / "run").model.state_dict()
     assert all(torch.equal(started[name], tensor) for name, tensor in model.state_dict().items())
-    with pytest.raises(ValueError, match=r"model must be left out beside train.init, got \['width'\]"):
-        load_config(tmp_path / "run.yaml", ["model.width=64"])
+    with pytest.raises(ValueError, match=r"train\.init must hold weights that fit model, got .*size mismatch"):
+        Trainer(replace(run, model=tiny_config(width=64)), tmp_path / "other")
 
 
 def test_the_row_penalty_is_the_squared_distance_and_moves_no_base_row():
