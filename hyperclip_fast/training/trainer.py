@@ -63,7 +63,8 @@ def new_model(run: RunConfig) -> HyperCLIP:
         try:
             model.load_state_dict(load_model(run.train.init).state_dict())
         except RuntimeError as error:
-            raise ValueError(f"train.init must hold weights that fit model, got {run.train.init}: {error}") from error
+            first = str(error).split("\n\t")[1]  # of a line for each tensor
+            raise ValueError(f"train.init must hold weights that fit model, got {run.train.init}: {first}") from error
     return model
 
 
