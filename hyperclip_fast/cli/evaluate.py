@@ -15,7 +15,7 @@ EXAMPLES = """examples:
   hyperclip evaluate --data my_photos/ --templates "a photo of a {}."
   hyperclip evaluate --data openmoji --rows right wrong shuffled generic base
   hyperclip evaluate --data openmoji --corruptions noise blur
-  hyperclip evaluate --dense
+  hyperclip evaluate --model runs/vit/model --dense
 """
 DEFAULTS = {"rows": ["right"], "corruptions": [], "classes": 10, "partitions": 5, "batch_size": 128}
 
