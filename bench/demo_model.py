@@ -69,7 +69,7 @@ def main() -> None:
     last = commands.add_parser("finish", help="what is shipped of a trained model")
     last.add_argument("--start", required=True, metavar="DIR")
     last.add_argument("--trained", required=True, metavar="DIR")
-    last.add_argument("--share", type=float, default=0.5, help="of what was trained; default: %(default)s")
+    last.add_argument("--share", type=float, default=0.65, help="of what was trained; default: %(default)s")
     last.add_argument("--out", required=True, metavar="DIR")
     args = vars(parser.parse_args())
     {"start": start, "finish": finish}[args.pop("command")](**args)
