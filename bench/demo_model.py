@@ -55,6 +55,7 @@ def finish(start: str, trained: str, out: str, share: float) -> None:
     wrong = [name for name, tensor in small.items() if not tensor.isfinite().all()]
     if wrong:
         raise ValueError(f"trained must have weights that float16 holds, got others in {wrong}")
+    Path(out).mkdir(parents=True, exist_ok=True)
     save_safetensors(small, Path(out) / "model.safetensors", {"format": "pt"})
     write_file(Path(out) / "config.json", model.config.to_json())
 

@@ -21,7 +21,6 @@ def test_what_is_shipped_lies_between_start_and_training_in_sixteen_bits(tmp_pat
             parameter.add_(0.1 * torch.randn_like(parameter))
     start.save_pretrained(tmp_path / "start")
     trained.save_pretrained(tmp_path / "trained")
-    (tmp_path / "out").mkdir()
     finish(str(tmp_path / "start"), str(tmp_path / "trained"), str(tmp_path / "out"), 0.25)
     kept = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in kept.values()} == {torch.float16}
