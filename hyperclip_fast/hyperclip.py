@@ -35,10 +35,13 @@ from hyperclip_fast.hyperclip_config import HyperCLIPConfig, config_from_dict
 from hyperclip_fast.hypernetwork import HyperNetwork, pad_classes
 from hyperclip_fast.model_card import ModelFacts, model_card
 from hyperclip_fast.norm_params import NormParams
+from hyperclip_fast.pretrained.class_texts import ClassTexts, imagenet_texts
+from hyperclip_fast.pretrained.classifier import count_anchors, fit_classifier
 from hyperclip_fast.pretrained.open_clip import open_clip_parts
 from hyperclip_fast.pretrained.parts import Parts
 from hyperclip_fast.pretrained.timm import timm_parts
 from hyperclip_fast.pretrained.transformers import transformers_parts
+from hyperclip_fast.pretrained.weights import read_weights
 from hyperclip_fast.text import TextTower, create_text_tower, load_text_tower, weights_sha256
 from hyperclip_fast.text_head import create_text_head
 from hyperclip_fast.utils.class_names import check_class_lists, check_task
@@ -269,6 +272,52 @@ class HyperCLIP(
     @classmethod
     def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
         raise ValueError(f"model must hold model.safetensors, got {model_file}, which is not loaded")
+
+    @classmethod
+    @torch.no_grad()
+    def from_classifier(
+        cls,
+        classifier: str,
+        weights: str | None = None,
+        texts: Sequence[ClassTexts] | None = None,
+        wordnet: str | Path | None = None,
+        ridge: float = 1.0,
+        **options: Any,
+    ) -> "HyperCLIP":
+        """A zero-shot model from a timm classifier and the names of its classes, in closed form; see `fit_classifier`.
+
+        Its hypernetwork is new: every task has the base row until it is trained.
+
+        Args:
+            classifier: a timm name, with a pretrained tag if wished.
+            weights: a file, or "pip:<package>", see `read_weights`; None: timm's pretrained weights.
+            texts: what its classes are called; None: ImageNet's lemmas and definitions, which timm has.
+            wordnet: folder of WordNet 3.0, whose hypernyms are added to ImageNet's classes.
+            ridge: of the regression.
+            **options: other fields of HyperCLIPConfig; preprocessing is the classifier's.
+
+        Raises:
+            ValueError: for weights that do not fit, classes without texts, or a classifier that is not one Linear.
+        """
+        stock: Any = timm.create_model(classifier, pretrained=weights is None)
+        if weights is not None:
+            stock.load_state_dict(read_weights(weights, stock.state_dict()))
+        head = stock.get_classifier()
+        if not isinstance(head, nn.Linear):
+            raise ValueError(f"classifier must end in one Linear, {classifier} ends in {type(head).__name__}")
+        texts = imagenet_texts(head.out_features, wordnet) if texts is None else texts
+        cfg = stock.pretrained_cfg
+        given = {key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+        given |= {"freeze_statistics": True, "text_head": "kernel", "text_anchors": count_anchors(texts)}
+        model = cls(HyperCLIPConfig(image_tower=classifier, **{**given, **options}))
+        config = model.config
+        fit = fit_classifier(head.weight, texts, model.text_features, config.embed_dim, config.text_gamma, ridge)
+        name = cfg["classifier"]
+        projection = {f"{name}.weight": fit.projection, f"{name}.bias": torch.zeros(config.embed_dim)}
+        model.image.load_state_dict({**stock.state_dict(), **projection})
+        zeros = {name: torch.zeros_like(model.text_projection.get_parameter(name)) for name in ("bias", "linear")}
+        model.text_projection.load_state_dict({"anchors": fit.anchors, "weight": fit.weight, **zeros})
+        return model.eval()
 
     def generate_model_card(self, **about: Any) -> ModelCard:
         """README.md of `save_pretrained` and `push_to_hub`, whose `model_card_kwargs` come here: see `model_card`."""

@@ -1,11 +1,12 @@
 """Text head: text features (..., E_text) to class embeddings (..., E), before they are brought to length 1.
 
     linear     x W^T
-    kernel     exp(gamma (x^ . anchors - 1)) W^T + c, where x^ is x at length 1
+    kernel     exp(gamma (x^ . anchors - 1)) W^T + x^ V^T + c, where x^ is x at length 1
     identity   x
 
 The kernel is Nystrom's layer of a Gaussian kernel between texts of length 1, |x^ - a|^2 = 2 - 2 x^ . a. It is what a
-closed form from names to a classifier's rows needs, see `pretrained.classifier`; a Linear underfits there.
+closed form from names to a classifier's rows needs, see `pretrained.classifier`; a Linear underfits there. V starts at
+0. In training it tells apart texts that are far from all anchors, whose kernels are alike.
 """
 
 import torch
@@ -31,11 +32,13 @@ class KernelHead(nn.Linear):
         super().__init__(anchors, embed_dim)
         self.gamma = gamma
         self.register_buffer("anchors", F.normalize(torch.randn(anchors, text_dim), dim=-1))  # (N, E_text)
+        self.linear = nn.Parameter(torch.zeros(embed_dim, text_dim))  # V
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., E_text) -> (..., E)."""
         x = F.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny))  # padding is 0
-        return super().forward(torch.exp(self.gamma * (F.linear(x, self.anchors) - 1)))
+        kernel = torch.exp(self.gamma * (F.linear(x, self.anchors) - 1))
+        return super().forward(kernel) + F.linear(x, self.linear)
 
     def extra_repr(self) -> str:
         """The sizes, for print(model)."""

@@ -81,7 +81,7 @@ def check_export(scope, hub):
 
 
 def check_open_clip(scope, hub):
-    assert scope["classifier"].shape == (128, 3) and scope["clip"].visual.image_size == (48, 48)
+    assert scope["classifier"].shape == (256, 3) and scope["clip"].visual.image_size == (160, 160)
 
 
 def check_norm_rows(scope, hub):
@@ -90,7 +90,7 @@ def check_norm_rows(scope, hub):
 
 
 def check_embed(scope, hub):
-    assert scope["image"].size == (60, 50) and scope["embeddings"].shape == (1, 128)
+    assert scope["image"].size == (60, 50) and scope["embeddings"].shape == (1, 256)
 
 
 def check_readme(scope, hub):

@@ -11,10 +11,11 @@ class names give the encoder; the base row is the encoder's own. With --dense, a
 class."""
 EXAMPLES = """examples:
   hyperclip evaluate
-  hyperclip evaluate --data photos/ --templates "a photo of a {}."
+  hyperclip evaluate --data photos
+  hyperclip evaluate --data my_photos/ --templates "a photo of a {}."
   hyperclip evaluate --data openmoji --rows right wrong shuffled generic base
   hyperclip evaluate --data openmoji --corruptions noise blur
-  hyperclip evaluate --dense
+  hyperclip evaluate --model runs/vit/model --dense
 """
 DEFAULTS = {"rows": ["right"], "corruptions": [], "classes": 10, "partitions": 5, "batch_size": 128}
 
@@ -24,7 +25,7 @@ def add_evaluate(commands) -> None:
     summary = "measure zero-shot accuracy, and what the right class names are worth"
     parser = add_command(commands, "evaluate", summary, DESCRIPTION, EXAMPLES)
     add_model(parser)
-    text = "a folder of class folders, tar shards, or a built-in set: openmoji, digits, skin-tones, scenes"
+    text = "a folder of class folders, tar shards, or a built-in set: openmoji, digits, skin-tones, scenes, photos"
     parser.add_argument("--data", help=text)
     parser.add_argument("--classes", type=int, metavar="K", help="class names in a task of held-out names; default: 10")
     text = "without --data, split the names into tasks in N ways; default: 5"

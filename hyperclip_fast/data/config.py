@@ -1,6 +1,7 @@
 """Which data a run trains on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from hyperclip_fast.utils.typed_config import check_choice, check_types
 
@@ -19,6 +20,8 @@ class DataConfig:
             file of image paths and texts; "shards": webdataset tar files, streamed.
         sets: which pictures, of "openmoji", "digits" and "scenes": half of a batch's tasks then ask for attributes of
             scenes composed of OpenMoji's pictures, with up to 6 classes; all of them, where this set is alone.
+        wordings: of OpenMoji's and the digits' names, such as "a drawing of {}"; every task draws one of them.
+        group_weights: by group of names, such as "digits": how many times as often tasks are drawn from it.
         path: the folder, the table, or the shards, such as "shards/{0000..0127}.tar" (several: joined by "::").
         tasks: what the texts of a folder or table are: "labels", of which each task draws a set, with one image each;
             or "captions", of which a task is the group that comes next. Shards hold captions.
@@ -39,6 +42,8 @@ class DataConfig:
 
     kind: str = "pictures"
     sets: tuple[str, ...] = ("openmoji", "digits")
+    group_weights: dict[str, Any] = field(default_factory=dict)
+    wordings: tuple[str, ...] = ("{}",)
     path: str = ""
     tasks: str = "labels"
     image_column: str = "filepath"
@@ -59,6 +64,10 @@ class DataConfig:
         check_choice(self, kind=KINDS, tasks=("labels", "captions"), transform=TRANSFORMS)
         if not self.sets or len(set(self.sets)) < len(self.sets) or not set(self.sets) <= set(SETS):
             raise ValueError(f"sets must be distinct names from {SETS}, got {self.sets}")
+        if not self.wordings or not all(wording.count("{}") == 1 for wording in self.wordings):
+            raise ValueError(f'wordings must be texts with one "{{}}" each, got {self.wordings}')
+        if not all(isinstance(weight, (int, float)) and weight >= 0 for weight in self.group_weights.values()):
+            raise ValueError(f"group_weights must be numbers of at least 0 by group, got {self.group_weights}")
         if SCENES in self.sets and len(self.sets) > 1 and "openmoji" not in self.sets:
             raise ValueError(f"sets must hold openmoji, of which scenes are composed, beside others, got {self.sets}")
         if not 0 < self.crop <= 1 or not 0 <= self.flip <= 1:

@@ -8,7 +8,9 @@ A batch is G tasks of up to K classes with an image each, or any other number: `
 task (captions), each gets its share of the pairs, and the objective brings the texts together.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +44,7 @@ class TaskSource:
         shape: of the batches.
         preprocessing: the model's, of which size, mean and std count.
         share: of this process; each augments the global batch and keeps its part.
+        wordings: of the names; every task draws one.
     """
 
     def __init__(
@@ -51,9 +54,11 @@ class TaskSource:
         shape: BatchShape,
         preprocessing: Preprocessing,
         share: Share,
+        wordings: Sequence[str] = ("{}",),
     ):
-        self.sampler, self.names, self.shape = sampler, tuple(names), shape
-        self.preprocessing, self.share = preprocessing, share
+        self.sampler, self.shape, self.preprocessing, self.share = sampler, shape, preprocessing, share
+        self.wordings = len(wordings)
+        self.names = tuple(wording.replace("{}", name) for wording in wordings for name in names)
 
     def batches(self, start: int, state: Any = None) -> Iterator[Batch]:
         """The batches from step `start` on."""
@@ -68,7 +73,8 @@ class TaskSource:
         sizes = draw_sizes(self.shape, step) if low < high else [most] * tasks
         generator = torch.Generator().manual_seed(step_seed(self.shape.seed, step))
         images, classes = self._images(drawn, sizes, generator), []
-        for task, size in zip(drawn.class_ids.tolist(), sizes):
+        starts = torch.randint(self.wordings, (tasks, 1), generator=generator) * (len(self.names) // self.wordings)
+        for task, size in zip((drawn.class_ids + starts).tolist(), sizes):
             classes += [self.names[i] for i in task[:size]]
         parts = share_of_tasks(sizes, self.share)
         return Batch(
@@ -111,7 +117,34 @@ class JoinedSource:
             )
 
 
-def picture_source(pictures: Pictures, shape: BatchShape, preprocessing: Preprocessing, share: Share) -> TaskSource:
+class StagedSource:
+    """Sources that follow one another, each for an equal part of a run's steps.
+
+    Args:
+        sources: of the same names; none is a stream with a state.
+        steps: of the run.
+    """
+
+    def __init__(self, sources: Sequence[Source], steps: int):
+        self.sources, self.steps, self.names = tuple(sources), steps, sources[0].names
+
+    def batches(self, start: int, state: Any = None) -> Iterator[Batch]:
+        """The batches from step `start` on; after the last step the last source goes on."""
+        count = len(self.sources)
+        for stage in range(min(start * count // self.steps, count - 1), count):
+            end = -(-(stage + 1) * self.steps // count) if stage < count - 1 else None
+            yield from islice(self.sources[stage].batches(start), None if end is None else end - start)
+            start = end or start
+
+
+def picture_source(
+    pictures: Pictures,
+    shape: BatchShape,
+    preprocessing: Preprocessing,
+    share: Share,
+    wordings: Sequence[str] = ("{}",),
+    group_weights: Mapping[str, float] = MappingProxyType({}),
+) -> TaskSource:
     """Batches of Pictures' training part.
 
     Raises:
@@ -123,5 +156,6 @@ def picture_source(pictures: Pictures, shape: BatchShape, preprocessing: Preproc
         classes_per_task=shape.class_range[1],
         seed=shape.seed,
         mixed_groups=shape.mixed_groups,
+        group_weights=group_weights,
     )
-    return TaskSource(sampler, pictures.names, shape, preprocessing, share)
+    return TaskSource(sampler, pictures.names, shape, preprocessing, share, wordings)

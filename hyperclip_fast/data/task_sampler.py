@@ -1,6 +1,8 @@
 """Mixed batches drawn from pictures, one function of seed and step."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -38,9 +40,10 @@ class TaskSampler:
         classes_per_task: K.
         seed: of the stream.
         mixed_groups: probability of a task whose names come from all groups.
+        group_weights: by group, a factor of the chance that a task is drawn from it.
 
     Raises:
-        ValueError: for fewer than K names, or an argument out of range.
+        ValueError: for fewer than K names, an unknown group, or an argument out of range.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class TaskSampler:
         classes_per_task: int = 16,
         seed: int = 0,
         mixed_groups: float = 0.25,
+        group_weights: Mapping[str, float] = MappingProxyType({}),
     ):
         self.names = pictures.names
         self.counts = torch.bincount(pictures.labels, minlength=len(pictures.names))
@@ -65,10 +69,12 @@ class TaskSampler:
         self.by_label = pictures.labels.argsort(stable=True)
         self.starts = self.counts.cumsum(0) - self.counts
         present = [pictures.groups[i] for i in self.present]
-        self.groups = [
-            self.present[torch.tensor([group == wanted for group in present])] for wanted in sorted(set(present))
-        ]
-        self.weights = torch.tensor([float(len(group)) for group in self.groups]).sqrt()
+        known = sorted(set(present))
+        if not set(group_weights) <= set(known):
+            raise ValueError(f"group_weights must be of some of {known}, got {dict(group_weights)}")
+        self.groups = [self.present[torch.tensor([group == wanted for group in present])] for wanted in known]
+        factors = torch.tensor([float(group_weights.get(name, 1)) for name in known])
+        self.weights = factors * torch.tensor([float(len(group)) for group in self.groups]).sqrt()
 
     def batch(self, step: int) -> TaskBatch:
         """The mixed batch of this step."""

@@ -6,6 +6,7 @@ openmoji        held-out names, in tasks of one group
 digits          held-out handwritten digits
 skin-tones      OpenMoji's hands in five skin tones, which are the groups
 scenes          held-out objects' scenes under six attributes
+photos          eighteen photographs that come with scikit-image, scikit-learn and matplotlib, in four tasks
 """
 
 from collections.abc import Iterator
@@ -20,12 +21,13 @@ from hyperclip_fast.data.file_source import read_folder
 from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
 from hyperclip_fast.data.image_files import load_image
 from hyperclip_fast.data.openmoji import load_skin_tones
+from hyperclip_fast.data.photos import photo_tasks
 from hyperclip_fast.data.pictures import load_pictures
 from hyperclip_fast.data.preprocessing import HALF, Preprocessing
 from hyperclip_fast.data.scenes import VALUES, scene_tasks
 from hyperclip_fast.utils.extras import require
 
-BUILT_IN = ("openmoji", "digits", "skin-tones", "scenes")
+BUILT_IN = ("openmoji", "digits", "skin-tones", "scenes", "photos")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ def load_eval_set(source: str, preprocessing: Preprocessing, classes: int = 10) 
         return EvalSet(source, held_out_tasks(load_pictures(("digits",))))
     if source == "scenes":
         return EvalSet(source, _one_a_question(scene_tasks(load_pictures(("openmoji",), size=32), size=size)))
+    if source == "photos":
+        return EvalSet(source, photo_tasks(preprocessing))
     if source == "skin-tones":
         images, labels, names, tones = load_skin_tones(size)
         return EvalSet(source, [EvalTask(source, names, images, labels)], [tones])

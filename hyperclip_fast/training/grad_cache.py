@@ -58,6 +58,7 @@ def backward_in_parts(
     with _statistics_kept(objective):
         embeddings = _without_graph([partial(embed, i) for i in range(parts)])
     loss, accuracy = objective.loss_and_accuracy(embeddings, classes, inputs)
+    loss = loss + objective.row_loss(rows)
     scaled(loss).backward()
     assert embeddings.grad is not None  # backward has just written it
     for i, grad in enumerate(embeddings.grad.tensor_split(parts)):

@@ -88,18 +88,29 @@ class Objective(nn.Module):
         spans: every batch is one task, whose pairs lie on all processes: texts are brought together.
         chunk: see `siglip_loss`.
         precision: "float32", or a dtype of autocast.
+        row_penalty: factor of the rows' distance from the base row, see TrainConfig.
     """
 
-    def __init__(self, model: HyperCLIP, share: Share, spans: bool = False, chunk: int = 0, precision: str = "float32"):
+    def __init__(
+        self,
+        model: HyperCLIP,
+        share: Share,
+        spans: bool = False,
+        chunk: int = 0,
+        precision: str = "float32",
+        row_penalty: float = 0.0,
+    ):
         super().__init__()
         self.model, self.share, self.spans, self.chunk, self.precision = model, share, spans, chunk, precision
+        self.row_penalty = row_penalty
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Loss of a batch and its accuracy within the tasks."""
         table = self.text_features(inputs.texts) if inputs.table is None else inputs.table
         params, classes = self.rows_and_classes(self.gather_text_features(table, inputs), inputs.mask)
         images = self.embed_images(inputs.images, params[inputs.task_ids])
-        return self.loss_and_accuracy(images, classes, inputs)
+        loss, accuracy = self.loss_and_accuracy(images, classes, inputs)
+        return loss + self.row_loss(params.table), accuracy
 
     def _autocast(self) -> AbstractContextManager:
         """The precision of the towers."""
@@ -115,6 +126,12 @@ class Objective(nn.Module):
         """Features (G, K, E_text) of the tasks' classes to a row a task and class embeddings (G, K, E)."""
         with self._autocast():
             return self.model.rows(features, mask), self.model.project_text(features)
+
+    def row_loss(self, table: Tensor) -> Tensor | float:
+        """What rows (G, P) cost: their squared distance from the base row, which itself is free to move."""
+        if not self.row_penalty:
+            return 0.0
+        return self.row_penalty * (table - self.model.image.base_params.table).square().sum(1).mean()
 
     def embed_images(self, images: Tensor, params: NormParams) -> Tensor:
         """Images (B, 3, S, S), each with its row, to embeddings (B, E)."""

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from timm.models import group_parameters
 from torch import Tensor
 
 from hyperclip_fast.hyperclip import HyperCLIP
@@ -40,10 +41,12 @@ def create_optimizer(model: HyperCLIP, config: TrainConfig) -> torch.optim.AdamW
         ValueError: where every part is frozen.
     """
     spared = {f"image.{name}" for name in model.image.no_weight_decay()}
+    scales = _layer_scales(model.image, config.image_layer_decay) if config.image_layer_decay < 1 else {}
     groups: dict[tuple[float, float, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             lr, decay = _rates(part_of(name), config)
+            lr *= scales.get(name, 1.0)
             decay = 0.0 if parameter.ndim <= 1 or name in spared else decay
             groups.setdefault((lr, decay, is_sharded(parameter)), []).append(parameter)
     if not groups:
@@ -55,6 +58,18 @@ def create_optimizer(model: HyperCLIP, config: TrainConfig) -> torch.optim.AdamW
     return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas)
 
 
+def _layer_scales(image: Any, decay: float) -> dict[str, float]:
+    """What each of the image tower's parameters has of its learning rate: all in the last of timm's layers.
+
+    Raises:
+        ValueError: for a tower whose layers timm does not know.
+    """
+    if not hasattr(image, "group_matcher"):
+        raise ValueError(f"image_layer_decay must be 1, as timm knows no layers of {type(image).__name__}, got {decay}")
+    layers = group_parameters(image, image.group_matcher(coarse=False), reverse=True)
+    return {f"image.{name}": decay ** (max(layers.values()) - layer) for name, layer in layers.items()}
+
+
 def _rates(part: str, config: TrainConfig) -> tuple[float, float]:
     """Peak learning rate and weight decay of a part."""
     own = {
@@ -64,6 +79,27 @@ def _rates(part: str, config: TrainConfig) -> tuple[float, float]:
     }
     lr, decay = own.get(part, (None, None))
     return config.lr if lr is None else lr, config.weight_decay if decay is None else decay
+
+
+class Pull:
+    """Draws a tower's parameters back to where they are when this is made (L2-SP, arXiv 1802.01483), decoupled.
+
+    Args:
+        tower: whose parameters.
+        strength: times a parameter's learning rate, the share of the way that it goes back in a step.
+    """
+
+    def __init__(self, tower: torch.nn.Module, strength: float):
+        self.starts = {parameter: parameter.detach().clone() for parameter in tower.parameters()}
+        self.strength = strength
+
+    @torch.no_grad()
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """To be called after the optimiser's step."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter in self.starts:
+                    parameter.lerp_(self.starts[parameter], min(1.0, group["lr"] * self.strength))
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -40,7 +40,7 @@ def smoke(run: RunConfig, folder: str | Path, steps: int, share: Share) -> RunCo
     classes = 8 if isinstance(run.train.classes_per_task, int) else (4, 8)
     if tasks == 1:
         classes = 8 * share.world
-    train = replace(run.train, steps=steps, warmup=1, tasks_per_batch=tasks, classes_per_task=classes)
+    train = replace(run.train, init="", steps=steps, warmup=1, tasks_per_batch=tasks, classes_per_task=classes)
     train = replace(train, accumulate=min(train.accumulate, 2), log_every=1, eval_every=0, save_every=2)
     if train.precision == "float16":
         train = replace(train, precision="bfloat16")  # what every CPU can

@@ -39,9 +39,9 @@ def create_source(
         named = tuple(name for name in data.sets if name != SCENES)
         pictures = pictures or load_pictures(named or ("openmoji",), run.train.picture_size, progress=share.rank == 0)
         if SCENES not in data.sets:
-            source: Source = picture_source(pictures, shape, preprocessing, share)
+            source: Source = picture_source(pictures, shape, preprocessing, share, data.wordings, data.group_weights)
         else:
-            source = _with_scenes(pictures, bool(named), shape, preprocessing, share)
+            source = _with_scenes(pictures, data, shape, preprocessing, share)
         return source, evaluation_tasks(pictures, data.sets)
     if not data.path:
         raise ValueError(f"data.path must say where the {data.kind} is, as --set data.path=..., got nothing")
@@ -57,10 +57,11 @@ def create_source(
 
 
 def _with_scenes(
-    pictures: Pictures, is_named: bool, shape: BatchShape, preprocessing: Preprocessing, share: Share
+    pictures: Pictures, data: DataConfig, shape: BatchShape, preprocessing: Preprocessing, share: Share
 ) -> Source:
     """Attribute tasks on scenes of the pictures' training part; half of a batch's tasks where others are names."""
     tasks, (low, high) = shape.tasks_per_batch, shape.class_range
+    is_named = set(data.sets) != {SCENES}
     count = tasks // 2 if is_named else tasks
     if is_named and (tasks < 2 or count % share.world or tasks % share.world):
         wanted = "at least 2" if share.world == 1 else f"a multiple of twice the number of processes, {share.world},"
@@ -70,7 +71,9 @@ def _with_scenes(
     if not is_named:
         return scenes
     others = replace(shape, tasks_per_batch=tasks - count)
-    return JoinedSource([picture_source(pictures, others, preprocessing, share), scenes])
+    return JoinedSource(
+        [picture_source(pictures, others, preprocessing, share, data.wordings, data.group_weights), scenes]
+    )
 
 
 def _class_names(data: DataConfig) -> dict[str, str]:

@@ -21,14 +21,17 @@ from tqdm import tqdm
 
 from hyperclip_fast.data.batch import Batch, Source
 from hyperclip_fast.data.held_out import EvalTask
+from hyperclip_fast.data.picture_source import StagedSource
 from hyperclip_fast.evaluation.swapping import mean_accuracy, swap_test
-from hyperclip_fast.hyperclip import HyperCLIP
+from hyperclip_fast.hyper_vit import HyperViT
+from hyperclip_fast.hyperclip import HyperCLIP, load_model
 from hyperclip_fast.training import distributed
 from hyperclip_fast.training.config import RunConfig
 from hyperclip_fast.training.grad_cache import backward_in_parts
 from hyperclip_fast.training.losses import balanced_bias
 from hyperclip_fast.training.objective import Inputs, Objective
 from hyperclip_fast.training.optimizer import (
+    Pull,
     clip_gradients,
     create_optimizer,
     freeze,
@@ -46,12 +49,23 @@ Callback = Callable[["Trainer", dict[str, Tensor]], None]
 
 
 def new_model(run: RunConfig) -> HyperCLIP:
-    """The model that a run starts from. Its weights follow from the seed."""
+    """The model that a run starts from. Its weights are those of `train.init`, or follow from the seed.
+
+    Raises:
+        ValueError: for weights that do not fit the configuration.
+    """
     config = run.model
     if run.train.balance_bias:
         config = replace(config, init_logit_bias=balanced_bias(sum(run.train.class_range) / 2))
     torch.manual_seed(run.train.seed)
-    return HyperCLIP(config)
+    model = HyperCLIP(config)
+    if run.train.init:
+        try:
+            model.load_state_dict(load_model(run.train.init).state_dict())
+        except RuntimeError as error:
+            first = str(error).split("\n\t")[1]  # of a line for each tensor
+            raise ValueError(f"train.init must hold weights that fit model, got {run.train.init}: {first}") from error
+    return model
 
 
 class Trainer:
@@ -93,12 +107,13 @@ class Trainer:
             if held_out:
                 raise ValueError("held_out must come with a source: what run.data holds out is known")
             settings["data"] = asdict(run.data)
-            source, held_out = create_source(run, self.model.image_size, self.share, self.device)
+            source, held_out = self._create_source(run)
         self.source, self.held_out = source, held_out
         self.features = self._known_features()
         self._places = {name: i for i, name in enumerate(self.source.names)}
         self._prepare_model()
         self.optimizer = create_optimizer(self.model, config)
+        self._pull = Pull(self.model.image, config.image_pull) if config.image_pull else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.step, self.broken, self._images = 0, 0, 0
         self._bad_step = torch.tensor(-1, device=self.device)  # the first that was not finite; read when needed
@@ -123,6 +138,18 @@ class Trainer:
             raise refused or ValueError("out was refused by another process, which says why")
         return folder
 
+    def _create_source(self, run: RunConfig) -> tuple[Source, Sequence[EvalTask]]:
+        """What the configuration asks for, in images of the sides that it names, one after the other."""
+        own = self.model.image_size
+        sizes = run.train.image_sizes or (own,)
+        if set(sizes) != {own} and isinstance(self.model.image, HyperViT):
+            raise ValueError(f"image_size must be {own} or None, as a HyperViT takes no other size, got {sizes}")
+        if len(sizes) > 1 and run.data.kind != "pictures":
+            raise ValueError(f"image_size must be one side for data.kind {run.data.kind}, got {sizes}")
+        made = {size: create_source(run, size, self.share, self.device) for size in dict.fromkeys(sizes)}
+        sources = [made[size][0] for size in sizes]
+        return sources[0] if len(sizes) == 1 else StagedSource(sources, run.train.steps), made[sizes[-1]][1]
+
     @property
     def _trains_text(self) -> bool:
         return self.model.text is not None and "text" not in self.config.freeze
@@ -136,6 +163,8 @@ class Trainer:
     def _prepare_model(self) -> None:
         """Checkpoint, average, wrap, compile: what the configuration asks for."""
         config, model = self.config, self.model
+        if config.channels_last:
+            model.image.to(memory_format=torch.channels_last)
         if config.grad_checkpointing:
             towers: list[Any] = [model.image, *([model.text] if self._trains_text else [])]
             for tower in towers:
@@ -145,7 +174,7 @@ class Trainer:
             self.ema = ModelEmaV3(model, decay=config.ema, use_warmup=True)
             self.ema.module._frozen_text = model._frozen_text  # one tower for both
         spans = config.tasks_per_batch == 1 and self.share.world > 1
-        self.objective = Objective(model, self.share, spans, config.loss_chunk, config.precision)
+        self.objective = Objective(model, self.share, spans, config.loss_chunk, config.precision, config.row_penalty)
         world = self.share.world if config.accumulate == 1 else 1  # parts are averaged at the end, by no wrapper
         self.wrapped = distributed.wrap(self.objective, config.parallel, world)
         if config.compile:
@@ -221,9 +250,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss, accuracy = self._backward(inputs, seed)
         self.scaler.unscale_(self.optimizer)
-        self._norms = gradient_norms(self.model) if (self.step + 1) % config.log_every == 0 else {}
+        self._norms = {}
+        if (self.step + 1) % config.log_every == 0:
+            self._norms = {**gradient_norms(self.model), **self._row_distances(inputs)}
         norm = clip_gradients(self.model, config.clip)
         self.scaler.step(self.optimizer)
+        if self._pull is not None:
+            self._pull.step(self.optimizer)
         self.scaler.update()
         self.step += 1
         if not self.scaler.is_enabled():  # float16's scaler leaves such a step out
@@ -234,6 +267,18 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.model, self.step)
         return {"loss": loss.detach(), "accuracy": accuracy, "grad_norm": norm}
+
+    @torch.no_grad()
+    def _row_distances(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Root mean squares, over numbers of a row: of a batch's rows from the base row, and from their mean."""
+        if self.model.hypernetwork is None or inputs.table is None or self.config.parallel == "fsdp":
+            return {}
+        rows = self.model.rows(inputs.table[inputs.index], inputs.mask).table.float()
+        base = self.model.image.base_params.table
+        return {
+            "row_distance": (rows - base).square().mean().sqrt(),
+            "row_spread": (rows - rows.mean(0)).square().mean().sqrt(),
+        }
 
     def _backward(self, inputs: Inputs, seed: int) -> tuple[Tensor, Tensor]:
         """The mean gradients of all processes, scaled; loss and accuracy of this one."""

@@ -242,6 +242,15 @@ def test_groups_are_drawn_by_the_root_of_their_size():
     assert abs(large / 1500 - 0.75) < 0.05  # 4 standard deviations
 
 
+def test_groups_may_be_drawn_more_often():
+    pictures = make_pictures({"large": 90, "small": 10}, copies=1)
+    sampler = data.TaskSampler(pictures, 1500, 1, mixed_groups=0, group_weights={"small": 9})
+    large = sum(pictures.groups[i] == "large" for i in sampler.batch(0).class_ids.flatten().tolist())
+    assert abs(large / 1500 - 0.25) < 0.05  # 4 standard deviations
+    with pytest.raises(ValueError, match=r"group_weights must be of some of \['large', 'small'\], got {'huge': 2}"):
+        data.TaskSampler(pictures, 1500, 1, group_weights={"huge": 2})
+
+
 def test_names_without_pictures_are_never_drawn():
     pictures = make_pictures({"a": 30})
     kept = data.TaskSampler(pictures.subset(pictures.labels >= 10), 4, 20).batch(0)

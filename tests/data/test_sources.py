@@ -191,6 +191,21 @@ def test_scenes_and_names_meet_in_a_batch():
             scene_source(Share(0, 2), tasks_per_batch=tasks)
 
 
+def test_every_task_draws_a_wording():
+    shape = BatchShape(tasks_per_batch=8, classes_per_task=(2, 5))
+    plain = take(picture_source(blocks(), shape, Preprocessing(SIDE), Share()), 6)
+    wordings = ("{}", "a drawing of {}")
+    worded = picture_source(blocks(), shape, Preprocessing(SIDE), Share(), wordings)
+    seen = set()
+    for batch, other in zip(plain, take(worded, 6)):
+        assert torch.equal(batch.images, other.images) and batch.counts == other.counts
+        for names, texts in zip(batch.classes, other.classes):
+            (wording,) = {text.replace(name, "{}") for name, text in zip(names, texts)}
+            assert set(texts) <= set(worded.names)
+            seen.add(wording)
+    assert seen == set(wordings)
+
+
 def test_what_is_held_out_of_each_set():
     names = [task.name for task in evaluation_tasks(blocks(), ("openmoji",))]
     scenes = [task.name for task in evaluation_tasks(blocks(), ("scenes",))]

@@ -133,7 +133,7 @@ def test_minilm_and_a_picture(tmp_path):
         torch.testing.assert_close(adapter.encode_text(text, normalize=True)[:3], model.encode_text(NAMES))
         torch.testing.assert_close(adapter.encode_text(text[:1]), adapter.encode_text(text)[:1])
     assert torch.equal(transform(image), load_image(tmp_path / "a.png", model.preprocessing))
-    assert adapter.visual.image_size == (48, 48) and adapter.visual.preprocess_cfg["interpolation"] == "bilinear"
+    assert adapter.visual.image_size == (160, 160) and adapter.visual.preprocess_cfg["interpolation"] == "bicubic"
 
 
 def test_a_tokenizer_that_pads_with_the_end_of_a_text(tmp_path):

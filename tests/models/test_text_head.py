@@ -30,6 +30,9 @@ def test_the_kernel_is_its_equation():
     squared[1, 3] = 2  # as if at a right angle to every anchor
     expected = torch.exp(-3.0 / 2 * squared) @ head.weight.double().T + head.bias.double()
     assert_close(head(x), expected)
+    torch.nn.init.normal_(head.linear)
+    expected = expected + unit @ head.linear.double().T
+    assert_close(head(x), expected)
     assert_close(head(5 * x), expected)
 
 
@@ -82,7 +85,8 @@ def test_open_clips_classifier_is_the_models(options):
 def test_the_kernel_learns():
     head = create_text_head("kernel", 24, 5, anchors=7)
     head(torch.randn(3, 24)).square().sum().backward()
-    assert head.weight.grad.abs().sum() > 0 and head.bias.grad.abs().sum() > 0 and not head.anchors.requires_grad
+    assert all(parameter.grad.abs().sum() > 0 for parameter in head.parameters())
+    assert {name for name, _ in head.named_parameters()} == {"weight", "bias", "linear"}
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,8 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
         ("data: {sets: [openmoji, openmoji]}", "sets must be distinct names from"),
         ("data: {sets: [scene]}", "sets must be distinct names from .*scenes"),
         ("data: {sets: [digits, scenes]}", "sets must hold openmoji"),
+        ("data: {wordings: [a picture]}", "wordings must be texts with one"),
+        ("data: {group_weights: {digits: -1}}", "group_weights must be numbers of at least 0"),
         ("data: {workers: -1}", "workers must be at least 0"),
         ("train: {classes_per_task: 1}", "classes_per_task must be at least 2"),
         ("train: {steps: many}", "steps must be int, got 'many'"),
