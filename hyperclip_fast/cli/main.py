@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     from hyperclip_fast.cli.embed import add_embed
     from hyperclip_fast.cli.evaluate import add_evaluate
     from hyperclip_fast.cli.export import add_export, add_specialize
+    from hyperclip_fast.cli.init import add_init
     from hyperclip_fast.cli.serve import add_serve
     from hyperclip_fast.cli.train import add_train
 
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(parser=parser)  # whose help is shown where a command is missing
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for add in (
-        *(add_demo, add_classify, add_bank, add_embed, add_serve, add_train, add_evaluate),
+        *(add_demo, add_classify, add_bank, add_embed, add_serve, add_init, add_train, add_evaluate),
         *(add_specialize, add_export, add_bench, add_clip_benchmark),
     ):
         add(commands)

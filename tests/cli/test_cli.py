@@ -153,7 +153,7 @@ def test_a_saved_bank_classifies_as_its_tasks_without_a_text_tower(model, photos
     assert capsys.readouterr().out == expected
 
 
-COMMANDS = "demo classify bank embed train evaluate specialize export serve bench clip-benchmark"
+COMMANDS = "demo classify bank init embed train evaluate specialize export serve bench clip-benchmark"
 
 
 @pytest.mark.parametrize("command", COMMANDS.split())
