@@ -4,8 +4,8 @@ import argparse
 
 from hyperclip_fast.cli.arguments import add_command
 
-DESCRIPTION = """Take over a pretrained model, put a new hypernetwork on top, and write a folder that every command takes
-with --model. Before training it gives what the pretrained model gives; the command checks that."""
+DESCRIPTION = """Take over a pretrained model, put a new hypernetwork on top, and write a folder that every command
+takes with --model. Before training it gives what the pretrained model gives; the command checks that."""
 ENDING = """sources:
   open_clip:MODEL/TAG   any of open_clip's models; a checkpoint file may stand for the tag
   transformers:MODEL    a CLIP or SigLIP, by its hub id or its folder
