@@ -58,6 +58,7 @@ def finish(start: str, trained: str, out: str, share: float) -> None:
     Path(out).mkdir(parents=True, exist_ok=True)
     save_safetensors(small, Path(out) / "model.safetensors", {"format": "pt"})
     write_file(Path(out) / "config.json", model.config.to_json())
+    write_file(Path(out) / "preprocessor_config.json", model.preprocessing.to_json())
 
 
 def main() -> None:
