@@ -35,7 +35,7 @@ OPTIONS = {
 def start(wordnet: str | None, out: str) -> None:
     """Write the model that training starts from; the hypernetwork's chance has a fixed seed."""
     torch.manual_seed(0)
-    HyperCLIP.from_classifier(TOWER, WEIGHTS, wordnet=wordnet, **OPTIONS).save_pretrained(out)
+    HyperCLIP.from_classifier(TOWER, weights=WEIGHTS, wordnet=wordnet, config=OPTIONS).save_pretrained(out)
 
 
 def mixed(first: Mapping[str, Tensor], second: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:

@@ -11,8 +11,8 @@ from hyperclip_fast.block_parts import MODULATED_NORMS
 from hyperclip_fast.hyper_encoder import HyperEncoder, to_hyper_encoder
 from hyperclip_fast.hyper_vit import HyperViT, to_hyper_vit
 from hyperclip_fast.norm_params import DEFAULT_MODULATE
-from hyperclip_fast.timm_models import create_timm_model
 from hyperclip_fast.utils.private_api import FeatureGetterNet
+from hyperclip_fast.utils.timm_models import create_timm_model
 
 
 def create_encoder(

@@ -27,7 +27,6 @@ from hyperclip_fast.modulated_norms import (
     use_local_statistics,
 )
 from hyperclip_fast.norm_params import NormParams, NormSpec, check_params
-from hyperclip_fast.timm_models import create_timm_model
 from hyperclip_fast.utils.private_api import (
     BatchNorm,
     forget_compiled,
@@ -36,6 +35,7 @@ from hyperclip_fast.utils.private_api import (
     set_own,
     shallow_copy,
 )
+from hyperclip_fast.utils.timm_models import create_timm_model
 
 EVERY_NORM = ("*",)
 Path = dict[str, "Path | int"]  # names of children that hold modulated norms; a norm's place in the spec

@@ -19,8 +19,8 @@ from hyperclip_fast.hyper_block import HyperBlock, add_norm, is_autocast
 from hyperclip_fast.kernels.common.rows import Rows
 from hyperclip_fast.kernels.dispatch import use_triton
 from hyperclip_fast.norm_params import DEFAULT_MODULATE, NormParams, NormSpec, check_params
-from hyperclip_fast.timm_models import create_timm_model
 from hyperclip_fast.utils.private_api import FeatureGetterNet, add_positions, feature_take_indices, has_hooks
+from hyperclip_fast.utils.timm_models import create_timm_model
 
 NO_ROWS = (None, None, None)  # in the place of Rows: the module's own weight and bias
 

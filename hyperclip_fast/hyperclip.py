@@ -35,15 +35,14 @@ from hyperclip_fast.hyperclip_config import HyperCLIPConfig, config_from_dict
 from hyperclip_fast.hypernetwork import HyperNetwork, pad_classes
 from hyperclip_fast.model_card import ModelFacts, model_card
 from hyperclip_fast.norm_params import NormParams
-from hyperclip_fast.pretrained.class_texts import ClassTexts, imagenet_texts
-from hyperclip_fast.pretrained.classifier import count_anchors, fit_classifier
+from hyperclip_fast.pretrained.class_texts import ClassTexts
+from hyperclip_fast.pretrained.classifier import classifier_parts
 from hyperclip_fast.pretrained.open_clip import open_clip_parts
 from hyperclip_fast.pretrained.parts import Parts
 from hyperclip_fast.pretrained.timm import timm_parts
 from hyperclip_fast.pretrained.transformers import transformers_parts
-from hyperclip_fast.pretrained.weights import read_weights
 from hyperclip_fast.text import TextTower, create_text_tower, load_text_tower, weights_sha256
-from hyperclip_fast.text_head import create_text_head
+from hyperclip_fast.text.head import create_text_head
 from hyperclip_fast.utils.class_names import check_class_lists, check_task
 from hyperclip_fast.utils.files import save_safetensors, write_file, written_folder
 
@@ -161,6 +160,41 @@ class HyperCLIP(
         return cls.from_parts(transformers_parts(source), config)
 
     @classmethod
+    def from_classifier(
+        cls,
+        classifier: str,
+        text: str = "minilm",
+        *,
+        weights: str | bool = True,
+        texts: Sequence[ClassTexts] | None = None,
+        wordnet: str | Path | None = None,
+        ridge: float = 1.0,
+        config: Mapping[str, Any] | None = None,
+    ) -> "HyperCLIP":
+        """A zero-shot model from a timm classifier and the names of its classes, in closed form; see `fit_classifier`.
+
+        Its hypernetwork is new: every task has the base row until it is trained.
+
+        Args:
+            classifier: a timm name, with a pretrained tag if wished.
+            text: a text tower's name, see `text.create_text_tower`.
+            weights: as `from_timm`.
+            texts: what its classes are called; None: ImageNet's lemmas and definitions, which timm has.
+            wordnet: folder of WordNet 3.0, whose hypernyms are added to ImageNet's classes.
+            ridge: of the regression.
+            config: fields of HyperCLIPConfig that shall differ, such as embed_dim, text_gamma or templates.
+
+        Raises:
+            ValueError: for weights that do not fit, classes without texts, or a classifier that is not one Linear.
+        """
+        config = config or {}
+        tower = create_text_tower(text, trainable=False, templates=config.get("templates", ()))
+        names = {"embed_dim": "embed_dim", "text_gamma": "gamma"}
+        sizes = {name: config[key] for key, name in names.items() if key in config}
+        parts = classifier_parts(classifier, tower, weights, texts, wordnet, ridge, **sizes)
+        return cls.from_parts(parts, {"text_tower": text, **config})
+
+    @classmethod
     def from_parts(cls, parts: Parts, config: Mapping[str, Any] | None = None) -> "HyperCLIP":
         """The parts of pretrained models, see `hyperclip_fast.pretrained`, under a new hypernetwork, in eval mode."""
         start = {"freeze_statistics": True, **parts.image.fields, **parts.fields}
@@ -272,52 +306,6 @@ class HyperCLIP(
     @classmethod
     def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
         raise ValueError(f"model must hold model.safetensors, got {model_file}, which is not loaded")
-
-    @classmethod
-    @torch.no_grad()
-    def from_classifier(
-        cls,
-        classifier: str,
-        weights: str | None = None,
-        texts: Sequence[ClassTexts] | None = None,
-        wordnet: str | Path | None = None,
-        ridge: float = 1.0,
-        **options: Any,
-    ) -> "HyperCLIP":
-        """A zero-shot model from a timm classifier and the names of its classes, in closed form; see `fit_classifier`.
-
-        Its hypernetwork is new: every task has the base row until it is trained.
-
-        Args:
-            classifier: a timm name, with a pretrained tag if wished.
-            weights: a file, or "pip:<package>", see `read_weights`; None: timm's pretrained weights.
-            texts: what its classes are called; None: ImageNet's lemmas and definitions, which timm has.
-            wordnet: folder of WordNet 3.0, whose hypernyms are added to ImageNet's classes.
-            ridge: of the regression.
-            **options: other fields of HyperCLIPConfig; preprocessing is the classifier's.
-
-        Raises:
-            ValueError: for weights that do not fit, classes without texts, or a classifier that is not one Linear.
-        """
-        stock: Any = timm.create_model(classifier, pretrained=weights is None)
-        if weights is not None:
-            stock.load_state_dict(read_weights(weights, stock.state_dict()))
-        head = stock.get_classifier()
-        if not isinstance(head, nn.Linear):
-            raise ValueError(f"classifier must end in one Linear, {classifier} ends in {type(head).__name__}")
-        texts = imagenet_texts(head.out_features, wordnet) if texts is None else texts
-        cfg = stock.pretrained_cfg
-        given = {key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
-        given |= {"freeze_statistics": True, "text_head": "kernel", "text_anchors": count_anchors(texts)}
-        model = cls(HyperCLIPConfig(image_tower=classifier, **{**given, **options}))
-        config = model.config
-        fit = fit_classifier(head.weight, texts, model.text_features, config.embed_dim, config.text_gamma, ridge)
-        name = cfg["classifier"]
-        projection = {f"{name}.weight": fit.projection, f"{name}.bias": torch.zeros(config.embed_dim)}
-        model.image.load_state_dict({**stock.state_dict(), **projection})
-        zeros = {name: torch.zeros_like(model.text_projection.get_parameter(name)) for name in ("bias", "linear")}
-        model.text_projection.load_state_dict({"anchors": fit.anchors, "weight": fit.weight, **zeros})
-        return model.eval()
 
     def generate_model_card(self, **about: Any) -> ModelCard:
         """README.md of `save_pretrained` and `push_to_hub`, whose `model_card_kwargs` come here: see `model_card`."""

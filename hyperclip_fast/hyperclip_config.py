@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from hyperclip_fast.data.preprocessing import HALF, Preprocessing
-from hyperclip_fast.timm_models import model_options
+from hyperclip_fast.utils.timm_models import model_options
 from hyperclip_fast.utils.typed_config import check_choice, check_types, from_dict
 from hyperclip_fast.version import MODEL_TYPE
 
@@ -41,7 +41,7 @@ class HyperCLIPConfig:
         train_text: train the text tower, too; a frozen one is built at first use.
         templates: prompt templates, averaged in embedding space; empty: the bare name.
         text_dim: width of the text features; None: asked of the text tower.
-        text_head: what makes class embeddings of text features, "linear", "kernel" or "identity": see `text_head`.
+        text_head: what makes class embeddings of text features, "linear", "kernel" or "identity": see `text.head`.
         text_sha256: of the frozen text tower's weights, see `text.weights_sha256`; None: whatever the name leads to.
         text_included: the frozen text tower lies in the model's folder, in text/.
         text_anchors: anchors of the kernel.

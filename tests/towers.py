@@ -20,6 +20,12 @@ class HashTower(nn.Module):
         self.matrix = nn.Parameter(torch.eye(self.dim), requires_grad=trainable)
         self.calls = 0
 
+    def set_templates(self, templates):
+        """It has none."""
+
+    def freeze(self, frozen=True):
+        self.requires_grad_(not frozen)
+
     def encode(self, texts):
         self.calls += 1
         seeds = [int.from_bytes(hashlib.md5(text.encode()).digest()[:6], "big") for text in texts]

@@ -18,8 +18,8 @@ from hyperclip_fast.bench.cases.towers import LoopTower, NaiveTower, OurTower, S
 from hyperclip_fast.bench.harness.mixes import make_task_ids
 from hyperclip_fast.bench.harness.runner import Case, Provider, Run, Unavailable, relative_error
 from hyperclip_fast.encoders import create_encoder
-from hyperclip_fast.timm_models import model_options
 from hyperclip_fast.utils.private_api import BatchNorm, mark_maybe_dynamic, own_buffers, own_parameters
+from hyperclip_fast.utils.timm_models import model_options
 
 # Where a batch's images share statistics, random weights amplify rounding: the first gradient of stock MobileNetV3 is
 # up to 2e-3 off in float32, 0.5 in bfloat16.

@@ -17,6 +17,7 @@ Each command shows its options: hyperclip classify --help
 A task is a list of class names. A tasks file maps names of tasks to lists of class names, in YAML or JSON:
   {"pets": ["cat", "dog"], "food": ["pizza", "sushi", "salad"]}
 """
+LEAVE_MEMORY = ("bench", "serve")  # one measures PyTorch as others have it, the other shall be small for long
 BAD_INPUT = 2
 INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 BROKEN_PIPE = 141  # and of one that SIGPIPE ended
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     from hyperclip_fast.cli.console import has_reader, make_printable, silence_libraries
+    from hyperclip_fast.utils.memory import keep_freed_memory
 
     make_printable(sys.stdout, sys.stderr)
     try:
@@ -56,6 +58,8 @@ def _run(argv: Sequence[str] | None) -> int:
         return BAD_INPUT
     try:
         silence_libraries()
+        if args.command not in LEAVE_MEMORY:
+            keep_freed_memory()
         _check_device(args.device)
         status = args.run(args) or 0
         sys.stdout.flush()

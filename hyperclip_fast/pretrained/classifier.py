@@ -13,12 +13,16 @@ to E dimensions. No image is looked at.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from hyperclip_fast.pretrained.class_texts import ClassTexts
+from hyperclip_fast.pretrained.class_texts import ClassTexts, imagenet_texts
+from hyperclip_fast.pretrained.parts import Parts
+from hyperclip_fast.pretrained.timm import as_image_tower, load_timm, preprocessing_fields
+from hyperclip_fast.text import TextTower
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,6 @@ class ClassifierFit:
     anchors: Tensor
     weight: Tensor
     projection: Tensor
-
-
-def count_anchors(texts: Sequence[ClassTexts]) -> int:
-    """N: the different names."""
-    return len({name for each in texts for name in each.names})
 
 
 def fit_classifier(
@@ -82,3 +81,48 @@ def fit_classifier(
     among = torch.exp(gamma * (anchors @ anchors.T - 1))
     weight = torch.linalg.solve(kernel.T @ kernel + ridge * among, kernel.T @ wanted)
     return ClassifierFit(anchors.float(), weight.T.float().contiguous(), projection.float().contiguous())
+
+
+def classifier_parts(
+    classifier: str,
+    text: TextTower,
+    weights: str | bool = True,
+    texts: Sequence[ClassTexts] | None = None,
+    wordnet: str | Path | None = None,
+    ridge: float = 1.0,
+    embed_dim: int = 256,
+    gamma: float = 6.0,
+) -> Parts:
+    """What a HyperCLIP takes over of a timm classifier: its features, and a zero-shot head in closed form.
+
+    Args:
+        classifier: a timm name, with a pretrained tag if wished.
+        text: the text tower that reads names.
+        weights: see `load_timm`.
+        texts: what the classes are called; None: ImageNet's lemmas and definitions, which timm has.
+        wordnet: folder of WordNet 3.0, whose hypernyms are added to ImageNet's classes.
+        ridge: of the regression.
+        embed_dim: E.
+        gamma: of the kernel.
+
+    Raises:
+        ValueError: for weights that do not fit, classes without texts, or a classifier that is not one Linear.
+    """
+    stock = load_timm(classifier, weights)
+    head = stock.get_classifier()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"classifier must end in one Linear, {classifier} ends in {type(head).__name__}")
+    texts = imagenet_texts(head.out_features, wordnet) if texts is None else texts
+    with torch.no_grad():
+        fit = fit_classifier(head.weight, texts, text.encode, embed_dim, gamma, ridge)
+    stock.reset_classifier(embed_dim)
+    projection = stock.get_classifier()
+    projection.weight, projection.bias = nn.Parameter(fit.projection), nn.Parameter(torch.zeros(embed_dim))
+    zeros = {"bias": torch.zeros(embed_dim), "linear": torch.zeros(embed_dim, text.dim)}
+    fields = {"text_head": "kernel", "text_anchors": len(fit.anchors), "text_gamma": gamma, "text_dim": text.dim}
+    return Parts(
+        as_image_tower(classifier, stock, embed_dim),
+        {**fields, **preprocessing_fields(stock)},
+        text,
+        text_head={"anchors": fit.anchors, "weight": fit.weight, **zeros},
+    )

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.integrations.open_clip import to_open_clip
 from hyperclip_fast.task_bank import TaskBank
-from hyperclip_fast.text_head import create_text_head
+from hyperclip_fast.text.head import create_text_head
 from tests.helpers import assert_close
 from tests.towers import HashTower, patch_text_tower, tiny_config, tiny_model
 

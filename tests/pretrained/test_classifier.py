@@ -15,7 +15,7 @@ from hyperclip_fast.data.preprocessing import Preprocessing
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.pretrained import weights
 from hyperclip_fast.pretrained.class_texts import ClassTexts, hypernym_texts, imagenet_texts
-from hyperclip_fast.pretrained.classifier import count_anchors, fit_classifier
+from hyperclip_fast.pretrained.classifier import fit_classifier
 from hyperclip_fast.pretrained.weights import PipFile, read_weights
 from hyperclip_fast.utils.extras import package_folder
 from tests.towers import HashTower, patch_text_tower
@@ -76,7 +76,7 @@ def test_the_fit_solves_its_normal_equations():
     weight = fit.weight.double().T
     gradient = kernel.T @ (kernel @ weight - y @ fit.projection.double().T) + 0.3 * among @ weight
     assert gradient.abs().max() < 1e-5 and weight.abs().max() > 0.1
-    assert fit.anchors.shape == (count_anchors(TEXTS), 24) == (25, 24)
+    assert fit.anchors.shape == (25, 24)
     gram = fit.projection @ fit.projection.T
     torch.testing.assert_close(gram, torch.eye(6), atol=1e-6, rtol=0)
     kept = (prototypes @ fit.projection.double().T).square().sum()
@@ -115,7 +115,7 @@ def test_from_classifier_is_features_projected_and_names_fitted(net, monkeypatch
     patch_text_tower(monkeypatch)
     net, file = net
     options = {"embed_dim": 8, "hyper_width": 16, "hyper_heads": 2, "hyper_bottleneck": 4}
-    model = HyperCLIP.from_classifier(NET, file, TEXTS, **options)
+    model = HyperCLIP.from_classifier(NET, weights=file, texts=TEXTS, config=options)
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     fit = fit_classifier(net.classifier.weight.detach(), TEXTS, encode, 8)
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_from_classifier_is_features_projected_and_names_fitted(net, monkeypatch
 def test_weights_of_another_model_are_refused(tmp_path):
     save_file(timm.create_model("tf_efficientnetv2_b0", num_classes=0).state_dict(), tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"weights must hold the model's \d+ tensors"):
-        HyperCLIP.from_classifier("resnet18", str(tmp_path / "a.safetensors"))
+        HyperCLIP.from_classifier("resnet18", weights=str(tmp_path / "a.safetensors"))
 
 
 def test_weights_by_name_by_order_and_refused(tmp_path):
