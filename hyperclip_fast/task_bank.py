@@ -192,7 +192,7 @@ class TaskBank:
         _check_question(self.model, images, tasks, topk)
         if not len(images):
             return []
-        ranked = rank(self.logits(images, tasks), [self.classes(task) for task in tasks], [topk] * len(tasks))
+        ranked = rank(self._logits(images, tasks), [self.classes(task) for task in tasks], [topk] * len(tasks))
         return _predictions(tasks, ranked)
 
     def classify_files(
@@ -222,20 +222,24 @@ class TaskBank:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         pairs = zip(images, repeat(tasks)) if isinstance(tasks, str) else zip(images, tasks, strict=True)
-        while part := list(islice(pairs, batch_size)):
-            loaded = self._load({id(image): image for image, _ in part}.values(), on_error)
-            part = [(image, task) for image, task in part if id(image) in loaded]
+        whole: list[tuple[Any, str]] = []  # held, so that nothing else gets their ids
+        loaded: dict[int, Tensor] = {}
+        while whole := list(islice(pairs, batch_size)):
+            loaded = self._load({id(image): image for image, _ in whole}.values(), loaded, on_error)
+            part = [(image, task) for image, task in whole if id(image) in loaded]
             if part:
                 batch = torch.stack([loaded[id(image)] for image, _ in part])
                 predictions = self.classify(batch, [task for _, task in part], topk)
                 yield from ((image, prediction) for (image, _), prediction in zip(part, predictions))
 
-    def _load(self, images: Iterable[Any], on_error: Callable[[Any, ValueError], None] | None) -> dict[int, Tensor]:
-        """Pictures (3, S, S) by their id; without those that cannot be read."""
+    def _load(
+        self, images: Iterable[Any], known: dict[int, Tensor], on_error: Callable[[Any, ValueError], None] | None
+    ) -> dict[int, Tensor]:
+        """Pictures (3, S, S) by their id, those of the last batch as they are; without those that cannot be read."""
         loaded = {}
         for image in images:
             try:
-                loaded[id(image)] = self.model.preprocess(image)
+                loaded[id(image)] = known[id(image)] if id(image) in known else self.model.preprocess(image)
             except ValueError as error:
                 if on_error is None:
                     raise
@@ -247,8 +251,13 @@ class TaskBank:
         """Scaled similarities (B, K) of each image with its own task's classes, -inf beyond a smaller task's classes.
 
         Raises:
-            ValueError: for an unknown task.
+            ValueError: for an unknown task, or images of another kind or shape.
         """
+        self.model.check_images(images)
+        return self._logits(images, tasks)
+
+    @torch.no_grad()
+    def _logits(self, images: Tensor, tasks: Sequence[str]) -> Tensor:
         params = self.params[self.task_ids(tasks)]
         places = {task: i for i, task in enumerate(dict.fromkeys(tasks))}
         embeddings = [self._embeddings[self._find(task)] for task in places]

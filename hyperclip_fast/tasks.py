@@ -96,11 +96,7 @@ def class_logits(
         params: each image's row.
         embeddings: (K_t, E) class embeddings of the tasks in the batch.
         places: (B,) each image's task among them.
-
-    Raises:
-        ValueError: for images of another kind or shape.
     """
-    model.check_images(images)
     features = model.encode_image(images, params)
     classes, mask = pad_classes(embeddings)
     scores = torch.einsum("be,bke->bk", features, classes[places].to(features.dtype))
@@ -109,8 +105,8 @@ def class_logits(
 
 def rank(logits: Tensor, classes: Sequence[tuple[str, ...]], topk: Sequence[int]) -> list[Ranked]:
     """The best classes of each image, from logits (B, K) with -inf beyond its task's classes."""
-    probabilities, order = logits.softmax(-1).topk(min(max(topk), logits.shape[1]), dim=-1)
-    parts = order.tolist(), probabilities.tolist(), logits.gather(-1, order).sigmoid().tolist()
+    best, order = logits.topk(min(max(topk), logits.shape[1]), dim=-1)  # probabilities may be 0, as beyond a task
+    parts = order.tolist(), logits.softmax(-1).gather(-1, order).tolist(), best.sigmoid().tolist()
     return [
         [(names[i], share, score) for i, share, score in zip(*(column[: min(k, len(names))] for column in columns))]
         for names, k, columns in zip(classes, topk, zip(*parts))

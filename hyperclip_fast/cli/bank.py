@@ -30,6 +30,7 @@ def _bank(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from hyperclip_fast.hyperclip import load_model
+    from hyperclip_fast.serving.bank_file import BankFile
     from hyperclip_fast.task_bank import TaskBank
 
     bank = TaskBank(load_model(args.model, args.device))
@@ -38,5 +39,7 @@ def _bank(args: argparse.Namespace) -> None:
         while part := dict(islice(waiting, AT_ONCE)):
             bank.add_many(part)
             bar.update(len(part))
-    bank.save(args.out)
+    file = BankFile(args.out, bank.model, create=True, argument="--out")  # a server may have it
+    file.write({name: bank[name] for name in bank})
+    file.close()
     print(f"{args.out}: {len(bank)} tasks, {sum(map(len, tasks.values()))} class names")

@@ -73,10 +73,13 @@ def _printer(args: argparse.Namespace) -> Callable:
     if args.csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(("image", "task", "rank", "name", "probability"))
-        return lambda file, found: writer.writerows(
-            (file, found.task, rank, name, round(share, 4))
-            for rank, (name, share) in enumerate(zip(found.names, found.probabilities), 1)
-        )
+
+        def write(file: str, found) -> None:
+            for rank, (name, share) in enumerate(zip(found.names, found.probabilities), 1):
+                writer.writerow((file, found.task, rank, name, round(share, 4)))
+            sys.stdout.flush()
+
+        return write
     if args.json:
         return lambda file, found: print(
             as_json({"image": file, "task": found.task, "predictions": _ranked(found)}), flush=True

@@ -1,6 +1,7 @@
 """hyperclip init: a pretrained model of another library under a new hypernetwork."""
 
 import argparse
+from typing import Any
 
 from hyperclip_fast.cli.arguments import add_command
 
@@ -22,12 +23,12 @@ def add_init(commands) -> None:
     parser = add_command(commands, "init", "start from a pretrained model", DESCRIPTION, ENDING)
     parser.add_argument("--from", required=True, metavar="SOURCE", dest="source", help="the model, see below")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
-    text = "text tower beside a timm model; default: %(default)s"
-    parser.add_argument("--text", default="minilm", metavar="NAME", help=text)
+    text = "text tower beside a timm model; default: minilm"
+    parser.add_argument("--text", metavar="NAME", help=text)
     text = "weights of a timm model: a file, pip:PACKAGE or random; default: timm's"
     parser.add_argument("--weights", metavar="SOURCE", help=text)
-    text = "width of the space that images and class names share, beside a timm model; default: %(default)s"
-    parser.add_argument("--embed-dim", type=int, default=256, metavar="E", help=text)
+    text = "width of the space that images and class names share, beside a timm model; default: 256"
+    parser.add_argument("--embed-dim", type=int, metavar="E", help=text)
     text = "also keep the frozen text tower in the folder, so that it works offline"
     parser.add_argument("--include-text", action="store_true", help=text)
     parser.set_defaults(run=_init, device="cpu")
@@ -37,8 +38,14 @@ def _init(args: argparse.Namespace) -> None:
     from hyperclip_fast.hyperclip import HyperCLIP
     from hyperclip_fast.pretrained.source import parts_of
 
-    weights: str | bool = args.weights != "random" if args.weights in (None, "random") else args.weights
-    parts = parts_of(args.source, args.text, weights, args.embed_dim)
+    given: dict[str, Any] = {"text": args.text, "weights": args.weights, "embed_dim": args.embed_dim}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not args.source.startswith("timm:"):
+        wanted = "--text, --weights and --embed-dim must be left out but beside a timm model"
+        raise ValueError(f"{wanted}, got {args.source} and {given}")
+    if args.weights == "random":
+        given["weights"] = False
+    parts = parts_of(args.source, **given)
     model = HyperCLIP.from_parts(parts)
     difference = _difference(model, parts)
     if not difference <= LARGEST:

@@ -10,8 +10,9 @@ DESCRIPTION = "Adapt one small image encoder to any task by its class names, and
 EPILOG = """examples:
   hyperclip demo
   hyperclip classify photos/ --labels "cat,dog,parrot"
-  hyperclip train --config demo --out runs/demo
-  hyperclip serve --bank tasks.safetensors
+  hyperclip bank create --tasks tasks.yaml --out tasks.safetensors
+  hyperclip serve --bank tasks.safetensors --create
+  hyperclip train --config folder --set data.path=photos/ --out runs/photos
 
 Each command shows its options: hyperclip classify --help
 A task is a list of class names. A tasks file maps names of tasks to lists of class names, in YAML or JSON:

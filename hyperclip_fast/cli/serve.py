@@ -16,7 +16,7 @@ from hyperclip_fast.utils.extras import require
 DESCRIPTION = """Serve tasks over HTTP. Requests for different tasks share batches. Clients add, replace and remove
 tasks while the server runs. The command needs the extra serve."""
 EXAMPLE = """example:
-  hyperclip serve --bank tasks.safetensors
+  hyperclip serve --bank tasks.safetensors --create
 """
 LEAST = {"port": 0, "max_wait_ms": 0, "drain_seconds": 0, "max_ad_hoc": 0, "rate": 0.001, "idle_seconds": 0.1}
 LEAST |= {"max_mib": 0.001, "max_total_mib": 0.001, "max_seconds": 0.001, "max_megapixels": 0.001, "min_rate": 0.001}

@@ -142,7 +142,7 @@ def check_images(images: object, preprocessing: Preprocessing, fixed_size: bool)
         raise ValueError(f"{wanted}, got shape {tuple(images.shape)}")
     if images.device.type == "cpu" and images.numel():  # elsewhere the host would wait for it
         low, high = preprocessing.low_and_high
-        found = images.abs().amax().item()
+        found = max(abs(end.item()) for end in images.aminmax())
         if found > FAR_OUT * max(-low, high):
             raise ValueError(f"{wanted}, with values from {low:.2f} to {high:.2f}, got values up to {found:.4g}")
 
@@ -153,9 +153,18 @@ def image_transform(preprocessing: Preprocessing) -> Callable[[Any], Tensor]:
     prepare = timm.data.create_transform(**preprocessing.timm_config())
     if preprocessing.crop_mode == "border":  # timm pads with the mean alone
         prepare.transforms[1] = timm.data.transforms.CenterCropOrPad(preprocessing.size, fill=preprocessing.border)
+        return lambda image: prepare(_with_both_sides(image, int(preprocessing.size / preprocessing.crop_pct)))
     if preprocessing.crop_mode == "squash":
         return prepare
     return lambda image: prepare(_without_ends(image))
+
+
+def _with_both_sides(image, longest: int):
+    """A picture whose shorter side is left where the longer one is resized to `longest`: of a strip's nothing was."""
+    scale = longest / max(image.size)
+    if round(min(image.size) * scale) > 0:
+        return image
+    return image.resize([max(1, round(side * scale)) for side in image.size])
 
 
 def _without_ends(image):

@@ -74,6 +74,8 @@ class TaskSampler:
             raise ValueError(f"group_weights must be of some of {known}, got {dict(group_weights)}")
         self.groups = [self.present[torch.tensor([group == wanted for group in present])] for wanted in known]
         factors = torch.tensor([float(group_weights.get(name, 1)) for name in known])
+        if not factors.isfinite().all() or not factors.sum() > 0:
+            raise ValueError(f"group_weights must be finite, and leave a group, got {dict(group_weights)}")
         self.weights = factors * torch.tensor([float(len(group)) for group in self.groups]).sqrt()
 
     def batch(self, step: int) -> TaskBatch:

@@ -135,6 +135,7 @@ class HyperCLIPModel(PreTrainedModel):
         task = self._adapted(tuple(_labels(input_ids)))
         params = NormParams(self.clip.image.norm_spec, task.row[None])
         places = torch.zeros(len(pixel_values), dtype=torch.int64, device=pixel_values.device)
+        self.clip.check_images(pixel_values)
         logits = class_logits(self.clip, pixel_values, params, [task.embeddings], places)
         return HyperCLIPOutput(logits_per_image=logits, logits_per_text=logits.T)
 

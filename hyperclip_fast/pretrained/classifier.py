@@ -115,9 +115,7 @@ def classifier_parts(
     texts = imagenet_texts(head.out_features, wordnet) if texts is None else texts
     with torch.no_grad():
         fit = fit_classifier(head.weight, texts, text.encode, embed_dim, gamma, ridge)
-    stock.reset_classifier(embed_dim)
-    projection = stock.get_classifier()
-    projection.weight, projection.bias = nn.Parameter(fit.projection), nn.Parameter(torch.zeros(embed_dim))
+    head.weight, head.bias = nn.Parameter(fit.projection), nn.Parameter(torch.zeros(embed_dim))
     zeros = {"bias": torch.zeros(embed_dim), "linear": torch.zeros(embed_dim, text.dim)}
     fields = {"text_head": "kernel", "text_anchors": len(fit.anchors), "text_gamma": gamma, "text_dim": text.dim}
     return Parts(

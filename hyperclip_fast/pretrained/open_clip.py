@@ -44,7 +44,8 @@ def open_clip_parts(model: str | nn.Module, pretrained: str | None = None, name:
         **preprocessing.config_fields(),
     }
     bias = getattr(clip, "logit_bias", None)
-    is_named = isinstance(model, str) and (":" in model or (bool(pretrained) and not Path(str(pretrained)).is_file()))
+    is_tag = bool(pretrained) and not Path(str(pretrained)).is_file()
+    is_named = isinstance(model, str) and (model.startswith("hf-hub:") or is_tag)
     return Parts(image, fields, tower, is_named, {}, clip.logit_scale.item(), 0.0 if bias is None else bias.item())
 
 

@@ -49,8 +49,9 @@ def transformers_parts(source: str | Path) -> Parts:
         "text_head": "identity",
         **_preprocessing(processor, size).config_fields(),
     }
-    bias = getattr(model, "logit_bias", None)
-    return Parts(image, fields, text, True, {}, model.logit_scale.item(), 0.0 if bias is None else bias.item())
+    scale, bias = model.logit_scale.item(), getattr(model, "logit_bias", None)
+    is_named = not Path(source).is_dir()  # a folder's name leads there from one place alone
+    return Parts(image, fields, text, is_named, {}, scale, 0.0 if bias is None else bias.item())
 
 
 def _image_size(vision: Any) -> int:
@@ -130,14 +131,19 @@ def _renamed(theirs: dict[str, Tensor], name: str, ours: str) -> dict[str, Tenso
 
 def _preprocessing(processor: dict[str, Any], size: int) -> Preprocessing:
     """What the image processor does; sizes are the model's."""
+    resample = int(processor["resample"])
+    if resample not in INTERPOLATIONS:
+        raise ValueError(f"source must have an image processor that resizes by {INTERPOLATIONS}, got {resample}")
     wanted, crop = processor.get("size") or {}, processor.get("crop_size") or {}
     shortest = wanted.get("shortest_edge")
     is_cropped = bool(processor.get("do_center_crop")) and shortest is not None
+    if shortest is not None and not is_cropped:
+        raise ValueError("source must have an image processor that crops the centre, got one with do_center_crop off")
     return Preprocessing(
         size,
         tuple(processor["image_mean"]),
         tuple(processor["image_std"]),
-        INTERPOLATIONS[int(processor["resample"])],
+        INTERPOLATIONS[resample],
         crop.get("height", size) / shortest if is_cropped else 1.0,
         "center" if is_cropped else "squash",
     )

@@ -41,7 +41,8 @@ WANTED = f"a .safetensors, .pt or .pth file, or one of {', '.join(f'pip:{name}' 
 def read_weights(source: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict with the names of `like`.
 
-    Files of other projects name the same tensors otherwise; such a file must hold them in timm's order.
+    Files of other projects name the same tensors otherwise; such a file must hold them in timm's order,
+    which safetensors does not keep.
 
     Args:
         source: a file, or "pip:<package>" of one that is installed.
@@ -52,8 +53,8 @@ def read_weights(source: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ImportError: where the pip package is missing.
     """
     found = _read(source)
-    if set(found) != set(like):
-        found = dict(zip(like, found.values())) if len(found) == len(like) else found
+    if set(found) != set(like) and len(found) == len(like) and not source.endswith(".safetensors"):
+        found = dict(zip(like, found.values()))
     wrong = [name for name, tensor in like.items() if name not in found or found[name].shape != tensor.shape]
     if wrong or len(found) != len(like):
         raise ValueError(

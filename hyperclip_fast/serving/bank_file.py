@@ -22,22 +22,23 @@ class BankFile:
         path: the file.
         model: the model that made its tasks.
         create: write an empty bank where there is no file.
+        argument: what the file is called in errors.
 
     Raises:
         ValueError: if another server has the file, if it does not exist and `create` is False, or if its folder does
             not exist.
     """
 
-    def __init__(self, path: str | Path, model: HyperCLIP, create: bool = False):
+    def __init__(self, path: str | Path, model: HyperCLIP, create: bool = False, argument: str = "--bank"):
         if not Path(path).parent.is_dir():
-            raise ValueError(f"--bank must lie in a folder that exists, got {path}")
+            raise ValueError(f"{argument} must lie in a folder that exists, got {path}")
         self.path, self.model = Path(os.path.realpath(path)), model
         self._made_by = fingerprint(model)
         if not create and not self.path.exists():
-            raise ValueError(f"--bank must be a file of tasks, got {path}, which does not exist; --create makes it")
+            raise ValueError(f"{argument} must be a file of tasks, got {path}, which does not exist; --create makes it")
         lock = self.path.with_name(f".{self.path.name}.lock")
         try:
-            self._lock = lock_file(lock, f"--bank must be a file that no other server serves, {path}")
+            self._lock = lock_file(lock, f"{argument} must be a file that no other server serves, {path}")
         except OSError as error:
             if error.errno not in READ_ONLY or not self.path.exists():
                 raise

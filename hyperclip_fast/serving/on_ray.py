@@ -107,7 +107,7 @@ class Replicas:
 @serve.deployment(num_replicas=1)
 @serve.ingress()
 class Ingress:
-    """The routes of server.py; its batches run on the model replicas.
+    """The routes of routes.py; its batches run on the model replicas.
 
     Args:
         replicas: the model replicas.

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import re
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -137,10 +138,14 @@ def _checked(kind: type[EmbedBody], fields: list[tuple[str, Any]]) -> EmbedBody:
     return _validated(kind, values)
 
 
+WHOLE = re.compile(r"[0-9]{1,20}", re.ASCII)
+DECIMAL = re.compile(r"(?=.{1,30}$)([0-9]+\.?[0-9]*|\.[0-9]+)(e-?[0-9]{1,3})?", re.ASCII)
+
+
 def _number(name: str, text: str) -> int | float:
-    """A number as people write it, in ASCII digits."""
+    """A number as people and programs write it, in ASCII."""
     is_whole = name == "topk"
-    if text.isascii() and len(text) <= 20 and (text if is_whole else text.replace(".", "", 1)).isdigit():
+    if (WHOLE if is_whole else DECIMAL).fullmatch(text):
         value = int(text) if is_whole else float(text)
         if (1 <= value <= MAX_TOPK) if is_whole else value <= 1:
             return value

@@ -87,7 +87,9 @@ class HFTextTower(TextTower):
         transformers = require("transformers", "clip")
         with _refusing(folder):
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        tower = cls(folder, trainable, templates, local_only=True, model=transformers.AutoModel.from_config(config))
+        tower = cls(
+            folder, trainable, templates, local_only=True, model=transformers.AutoModel.from_config(config).float()
+        )
         tower.model.load_state_dict(load_safetensors(Path(folder) / WEIGHTS)[0])
         return tower
 

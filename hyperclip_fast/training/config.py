@@ -12,7 +12,7 @@ from pathlib import Path
 from hyperclip_fast.configs import shipped_configs
 from hyperclip_fast.data.batch import BatchShape
 from hyperclip_fast.data.config import DataConfig
-from hyperclip_fast.hyperclip import load_model
+from hyperclip_fast.hyperclip import load_model_config
 from hyperclip_fast.hyperclip_config import HyperCLIPConfig, config_from_dict
 from hyperclip_fast.utils.class_names import SHORT
 from hyperclip_fast.utils.text_files import parse_yaml, read_yaml
@@ -194,7 +194,7 @@ def load_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
             raise ValueError(f"{section}.{key} must be a value in YAML, got {value!r}: {error}") from error
     train = from_dict(TrainConfig, sections.get("train") or {}, "train")
     given = sections.get("model") or {}
-    model = load_model(train.init).config if train.init and not given else config_from_dict(given)
+    model = load_model_config(train.init) if train.init and not given else config_from_dict(given)
     return RunConfig(model, train, from_dict(DataConfig, sections.get("data") or {}, "data"))
 
 

@@ -36,8 +36,7 @@ def create_source(
     data, shape, pin = run.data, run.train.batch_shape, device.type == "cuda"
     preprocessing = run.model.preprocessing(image_size)
     if pictures is not None or data.kind == "pictures":
-        named = tuple(name for name in data.sets if name != SCENES)
-        pictures = pictures or load_pictures(named or ("openmoji",), run.train.picture_size, progress=share.rank == 0)
+        pictures = pictures or load_run_pictures(run, share)
         if SCENES not in data.sets:
             source: Source = picture_source(pictures, shape, preprocessing, share, data.wordings, data.group_weights)
         else:
@@ -54,6 +53,12 @@ def create_source(
     else:
         images = read_table(data.path, data.image_column, data.text_column, names)
     return ImageSetSource(images, shape, data, reader, share, pin), []
+
+
+def load_run_pictures(run: RunConfig, share: Share) -> Pictures:
+    """The pictures of kind "pictures" that a configuration asks for."""
+    named = tuple(name for name in run.data.sets if name != SCENES)
+    return load_pictures(named or ("openmoji",), run.train.picture_size, progress=share.rank == 0)
 
 
 def _with_scenes(

@@ -41,7 +41,7 @@ from hyperclip_fast.training.optimizer import (
     train_mode,
 )
 from hyperclip_fast.training.run_folder import RunFolder
-from hyperclip_fast.training.source_factory import create_source
+from hyperclip_fast.training.source_factory import create_source, load_run_pictures
 from hyperclip_fast.utils.seeds import hash_seed, step_seed
 
 STOP_EVERY = 10  # steps after which several processes ask each other whether one was told to stop
@@ -54,17 +54,23 @@ def new_model(run: RunConfig) -> HyperCLIP:
     Raises:
         ValueError: for weights that do not fit the configuration.
     """
-    config = run.model
-    if run.train.balance_bias:
-        config = replace(config, init_logit_bias=balanced_bias(sum(run.train.class_range) / 2))
+    config, start = run.model, load_model(run.train.init) if run.train.init else None
+    bias = balanced_bias(sum(run.train.class_range) / 2) if run.train.balance_bias else None
     torch.manual_seed(run.train.seed)
-    model = HyperCLIP(config)
-    if run.train.init:
-        try:
-            model.load_state_dict(load_model(run.train.init).state_dict())
-        except RuntimeError as error:
-            first = str(error).split("\n\t")[1]  # of a line for each tensor
-            raise ValueError(f"train.init must hold weights that fit model, got {run.train.init}: {first}") from error
+    if start is None:
+        return HyperCLIP(config if bias is None else replace(config, init_logit_bias=bias))
+    model = HyperCLIP(config, start.text_tower if config.train_text else None)
+    state = start.state_dict()
+    if model.text is not None:
+        state |= {f"text.{name}": value for name, value in start.text_tower.state_dict().items()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).split("\n\t")[1]  # of a line for each tensor
+        raise ValueError(f"train.init must hold weights that fit model, got {run.train.init}: {first}") from error
+    model.take_text_from(start)
+    if bias is not None:
+        model.logit_bias.data.fill_(bias)
     return model
 
 
@@ -146,7 +152,8 @@ class Trainer:
             raise ValueError(f"image_size must be {own} or None, as a HyperViT takes no other size, got {sizes}")
         if len(sizes) > 1 and run.data.kind != "pictures":
             raise ValueError(f"image_size must be one side for data.kind {run.data.kind}, got {sizes}")
-        made = {size: create_source(run, size, self.share, self.device) for size in dict.fromkeys(sizes)}
+        pictures = load_run_pictures(run, self.share) if len(sizes) > 1 else None  # once for all
+        made = {size: create_source(run, size, self.share, self.device, pictures) for size in dict.fromkeys(sizes)}
         sources = [made[size][0] for size in sizes]
         return sources[0] if len(sizes) == 1 else StagedSource(sources, run.train.steps), made[sizes[-1]][1]
 
@@ -330,6 +337,7 @@ class Trainer:
             return None
         copy = HyperCLIP(self.model.config).to(self.device)
         copy.load_state_dict(state)
+        copy.take_text_from(self.model)
         return copy
 
     def train(self) -> HyperCLIP | None:

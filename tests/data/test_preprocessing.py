@@ -88,3 +88,10 @@ def test_strips_end_in_every_mode(tmp_path):
 def test_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Preprocessing(32, **wrong)
+
+
+def test_a_border_loses_nothing_of_a_strip():
+    strip = Image.new("RGB", (3400, 100), "blue")
+    strip.paste((255, 0, 0), (0, 0, 816, 100))
+    row = image_transform(Preprocessing(224, crop_mode="border"))(strip)[0, 112]
+    assert int((row > 0.5).sum()) == pytest.approx(224 * 0.24, abs=2)

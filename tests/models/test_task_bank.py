@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hyperclip_fast.task_bank import TaskBank
+from hyperclip_fast.tasks import rank
 from hyperclip_fast.utils.files import load_safetensors, save_safetensors
 from tests.towers import patch_text_tower, tiny_model
 
@@ -297,3 +298,22 @@ def test_other_images_are_refused_with_what_was_expected(images, got, bank):
     wanted = r"images must be a floating point tensor \(B, 3, 32, 32\), as `model.preprocess` makes it"
     with pytest.raises(ValueError, match=f"{wanted}.* got .*{got}"):
         bank.classify(images, ["pets"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_probabilities_that_are_zero_are_not_taken_for_a_smaller_tasks_padding(dtype):
+    logits = torch.full((2, 50), -torch.inf, dtype=dtype)
+    logits[0, :2], logits[1] = torch.tensor([0.0, -200.0]), torch.arange(50)
+    names = [("a", "b"), tuple(map(str, range(50)))]
+    ranked = rank(logits, names, [2, 2])
+    assert [[each[0] for each in best] for best in ranked] == [["a", "b"], ["49", "48"]]
+    assert ranked[0][0][1] == 1 and ranked[0][1][1] == 0
+
+
+def test_a_picture_in_many_tasks_is_read_once(bank, tmp_path, monkeypatch):
+    files, read = pictures(tmp_path, 2), []
+    whole = bank.model.preprocess
+    monkeypatch.setattr(bank.model, "preprocess", lambda image: read.append(image) or whole(image))
+    images = [file for file in files for _ in range(5)]
+    found = list(bank.classify_files(images, ["pets", "food", "one", "many", "pets"] * 2, batch_size=3))
+    assert [image for image, _ in found] == images and read == files

@@ -144,6 +144,9 @@ def test_weights_by_name_by_order_and_refused(tmp_path):
     torch.save({"x": torch.zeros(2, 3), "y": torch.zeros(2)}, tmp_path / "order.pth")
     torch.save({"y": torch.zeros(2), "x": torch.zeros(2, 3)}, tmp_path / "other.pth")
     torch.save({"x": torch.zeros(2, 3), "y": Path}, tmp_path / "code.pth")
+    save_file({"x": torch.zeros(2, 3), "y": torch.zeros(2)}, tmp_path / "order.safetensors")
+    with pytest.raises(ValueError, match="must hold the model's 2 tensors"):  # the format keeps no order
+        read_weights(str(tmp_path / "order.safetensors"), like)
     assert torch.equal(read_weights(str(tmp_path / "same.safetensors"), like)["a.bias"], torch.full((2,), 2.0))
     assert {name: int(tensor.sum()) for name, tensor in read_weights(str(tmp_path / "order.pth"), like).items()} == {
         "a.weight": 0,

@@ -38,3 +38,9 @@ def test_open_clip_and_timm(tmp_path, capsys):
 def test_other_sources_are_refused(source, tmp_path, capsys):
     assert main(["init", "--from", source, "--out", str(tmp_path / "start")]) == 2
     assert "source must be open_clip:<model>" in capsys.readouterr().err and not (tmp_path / "start").exists()
+
+
+def test_options_of_timm_models_are_refused_beside_others(tmp_path, capsys):
+    arguments = ["init", "--from", "open_clip:ViT-S-32-alt", "--weights", "mine.pt", "--out", str(tmp_path / "start")]
+    assert main(arguments) == 2
+    assert "must be left out but beside a timm model" in capsys.readouterr().err

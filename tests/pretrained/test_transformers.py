@@ -115,7 +115,7 @@ def test_pictures_become_the_processors_pixels(kind, tmp_path):
 
 def test_changed_weights_of_a_named_text_tower_do_not_pass(tmp_path):
     write_model("clip", tmp_path / "theirs")
-    HyperCLIP.from_transformers(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    HyperCLIP.from_transformers(tmp_path / "theirs").save_pretrained(tmp_path / "ours", include_text=False)
     assert HyperCLIP.from_pretrained(tmp_path / "ours").encode_text(TEXTS).shape == (3, 24)
     changed = CLIPModel.from_pretrained(tmp_path / "theirs")
     changed.text_projection.weight.data.mul_(1.01)
@@ -143,3 +143,34 @@ def test_what_is_no_such_model_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match=r"source must be a model of type clip, siglip, siglip2, got bert"):
         HyperCLIP.from_transformers(minilm_folder())
+
+
+def test_a_kept_text_tower_stays_in_float32(tmp_path):
+    write_model("clip", tmp_path / "theirs").half().save_pretrained(tmp_path / "theirs")
+    ours = HyperCLIP.from_transformers(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours", include_text=True)
+    again = HyperCLIP.from_pretrained(tmp_path / "ours")
+    assert torch.equal(again.encode_text(TEXTS), ours.encode_text(TEXTS))
+    assert {parameter.dtype for parameter in again.text_tower.parameters()} == {torch.float32}
+
+
+def test_a_folders_text_tower_is_kept_for_the_name_leads_there_from_one_place_alone(tmp_path, monkeypatch):
+    write_model("clip", tmp_path / "theirs")
+    monkeypatch.chdir(tmp_path)
+    ours = HyperCLIP.from_transformers("theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    shutil.rmtree(tmp_path / "theirs")
+    assert torch.equal(HyperCLIP.from_pretrained("ours").encode_text(TEXTS), ours.encode_text(TEXTS))
+
+
+def test_changes_of_the_config_keep_what_the_weights_need(tmp_path):
+    write_model("clip", tmp_path)
+    usual, changed = (
+        HyperCLIP.from_transformers(tmp_path, config=config)
+        for config in (None, {"image_kwargs": {"proj_drop_rate": 0.1}})
+    )
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(changed.encode_image(images), usual.encode_image(images))
+    assert changed.config.image_kwargs == {**usual.config.image_kwargs, "proj_drop_rate": 0.1}
+    with pytest.raises(ValueError, match=r"text_tower must be hf:.* which was taken over, got minilm"):
+        HyperCLIP.from_transformers(tmp_path, config={"text_tower": "minilm"})

@@ -59,6 +59,7 @@ def test_all_that_a_client_does(kind, model, tmp_path):
             ranked = [{"name": name, "probability": share, "score": score} for name, share, score in parts]
             assert {"task": ours.task, "ranked": ranked} == theirs
         assert client.classify([png()], labels=["a"], threshold=1.0) == [Classes(None, (), (), ())]
+        assert client.classify([png()], labels=["a"], threshold=5e-100)[0].names == ("a",)
         good, bad = client.classify([str(picture), b"none"], tasks="pets")
         assert len(good.names) == 3 and isinstance(bad, ServerError) and bad.code == "bad_image"
         made = adapt_tasks(model, [TASKS["pets"]])

@@ -1,6 +1,7 @@
 """The trainer learns, resumes bit for bit, and refuses what it cannot do; the swap test scores what it says."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,13 +11,14 @@ from hyperclip_fast.data.held_out import EvalTask, held_out_tasks
 from hyperclip_fast.data.picture_source import picture_source
 from hyperclip_fast.data.pictures import Pictures
 from hyperclip_fast.data.preprocessing import Preprocessing
+from hyperclip_fast.data.task_sampler import TaskSampler
 from hyperclip_fast.evaluation.swapping import ELSEWHERE, ROW_SOURCES, accuracy, predict, row_names, swap_test
 from hyperclip_fast.hyperclip import HyperCLIP
 from hyperclip_fast.norm_params import NormParams
 from hyperclip_fast.training.config import RunConfig, TrainConfig, load_config
 from hyperclip_fast.training.distributed import share
 from hyperclip_fast.training.optimizer import learning_rate
-from hyperclip_fast.training.trainer import Trainer
+from hyperclip_fast.training.trainer import Trainer, new_model
 from tests.towers import patch_text_tower, tiny_config, tiny_model
 
 CONFIG = TrainConfig(
@@ -263,3 +265,24 @@ def test_numbers_as_yaml_reads_them(tmp_path):
     )  # 1e-3 is a string in YAML 1.1
     config = load_config(tmp_path / "config.yaml").train
     assert (config.lr, config.clip, config.betas) == (1e-3, 2.0, (0.0, 0.98))
+
+
+def test_a_run_starts_from_a_saved_model_with_its_own_text_tower_and_bias(tmp_path):
+    start = tiny_model()
+    start._own_text = True
+    start.text_tower.save = lambda folder: None
+    start.save_pretrained(tmp_path / "start")
+    train = replace(CONFIG, init=str(tmp_path / "start"))
+    model = new_model(RunConfig(start.config, train))
+    assert model._own_text and model._text_folder == tmp_path / "start" / "text"
+    assert torch.equal(model.logit_bias, start.logit_bias)
+    balanced = new_model(RunConfig(start.config, replace(train, balance_bias=True)))
+    assert balanced.logit_bias.item() == pytest.approx(-math.log(4 - 1))
+    (tmp_path / "run.yaml").write_text(f"train: {{init: {tmp_path / 'start'}}}")
+    assert load_config(tmp_path / "run.yaml").model == HyperCLIP.from_pretrained(tmp_path / "start").config
+
+
+@pytest.mark.parametrize("weights", [{"a": 0, "b": 0, "c": 0}, {"a": math.inf}])
+def test_group_weights_that_leave_nothing_are_refused(weights):
+    with pytest.raises(ValueError, match="group_weights must be finite, and leave a group"):
+        TaskSampler(pictures(), group_weights=weights)
